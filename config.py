@@ -1,0 +1,195 @@
+"""Every hyperparameter of the project: one flat dataclass per job, the presets, the command line.
+
+    python train.py PRESET --field value      any field below can be overridden
+    python train.py PRESET --help             lists them with their present values
+
+A field's comment is its only documentation; README and docstrings name the field and never repeat its value.
+"""
+
+import dataclasses
+import difflib
+import json
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+PICK = Literal["auto", "on", "off"]
+
+
+@dataclass
+class RunConfig:
+    """What every training job has: where it writes, what it reads, how it optimises, on which machine."""
+
+    # run
+    out_dir: str = ""  # run folder; empty: out/PRESET
+    seed: int = 1  # weights, batches, dropout, synthetic problems and tokenizer order follow from it
+    overwrite: bool = False  # start again in a finished or foreign run folder (replaces this project's files only)
+
+    # data
+    dataset: Literal["gsm8k", "synthetic"] = "gsm8k"  # where problems come from
+    data_dir: str = ""  # folder with SPLIT.jsonl / SPLIT.parquet (or DATASET/SPLIT.*); empty: Hugging Face hub
+    limit: int = 0  # use only the first N training problems; 0: all (synthetic: n_synthetic)
+    n_synthetic: int = 20_000  # synthetic training problems to make (dataset = synthetic)
+    max_problem_steps: int = 8  # synthetic problems have 1 to this many steps
+    val_problems: int = 256  # held-out problems looked at in every evaluation
+
+    # optimisation
+    epochs: float = 25.0  # passes over the training problems, unless max_steps is given
+    max_steps: int = 0  # optimizer steps; 0: follows from epochs
+    batch_size: int = 32  # problems per micro-batch and process
+    grad_accum: int = 1  # micro-batches per optimizer step
+    lr: float = 1e-3  # peak learning rate (AdamW)
+    min_lr_ratio: float = 0.1  # the cosine ends at lr times this
+    warmup_ratio: float = 0.02  # share of the steps with a rising learning rate
+    weight_decay: float = 0.1  # on matrices only
+    beta2: float = 0.99  # AdamW's second moment; the first is 0.9
+    grad_clip: float = 1.0  # global gradient norm
+    ema_start: float = 0.996  # momentum of the EMA target encoder at the first step ...
+    ema_end: float = 0.9999  # ... rising linearly to this at the last
+
+    # machine
+    device: str = "auto"  # auto: cuda, mps, cpu in this order
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # autocast dtype; auto: bf16 where the hardware computes in it
+    compile: PICK = "auto"  # torch.compile; auto: on CUDA alone
+    threads: int = 0  # CPU threads; 0: PyTorch's own choice
+
+    # cadence
+    log_every: int = 10  # steps between log lines
+    eval_every: int = 500  # steps between evaluations
+    save_every: int = 250  # steps between checkpoints to resume from
+
+    def __post_init__(self):
+        positive = "epochs batch_size grad_accum lr grad_clip log_every eval_every save_every max_problem_steps"
+        for name in positive.split():
+            check(self, name, getattr(self, name) > 0, "must be positive")
+        for name in "limit n_synthetic max_steps threads weight_decay".split():
+            check(self, name, getattr(self, name) >= 0, "must not be negative")
+        for name in "min_lr_ratio warmup_ratio beta2 ema_start ema_end".split():
+            check(self, name, 0 <= getattr(self, name) <= 1, "must lie in [0, 1]")
+        check(self, "val_problems", self.val_problems >= 2, "must be at least 2 (a pair is needed to mismatch)")
+        check(self, "max_problem_steps", self.max_problem_steps <= 8, "must be at most 8")
+
+
+@dataclass
+class NanoJEPAConfig(RunConfig):
+    """nanoJEPA, and with lambda_jepa = 0 the plain chain-of-thought LM (`student`)."""
+
+    # text
+    tokenizer: Literal["gpt2", "bpe"] = "gpt2"  # GPT-2's vocabulary, or a BPE trained on the training problems
+    vocab_size: int = 4096  # size of the trained BPE with [EOS] and [PRED]; the run stores the true size
+    block_size: int = 768  # longest row in tokens; a longer problem is an error that names it
+    answer_text: Literal["solution", "final"] = "solution"  # what is written: the worked solution, or its last line
+
+    # network
+    n_layer: int = 6  # Transformer blocks
+    n_head: int = 8  # attention heads
+    n_embd: int = 512  # width
+    dropout: float = 0.1  # on embeddings and residual branches
+
+    # objective: loss = lm_loss + lambda_jepa * (1 - cos(pred_latent, answer_latent))
+    lambda_jepa: float = 1.0  # 0: a plain language model, no answer row is run
+    answer_context: Literal["isolated", "latent", "question"] = "isolated"  # what the answer's token loss may see
+    target_text: Literal["solution", "final"] = "solution"  # the text whose latent [PRED] predicts
+    pooling: Literal["mean", "last"] = "mean"  # answer latent: mean over the answer's states, or its closing [EOS]
+    standardize_target: bool = True  # per-dimension running standardisation of the answer latent; off: as published
+    target_encoder: Literal["shared", "ema"] = "shared"  # network that encodes the target: this one, or its EMA copy
+    token_loss_on: Literal["all", "answer"] = "all"  # tokens in lm_loss: question and answer, or the answer alone
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in "n_layer n_head n_embd".split():
+            check(self, name, getattr(self, name) > 0, "must be positive")
+        check(self, "vocab_size", self.vocab_size >= 258, "must be at least 258 (256 bytes and two special tokens)")
+        check(self, "block_size", self.block_size >= 16, "must be at least 16")
+        check(self, "n_head", self.n_embd % (2 * self.n_head) == 0, f"must divide n_embd={self.n_embd} into even parts")
+        check(self, "dropout", 0 <= self.dropout < 1, "must lie in [0, 1)")
+        check(self, "lambda_jepa", self.lambda_jepa >= 0, "must not be negative")
+
+
+def check(config, name: str, ok: bool, rule: str):
+    """Raises ValueError naming the field, its value and the rule it breaks."""
+    if not ok:
+        raise ValueError(f"--{name} {getattr(config, name)}: {rule}")
+
+
+PRESETS = {
+    # any machine, no download, minutes: what `python train.py` runs
+    "quickstart": NanoJEPAConfig(
+        dataset="synthetic", n_synthetic=6000, max_problem_steps=4, tokenizer="bpe", vocab_size=768, block_size=384,
+        n_layer=3, n_head=4, n_embd=128, dropout=0.0, answer_context="question", epochs=2.5, lr=2e-3,
+        eval_every=100, save_every=200,
+    ),
+    # the published shape on GSM8K: about 45 M parameters, for a GPU
+    "nanojepa": NanoJEPAConfig(lr=6e-4),
+    # the same experiment for a CPU: about 3 M parameters
+    "nanojepa-small": NanoJEPAConfig(
+        tokenizer="bpe", vocab_size=2048, n_layer=3, n_head=4, n_embd=256, dropout=0.0, eval_every=500, save_every=500,
+    ),
+    # the world in which everything can be checked: synthetic problems, retrieval and gap on held-out graphs
+    "nanojepa-synthetic": NanoJEPAConfig(
+        dataset="synthetic", n_synthetic=30_000, tokenizer="bpe", vocab_size=1024, n_layer=3, n_head=4, n_embd=256,
+        dropout=0.0, answer_context="question", epochs=2.0, eval_every=250,
+    ),
+    # a plain chain-of-thought LM on synthetic problems: the LLM where no other is at hand
+    "student": NanoJEPAConfig(
+        dataset="synthetic", n_synthetic=400_000, tokenizer="bpe", vocab_size=2048, n_layer=6, n_head=8, n_embd=512,
+        dropout=0.0, lambda_jepa=0.0, answer_context="question", token_loss_on="answer", epochs=2.0, batch_size=128,
+    ),
+    "student-small": NanoJEPAConfig(
+        dataset="synthetic", n_synthetic=120_000, tokenizer="bpe", vocab_size=1024, n_layer=4, n_head=3, n_embd=192,
+        dropout=0.0, lambda_jepa=0.0, answer_context="question", token_loss_on="answer", epochs=1.0, batch_size=48,
+        lr=2e-3,
+    ),
+}
+
+
+def pick_preset(name: str):
+    """A fresh copy of a preset. Raises SystemExit naming the nearest one."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise SystemExit(f"unknown preset '{name}'.{hint} Presets: {', '.join(PRESETS)}")
+    return dataclasses.replace(PRESETS[name])
+
+
+def parse_cli(argv: list[str], default: str = "quickstart"):
+    """[PRESET] --field value ... -> (preset name, config). Prints what differs from the preset."""
+    import tyro
+
+    name, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (default, argv)
+    base = pick_preset(name)
+    try:
+        config = tyro.cli(type(base), default=base, args=rest, prog=f"train.py {name}")
+    except ValueError as error:  # from __post_init__
+        raise SystemExit(str(error)) from None
+    changed = diff(base, config)
+    print(f"preset {name}" + (", with " + ", ".join(f"{k}={v}" for k, (_, v) in changed.items()) if changed else ""),
+          file=sys.stderr)
+    return name, config
+
+
+def diff(a, b) -> dict:
+    """{field: (value in a, value in b)} where two configs differ."""
+    a, b = dataclasses.asdict(a), dataclasses.asdict(b)
+    return {k: (a.get(k), b.get(k)) for k in {**a, **b} if a.get(k) != b.get(k)}
+
+
+def to_json(config, preset: str) -> str:
+    """The text of config.json: the preset, the class and every field."""
+    return json.dumps({"preset": preset, "job": type(config).__name__, **dataclasses.asdict(config)}, indent=2)
+
+
+def from_json(text: str, where: str):
+    """(preset, config) from the text of config.json. Raises ValueError naming `where` and the key at fault."""
+    try:
+        fields = json.loads(text)
+        preset, job = fields.pop("preset"), fields.pop("job")
+    except (json.JSONDecodeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{where} is not a run's config.json ({error!r})") from None
+    jobs = {c.__name__: c for c in (NanoJEPAConfig,)}
+    if job not in jobs:
+        raise ValueError(f"{where}: unknown job '{job}'; this version knows {', '.join(jobs)}")
+    names = {f.name for f in dataclasses.fields(jobs[job])}
+    if wrong := sorted(names ^ set(fields)):
+        raise ValueError(f"{where}: missing or unknown fields {', '.join(wrong)} (written by another version?)")
+    return preset, jobs[job](**fields)

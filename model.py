@@ -1,0 +1,552 @@
+"""The networks: one Transformer, one JEPA core, nanoJEPA.
+
+Reads top to bottom: Attention, MLP, Block, Transformer; the JEPA core (context encoder, EMA target encoder,
+predictor); NanoJEPA; the figures that tell learning from collapse. Nothing here reads files or arguments.
+
+Letters: B batch, T tokens, C width, V vocabulary, N targets, nh heads, hs head size. Masks say their sense:
+attn_allowed (True = may attend), is_real (True = not padding), is_target (True = to be predicted).
+"""
+
+import copy
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ----------------------------------------------------------------------------- Transformer
+
+
+def rope(positions: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos, sin [B or 1, 1, T, hs/2] of the rotary embedding (Su et al. 2021) at explicit positions [B or 1, T]."""
+    freq = 10_000.0 ** (-torch.arange(0, head_size, 2, device=positions.device).float() / head_size)
+    angle = positions[:, None, :, None].float() * freq
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates the halves of x [B, nh, T, hs] against each other by the angles of `rope`; keeps x's dtype."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of one Attention, one slot a position: k, v [B, nh, T_max, hs]."""
+
+    def __init__(self, shape, device, dtype):
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+
+    def update(self, k, v, positions):
+        """Writes k, v [B, nh, T, hs] into the slots `positions` [B, T]; returns all slots."""
+        slots = positions[:, None, :, None].expand_as(k)
+        self.k.scatter_(2, slots, k.to(self.k.dtype))
+        self.v.scatter_(2, slots, v.to(self.v.dtype))
+        return self.k, self.v
+
+
+def attend(q, k, v, attn_allowed=None, is_causal=False):
+    """softmax(q k^T / sqrt(hs)) v for q, k, v [B, nh, T, hs]: SDPA, but on a CPU in bf16 plain matrix products.
+
+    PyTorch's CPU flash kernel is slower in bf16 than in fp32; the products are 2 to 3 times as fast (bench.py).
+    """
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_allowed, is_causal=is_causal)
+    if is_causal:
+        attn_allowed = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if attn_allowed is not None:
+        scores = scores + torch.zeros_like(attn_allowed, dtype=q.dtype).masked_fill(~attn_allowed, float("-inf"))
+    return scores.softmax(-1) @ v
+
+
+class Attention(nn.Module):
+    """Multi-head attention, to itself (rotary) or to a context (cross-attention, no positions)."""
+
+    def __init__(self, n_embd: int, n_head: int):
+        super().__init__()
+        self.n_head = n_head
+        self.q = nn.Linear(n_embd, n_embd, bias=False)
+        self.kv = nn.Linear(n_embd, 2 * n_embd, bias=False)
+        self.proj = nn.Linear(n_embd, n_embd, bias=False)
+
+    def forward(self, x, cos_sin=None, attn_allowed=None, is_causal=False, context=None, cache=None, positions=None):
+        """x [B, T, C] -> [B, T, C]. attn_allowed: bool, broadcastable to [B, nh, T, T_keys]; context [B, T_keys, C]."""
+        B, T, C = x.shape
+        source = x if context is None else context
+        q = self.q(x).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
+        k, v = self.kv(source).view(B, source.shape[1], 2, self.n_head, -1).permute(2, 0, 3, 1, 4)
+        if cos_sin is not None:
+            q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
+        if cache is not None:
+            k, v = cache.update(k, v, positions)
+        y = attend(q, k.to(q.dtype), v.to(q.dtype), attn_allowed, is_causal)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, n_embd: int):
+        super().__init__()
+        self.fc = nn.Linear(n_embd, 4 * n_embd, bias=False)
+        self.proj = nn.Linear(4 * n_embd, n_embd, bias=False)
+
+    def forward(self, x):
+        return self.proj(F.gelu(self.fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Pre-norm block; with cross=True it also attends to a context."""
+
+    def __init__(self, n_embd: int, n_head: int, dropout: float, cross: bool = False):
+        super().__init__()
+        self.norm_1 = nn.RMSNorm(n_embd)
+        self.attn = Attention(n_embd, n_head)
+        self.norm_x = nn.RMSNorm(n_embd) if cross else None
+        self.cross = Attention(n_embd, n_head) if cross else None
+        self.norm_2 = nn.RMSNorm(n_embd)
+        self.mlp = MLP(n_embd)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x, cos_sin, attn_allowed, is_causal, context, context_allowed, cache, positions):
+        x = x + self.drop(self.attn(self.norm_1(x), cos_sin, attn_allowed, is_causal, None, cache, positions))
+        if self.cross is not None:
+            x = x + self.drop(self.cross(self.norm_x(x), attn_allowed=context_allowed, context=context))
+        return x + self.drop(self.mlp(self.norm_2(x)))
+
+
+class Transformer(nn.Module):
+    """Blocks over a sequence of vectors at explicit positions; the caller brings embeddings and the mask."""
+
+    def __init__(self, n_layer: int, n_head: int, n_embd: int, dropout: float = 0.0, cross: bool = False):
+        super().__init__()
+        self.n_head, self.n_embd = n_head, n_embd
+        self.drop = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout, cross) for _ in range(n_layer))
+        self.norm = nn.RMSNorm(n_embd)
+
+    def forward(self, x, positions=None, attn_allowed=None, is_causal=False, context=None, context_allowed=None,
+                caches=None):
+        """x [B, T, C] -> [B, T, C].
+
+        positions: int [B or 1, T], 0 … T-1 by default. attn_allowed: bool [B or 1, T, T_keys]. context [B, T_ctx, C]
+        with context_allowed [B, T_ctx], for cross-attention. caches: one KVCache a block (see `new_caches`).
+        """
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device)[None]
+        cos_sin = rope(positions, self.n_embd // self.n_head)
+        attn_allowed = None if attn_allowed is None else attn_allowed[:, None]  # (B, 1, T, T_keys)
+        context_allowed = None if context_allowed is None else context_allowed[:, None, None]  # (B, 1, 1, T_ctx)
+        x = self.drop(x)
+        for i, block in enumerate(self.blocks):
+            cache = None if caches is None else caches[i]
+            x = block(x, cos_sin, attn_allowed, is_causal, context, context_allowed, cache, positions)
+        return self.norm(x)
+
+    def new_caches(self, batch_size: int, max_tokens: int, device, dtype) -> list[KVCache]:
+        shape = (batch_size, self.n_head, max_tokens, self.n_embd // self.n_head)
+        return [KVCache(shape, device, dtype) for _ in self.blocks]
+
+
+def init_weights(module: nn.Module, n_layer: int):
+    """GPT-2's initialisation: N(0, 0.02), projections into the residual stream scaled by 1/sqrt(2 n_layer)."""
+    for name, p in module.named_parameters():
+        if p.dim() >= 2:
+            std = 0.02 / math.sqrt(2 * n_layer) if name.endswith("proj.weight") else 0.02
+            nn.init.normal_(p, 0.0, std)
+
+
+# ----------------------------------------------------------------------------- JEPA core
+
+
+@torch.no_grad()
+def update_target(target: nn.Module, online: nn.Module, momentum: float):
+    """EMA: target = momentum * target + (1 - momentum) * online; parameters averaged, buffers copied."""
+    targets, onlines = list(target.parameters()), list(online.parameters())
+    torch._foreach_lerp_(targets, onlines, 1.0 - momentum)
+    for b_target, b_online in zip(target.buffers(), online.buffers(), strict=True):
+        b_target.copy_(b_online)
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module).requires_grad_(False)
+
+
+class Predictor(nn.Module):
+    """Predicts latents at hidden positions from the visible ones (I-JEPA, Assran et al. 2023, narrow Transformer).
+
+    forward(z_context [B, S, C], positions, is_visible, is_target [B, S]) -> [N, C], N = number of targets.
+    Every target slot holds the same learned mask token; only its position tells one from another.
+    """
+
+    def __init__(self, width: int, n_layer: int, n_head: int, n_embd: int):
+        super().__init__()
+        self.proj_in = nn.Linear(width, n_embd)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, n_embd))
+        self.transformer = Transformer(n_layer, n_head, n_embd)
+        self.proj_out = nn.Linear(n_embd, width)
+        init_weights(self, n_layer)
+
+    def forward(self, z_context, positions, is_visible, is_target):
+        x = torch.where(is_target[..., None], self.mask_token, self.proj_in(z_context))
+        allowed = (is_visible | is_target)[:, None, :].expand(-1, x.shape[1], -1)
+        return self.proj_out(self.transformer(x, positions, attn_allowed=allowed)[is_target])
+
+
+class JEPA(nn.Module):
+    """The three parts over a sequence of vectors: context encoder, EMA target encoder, predictor (I-JEPA, fig. 3)."""
+
+    def __init__(self, encoder: Transformer, predictor: Predictor):
+        super().__init__()
+        self.context_encoder = encoder
+        self.target_encoder = frozen_copy(encoder)
+        self.predictor = predictor
+
+    def encode(self, encoder, x, positions, visible):
+        """Bidirectional encoding in which no position attends to one that is not visible [B, S]. -> [B, S, C]
+
+        What comes out at a position that is not visible is meaningless.
+        """
+        own = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)  # a row without any key would be NaN
+        return encoder(x, positions, attn_allowed=visible[:, None, :] | own)
+
+    def forward(self, x, positions, is_real, is_target):
+        """x [B, S, C], positions int [B, S], is_real, is_target bool [B, S] -> z_pred, z_target [N, C].
+
+        z_target is layer-normed without learned scale, detached; the context encoder never sees a target.
+        """
+        is_visible = is_real & ~is_target
+        z_context = self.encode(self.context_encoder, x, positions, is_visible)
+        z_pred = self.predictor(z_context, positions, is_visible, is_target)
+        with torch.no_grad():
+            z = self.encode(self.target_encoder, x, positions, is_real)[is_target]
+            z_target = F.layer_norm(z.float(), z.shape[-1:])
+        return z_pred, z_target
+
+    def update_target(self, momentum: float):
+        update_target(self.target_encoder, self.context_encoder, momentum)
+
+
+# ----------------------------------------------------------------------------- nanoJEPA
+
+
+def question_row(question: list[int], pred_id: int) -> list[int]:
+    """The question view: its tokens, then [PRED]."""
+    return question + [pred_id]
+
+
+def answer_row(answer: list[int], eos_id: int) -> list[int]:
+    """The answer view: [EOS] as start, its tokens, [EOS]; the latent is read at the last position."""
+    return [eos_id, *answer, eos_id]
+
+
+def pad_rows(rows: list[list[int]], fill: int, device=None) -> torch.Tensor:
+    """Ragged rows -> int64 [B, T], filled on the right."""
+    out = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.long)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = torch.tensor(row)
+    return out.to(device)
+
+
+def attn_allowed(segment: torch.Tensor) -> torch.Tensor:
+    """The isolation mask, as the reference: segment int [B, T] (0 question, 1 answer, -1 padding) -> bool [B, T, T].
+
+    Position i may attend to j where both are of one view and j is not later. [PRED] is the question's last token, so
+    it sees the question and never the answer. Padding attends to itself alone (a row without keys would be NaN).
+    """
+    same = segment[:, :, None] == segment[:, None, :]
+    return same & torch.ones_like(same[0]).tril()
+
+
+def pool_weights(starts: list[int], rows: list[list[int]], pooling: str) -> torch.Tensor:
+    """Weights [B, T] that turn states of answer rows, which begin at `starts`, into one latent.
+
+    `last`: the closing [EOS]; `mean`: every position but the opening [EOS].
+    """
+    ends = [start + len(row) for start, row in zip(starts, rows, strict=True)]
+    pool = torch.zeros(len(rows), max(ends))
+    for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        first = end - 1 if pooling == "last" else start + 1
+        pool[i, first:end] = 1 / (end - first)
+    return pool
+
+
+def in_batches(rows: list[list[int]], batch_size: int, encode) -> torch.Tensor:
+    """encode(rows) over batches of like length -> [len(rows), C] in the order given."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    parts = [order[s : s + batch_size] for s in range(0, len(rows), batch_size)]
+    out = torch.cat([encode([rows[i] for i in part]) for part in parts])
+    return out[torch.tensor(order, device=out.device).argsort()]
+
+
+class Standardize(nn.Module):
+    """Per-dimension standardisation of latents [B, C]: by the batch in training, by fitted statistics otherwise.
+
+    Without it the latents of a language model share one direction, any two of them have a cosine above 0.9, and
+    predicting that direction is all that 1 - cos teaches. Running averages in training lag behind a network that
+    learns, and the lag is one more shared direction (measured: LOG.md).
+    """
+
+    def __init__(self, n_embd: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(n_embd))
+        self.register_buffer("std", torch.ones(n_embd))
+
+    def fit(self, z):
+        """Takes the statistics from latents z [N, C]."""
+        self.mean.copy_(z.mean(0))
+        self.std.copy_(z.std(0, correction=0).clamp_min(1e-3))
+
+    def forward(self, z):
+        if self.training:
+            return (z - z.mean(0)) / z.std(0, correction=0).clamp_min(1e-3)
+        return (z - self.mean) / self.std
+
+
+class NanoJEPA(nn.Module):
+    """Decoder-only Transformer with a latent objective: [PRED] after the question predicts the answer's latent.
+
+    lm_loss + lambda_jepa * (1 - cos(pred_latent, answer_latent)), answer_latent detached (after LLM-JEPA, Huang et
+    al. 2025, and the public nanoJEPA). Deviation from both: the views cannot see each other. They run as separate
+    causal rows, which is the block-diagonal mask of `attn_allowed` without its cost. pred_latent is the
+    final-normed state at [PRED], answer_latent the pooled, standardised states of the answer's own row. [EOS] and [PRED] are
+    the last two ids of the vocabulary.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.eos_id, self.pred_id = config.vocab_size - 2, config.vocab_size - 1
+        rows = -(-config.vocab_size // 64) * 64  # matrix sizes that hardware likes
+        self.embed = nn.Embedding(rows, config.n_embd)  # tied with the output
+        self.transformer = Transformer(config.n_layer, config.n_head, config.n_embd, config.dropout)
+        self.prefix = nn.Linear(config.n_embd, config.n_embd) if config.answer_context == "latent" else None
+        self.standardize = Standardize(config.n_embd)
+        init_weights(self, config.n_layer)
+        self.target_model = None
+        if config.target_encoder == "ema":
+            self.target_model = nn.ModuleList([frozen_copy(self.embed), frozen_copy(self.transformer)])
+
+    def n_params(self) -> int:
+        """Trainable parameters; the tied embedding counts once."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def token_loss(self, h, loss_at, targets):
+        """Summed cross-entropy of h [B, T, C] at the flat positions loss_at [M] with the ids targets [M]."""
+        logits = F.linear(h.flatten(0, 1)[loss_at], self.embed.weight)  # (M, V): padding costs nothing
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+    def answer_latent(self, h, pool):
+        """States h [B, T, C] of answer rows, weights pool [B, T] -> standardised latent [B, C], detached."""
+        z = (h.detach().float() * pool[..., None]).sum(1)
+        return self.standardize(z) if self.config.standardize_target else z
+
+    def target_latent(self, idx, pool):
+        """Answer rows idx [B, T] -> answer latents [B, C] by the target encoder, without gradient."""
+        embed, transformer = self.target_model or (self.embed, self.transformer)
+        with torch.no_grad():
+            return self.answer_latent(transformer(embed(idx), is_causal=True), pool)
+
+    def forward(self, batch: dict) -> dict:
+        """A batch of data.collate -> {"loss", "lm_loss", "jepa_loss", "cos"}: means, scalars.
+
+        idx [B, T]: rows that hold the question, [PRED] at pred_at [B], and with answer_context = question the answer
+        after it. answer_idx [B, Ta]: the answer in a row of its own. Each has (answer_)loss_at [M], the flat
+        positions with a token loss, and (answer_)targets [M]. target_idx [B, Tt]: what the target latent is taken
+        from, pooled with the weights target_pool [B, Tt]. With `segment` and `positions` [B, T] (data.collate with packed=True) the two views
+        lie in one padded row and a dense mask isolates them: the reference path.
+        """
+        cfg, at = self.config, torch.arange(len(batch["idx"]), device=batch["idx"].device)
+        x = self.embed(batch["idx"])
+        if "segment" in batch:
+            h = self.transformer(x, batch["positions"], attn_allowed=attn_allowed(batch["segment"]))
+        else:
+            h = self.transformer(x, is_causal=True)
+        pred = h[at, batch["pred_at"]]  # (B, C)
+        total, count = self.token_loss(h, batch["loss_at"], batch["targets"]), len(batch["targets"])
+
+        if "answer_idx" in batch:
+            x = self.embed(batch["answer_idx"])
+            if self.prefix is not None:
+                x = torch.cat((self.prefix(pred)[:, None].to(x.dtype), x[:, 1:]), dim=1)
+            h = self.transformer(x, is_causal=True)
+            total = total + self.token_loss(h, batch["answer_loss_at"], batch["answer_targets"])
+            count = count + len(batch["answer_targets"])
+        lm_loss = total / count
+
+        if cfg.lambda_jepa == 0:
+            return {"loss": lm_loss, "lm_loss": lm_loss}
+        if "target_idx" in batch:
+            target = self.target_latent(batch["target_idx"], batch["target_pool"])
+        else:  # the row just run holds the answer's own view
+            target = self.answer_latent(h, batch["target_pool"])
+        cos = F.cosine_similarity(pred.float(), target, dim=-1).mean()
+        jepa_loss = 1 - cos
+        return {"loss": lm_loss + cfg.lambda_jepa * jepa_loss, "lm_loss": lm_loss, "jepa_loss": jepa_loss, "cos": cos}
+
+    @torch.no_grad()
+    def encode(self, questions: list[list[int]], answers: list[list[int]], batch_size: int = 64):
+        """Token ids of texts -> (pred_latent [B, C], answer_latent [B, C]), fp32: the two isolated views.
+
+        Special tokens are added here. The answer's latent comes from the target encoder (its EMA copy where
+        config.target_encoder says so). Raises ValueError for an empty text or one longer than config.block_size.
+        """
+        was_training = self.training
+        self.eval()
+        q_rows = self.check_rows([question_row(q, self.pred_id) for q in questions], "question", 2)
+        a_rows = self.check_rows([answer_row(a, self.eos_id) for a in answers], "answer", 3)
+        pred = in_batches(q_rows, batch_size, self.predict_latent)
+        answer = in_batches(a_rows, batch_size, self.encode_answers)
+        self.train(was_training)
+        return pred, answer
+
+    @torch.no_grad()
+    def fit_standardize(self, answers: list[list[int]], batch_size: int = 64):
+        """Sets the statistics of the answer latents, for evaluation, from training answers (token ids)."""
+        was_training = self.training
+        self.eval()
+        self.standardize.mean.zero_(), self.standardize.std.fill_(1.0)
+        rows = [answer_row(a, self.eos_id) for a in answers]
+        self.standardize.fit(in_batches(rows, batch_size, self.encode_answers))
+        self.train(was_training)
+
+    def check_rows(self, rows, what: str, shortest: int):
+        for i, row in enumerate(rows):
+            if not shortest <= len(row) <= self.config.block_size:
+                why = "is empty" if len(row) < shortest else f"has {len(row)} tokens with its special ones"
+                raise ValueError(f"{what} {i} {why}; the model reads 1 to block_size={self.config.block_size}")
+        return rows
+
+    def predict_latent(self, rows: list[list[int]]) -> torch.Tensor:
+        """Question rows -> pred_latent [B, C], fp32."""
+        device = self.embed.weight.device
+        h = self.transformer(self.embed(pad_rows(rows, self.eos_id, device)), is_causal=True)
+        at = torch.tensor([len(r) - 1 for r in rows], device=device)
+        return h[torch.arange(len(rows), device=device), at].float()
+
+    def encode_answers(self, rows: list[list[int]]) -> torch.Tensor:
+        """Answer rows -> answer_latent [B, C], fp32."""
+        device = self.embed.weight.device
+        pool = pool_weights([0] * len(rows), rows, self.config.pooling).to(device)
+        return self.target_latent(pad_rows(rows, self.eos_id, device), pool)
+
+    @torch.no_grad()
+    def generate(self, questions: list[list[int]], max_new_tokens: int, temperature: float = 0.0, seed: int = 0):
+        """Answers token by token with a KV cache -> list of B token lists, without specials, up to [EOS].
+
+        Greedy at temperature 0, else sampled from a generator of its own. What the answer is conditioned on follows
+        from config.answer_context: nothing, the predicted latent, or the question.
+        """
+        self.eval()
+        device, dtype, B = self.embed.weight.device, self.embed.weight.dtype, len(questions)
+        rows = self.check_rows([question_row(q, self.pred_id) for q in questions], "question", 2)
+        if self.config.answer_context == "question":
+            lengths = torch.tensor([len(r) for r in rows], device=device)
+            x = self.embed(pad_rows(rows, self.eos_id, device))
+        else:
+            lengths = torch.ones(B, dtype=torch.long, device=device)
+            x = self.embed(torch.full((B, 1), self.eos_id, device=device))
+            if self.prefix is not None:
+                x = self.prefix(self.predict_latent(rows))[:, None]
+        generator = torch.Generator(device).manual_seed(seed)
+        T = x.shape[1]
+        max_tokens = min(T + max_new_tokens, self.config.block_size)
+        slots = torch.arange(max_tokens, device=device)
+        caches = self.transformer.new_caches(B, max_tokens, device, dtype)
+        positions = slots[:T].expand(B, T)
+        out, done = [], torch.zeros(B, dtype=torch.bool, device=device)
+        while True:
+            # a slot is a position: padding of the prompt lies in later slots and is overwritten before it is seen
+            h = self.transformer(x, positions, attn_allowed=slots <= positions[..., None], caches=caches)
+            h = h[torch.arange(B, device=device), lengths - 1] if not out else h[:, -1]
+            logits = F.linear(h, self.embed.weight[: self.pred_id]).float()  # [PRED] is never written
+            if temperature > 0:
+                token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            else:
+                token = logits.argmax(-1, keepdim=True)
+            out.append(torch.where(done[:, None], self.eos_id, token))
+            done |= token[:, 0] == self.eos_id
+            positions = (lengths + len(out) - 1)[:, None]  # (B, 1), where the new token goes
+            if len(out) == max_new_tokens or done.all() or int(positions.max()) >= max_tokens:
+                break
+            x = self.embed(out[-1])
+        tokens = torch.cat(out, dim=1).tolist()
+        return [t[: t.index(self.eos_id)] if self.eos_id in t else t for t in tokens]
+
+    def update_target(self, momentum: float):
+        if self.target_model is not None:
+            update_target(self.target_model, nn.ModuleList([self.embed, self.transformer]), momentum)
+
+    def flops_per_token(self, T: float) -> float:
+        """Forward and backward, 6 N + 12 L C T (PaLM, appendix B), on rows of T tokens."""
+        cfg = self.config
+        return 6 * self.n_params() + 12 * cfg.n_layer * cfg.n_embd * T
+
+
+# ----------------------------------------------------------------------------- optimiser, MFU
+
+PEAK_FLOPS = {  # dense bf16, from the makers' data sheets
+    "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12, "A10G": 70e12,
+}
+
+
+def configure_optimizers(model: nn.Module, config) -> torch.optim.AdamW:
+    """AdamW with decay on matrices only; the fused kernel."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
+
+
+def estimate_mfu(flops_per_s: float, device_name: str) -> float | None:
+    """Share of the device's peak in [0, 1]; None for a device whose peak is not in PEAK_FLOPS."""
+    peak = next((v for k, v in PEAK_FLOPS.items() if k in device_name), None)
+    return None if peak is None else flops_per_s / peak
+
+
+# ----------------------------------------------------------------------------- learning or collapse?
+
+
+def effective_rank(z: torch.Tensor) -> float:
+    """RankMe (Garrido et al. 2023, eq. 2): exp of the entropy of the normalised singular values of z [N, C]."""
+    s = torch.linalg.svdvals(z.double())
+    p = s / s.sum().clamp_min(1e-12) + 1e-12
+    return float(torch.exp(-(p * p.log()).sum()))
+
+
+def alignment(pred: torch.Tensor, target: torch.Tensor) -> dict:
+    """Do predicted latents find their own targets? pred, target [N, C], N >= 2, row i belongs to row i.
+
+    cos_matched, cos_mismatched (mean over all other rows), gap; retrieval_top1 (own target nearest by cosine; a tie
+    of m counts 1/m, so chance stays 1/N with duplicate targets), its 95 % interval (Wilson), chance_top1; of the
+    predictions effective_rank, std (mean per-dimension std after layer norm: 0 = collapsed, 1 = as spread as can
+    be); the same of the targets; predict_mean_cos: what the best constant prediction would reach.
+    """
+    n = len(pred)
+    p, t = F.normalize(pred.double(), dim=-1), F.normalize(target.double(), dim=-1)
+    sim = p @ t.T
+    own = sim.diagonal()
+    best = sim >= sim.max(dim=1, keepdim=True).values - 1e-9
+    top1 = float((best.diagonal().double() / best.sum(1)).mean())
+    mismatched = float((sim.sum() - own.sum()) / (n * (n - 1)))
+    lo, hi = wilson(top1, n)
+
+    def std(z):
+        return float(F.layer_norm(z.float(), z.shape[-1:]).std(0).mean())
+
+    return {
+        "cos_matched": float(own.mean()), "cos_mismatched": mismatched, "gap": float(own.mean()) - mismatched,
+        "retrieval_top1": top1, "retrieval_ci95": [lo, hi], "chance_top1": 1 / n,
+        "effective_rank": effective_rank(pred), "std": std(pred),
+        "target_effective_rank": effective_rank(target), "target_std": std(target),
+        "predict_mean_cos": float(t.mean(0).norm()), "n": n,
+    }  # fmt: skip
+
+
+def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson 1927)."""
+    mid = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, mid - half), min(1.0, mid + half)

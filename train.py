@@ -1,0 +1,418 @@
+"""Trains every model of this repository: one loop, straight down.
+
+    python train.py                                         # quickstart: synthetic problems, any machine, minutes
+    python train.py nanojepa                                # 45 M parameters on GSM8K, one GPU
+    python train.py nanojepa-small --data_dir DATA/gsm8k    # about 3 M on a CPU, from a local folder
+    torchrun --standalone --nproc_per_node 2 train.py quickstart
+    python train.py nanojepa --help                         # every field
+
+The same command on an unfinished run folder continues it, to the same weights. A run folder holds
+model.safetensors, config.json, state.pt (what resuming needs), log.jsonl and its plots.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import config as cfg
+import data
+from model import NanoJEPA, alignment, configure_optimizers, estimate_mfu
+
+# ----------------------------------------------------------------------------- devices
+
+RUN_FILES = ["model.safetensors", "config.json", "state.pt", "log.jsonl", "tokenizer.tiktoken", "token_loss_curve.png",
+             "jepa_loss_curve.png"]  # fmt: skip
+
+
+def pick_device(name: str = "auto") -> str:
+    """cuda, mps or cpu, in this order, unless a name is given."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def pick_dtype(name: str, device: str) -> torch.dtype:
+    """bf16 where the hardware computes in it, otherwise fp32."""
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    if device.startswith("cuda"):
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def pick_compile(choice: str, device: str) -> bool:
+    """Whether to torch.compile; says why."""
+    use = choice == "on" or (choice == "auto" and device.startswith("cuda"))
+    why = "asked for" if choice != "auto" else "always pays on CUDA" if use else f"on {device} eager is as fast"
+    say(f"compile {'on' if use else 'off'}: {why}")
+    return use
+
+
+def say(*text):
+    """Prose of rank 0, on stderr."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(*text, file=sys.stderr, flush=True)
+
+
+# ----------------------------------------------------------------------------- run folders
+
+
+def write_atomic(path: Path, write):
+    """write(temporary path), then fsync and rename: `path` holds the old content or the new, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with open(temporary, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def build_model(config) -> torch.nn.Module:
+    """The model that a config describes, with fresh weights."""
+    return {cfg.NanoJEPAConfig: NanoJEPA}[type(config)](config)
+
+
+def load_run(folder, device: str = "auto"):
+    """(model in eval mode, config) of any run folder, strictly: every weight present, none left over.
+
+    The config's `preset` is model.preset. Raises FileNotFoundError or ValueError that names the file at fault.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} does not exist: {folder} is no (finished) run of train.py")
+    preset, config = cfg.from_json((folder / "config.json").read_text(), str(folder / "config.json"))
+    model = build_model(config)
+    try:
+        model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{folder / 'model.safetensors'} does not hold this run's weights: {error}") from None
+    model.preset = preset
+    return model.to(pick_device(device)).eval(), config
+
+
+def load_tokenizer(folder, config) -> data.Tokenizer:
+    """The tokenizer of a run: its own BPE, or GPT-2's."""
+    return data.gpt2_tokenizer() if config.tokenizer == "gpt2" else data.load_bpe(Path(folder) / "tokenizer.tiktoken")
+
+
+IGNORED_ON_RESUME = {"out_dir", "overwrite", "device", "threads", "log_every", "save_every", "data_dir", "vocab_size"}
+
+
+def open_run(folder: Path, preset: str, config) -> dict | None:
+    """Makes the run folder ready: None to start, or the training state to continue from.
+
+    Raises SystemExit, with nothing touched, for a finished run, another run's folder, foreign files or a damaged
+    state; --overwrite replaces this project's files and leaves all others.
+    """
+    here = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    if config.overwrite:
+        for name in RUN_FILES:
+            (folder / name).unlink(missing_ok=True)
+        return None
+    if not here:
+        return None
+    if "config.json" not in here:
+        raise SystemExit(f"{folder} holds files but no config.json: not a run of train.py. "
+                         f"Choose another --out_dir, or --overwrite to write into it")
+    try:
+        old_preset, old = cfg.from_json((folder / "config.json").read_text(), str(folder / "config.json"))
+    except ValueError as error:
+        raise SystemExit(f"{error}. Choose another --out_dir, or --overwrite") from None
+    if type(old) is not type(config):
+        raise SystemExit(f"{folder} is a run of preset '{old_preset}'. Choose another --out_dir, or --overwrite")
+    if changed := {k: v for k, v in cfg.diff(old, config).items() if k not in IGNORED_ON_RESUME}:
+        what = ", ".join(f"{k}: {a} there, {b} here" for k, (a, b) in changed.items())
+        raise SystemExit(f"{folder} is a run with other settings ({what}). Choose another --out_dir, or --overwrite")
+    if "state.pt" not in here:
+        return None  # killed before the first checkpoint
+    try:
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        missing = {"model", "optimizer", "step", "n_steps"} - set(state)
+    except Exception as error:  # zip, unpickling and end-of-file errors, by the kind of damage
+        raise SystemExit(f"{folder / 'state.pt'} is damaged ({type(error).__name__}: {str(error)[:200]}). "
+                         f"Nothing was changed; --overwrite starts again") from None
+    if missing:
+        raise SystemExit(f"{folder / 'state.pt'} is not a training state (without {', '.join(sorted(missing))})")
+    if state["step"] >= state["n_steps"]:
+        raise SystemExit(f"{folder} is finished ({state['step']} steps). Choose another --out_dir, or --overwrite")
+    return state
+
+
+def save_plots(folder: Path):
+    """token_loss_curve.png and jepa_loss_curve.png from log.jsonl."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for name, key, title in (("token_loss_curve.png", "lm_loss", "token loss (nats)"),
+                             ("jepa_loss_curve.png", "jepa_loss", "1 - cos(pred, answer)")):
+        fig, ax = plt.subplots(figsize=(7, 4))
+        for split in ("train", "val"):
+            points = [(r["step"], r[key]) for r in log if r["split"] == split and key in r]
+            if points:
+                ax.plot(*zip(*points, strict=True), label=split, marker="." if split == "val" else None)
+        flat = [(r["step"], 1 - r["predict_mean_cos"]) for r in log if r["split"] == "val" and "predict_mean_cos" in r]
+        if key == "jepa_loss" and flat:
+            ax.plot(*zip(*flat, strict=True), label="val, best constant prediction", linestyle=":")
+        ax.set(xlabel="step", ylabel=title)
+        ax.grid(alpha=0.3)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend()
+        fig.tight_layout()
+        fig.savefig(folder / name, dpi=110)
+        plt.close(fig)
+
+
+# ----------------------------------------------------------------------------- the job
+
+FIT_ON = 1024  # training problems from which an evaluation takes the latents' mean and std
+
+def load_examples(config, out: Path):
+    """(train, val) examples, tokenizer; trains and saves the run's BPE first where it has none."""
+    n = config.limit or config.n_synthetic
+    train_limit, val_limit = (n if config.dataset == "synthetic" else config.limit), config.val_problems
+    common = dict(data_dir=config.data_dir, seed=config.seed, max_steps=config.max_problem_steps)
+    train = data.load_problems(config.dataset, "train", limit=train_limit, **common)
+    val = data.load_problems(config.dataset, "val", limit=val_limit, **common)
+    if config.tokenizer == "gpt2":
+        tokenizer = data.gpt2_tokenizer()
+    elif (out / "tokenizer.tiktoken").is_file():
+        tokenizer = data.load_bpe(out / "tokenizer.tiktoken")
+    else:
+        texts = [t for p in train for t in (p["question"], data.answer_text(p, "solution"))]
+        tokenizer = data.train_bpe(texts, config.vocab_size)
+        if int(os.environ.get("RANK", 0)) == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            write_atomic(out / "tokenizer.tiktoken", tokenizer.save)
+    config.vocab_size = tokenizer.vocab_size
+    return [data.encode_problems(p, tokenizer, config) for p in (train, val)] + [tokenizer]
+
+
+@torch.no_grad()
+def evaluate(model, examples, fit_on, config, device, autocast) -> dict:
+    """Held-out lm_loss, jepa_loss and the collapse diagnostics of model.alignment; draws no random number.
+
+    First takes the latents' statistics from the training examples fit_on.
+    """
+    model.eval()
+    total, n = 0.0, 0
+    by_length = sorted(examples, key=lambda e: len(e["question"]) + len(e["answer"]))
+    for start in range(0, len(by_length), config.batch_size):
+        part = by_length[start : start + config.batch_size]
+        with autocast():
+            total += float(model(data.collate(part, config, device))["lm_loss"]) * len(part)
+        n += len(part)
+    with autocast():
+        model.fit_standardize([e["target"] for e in fit_on])
+        pred, target = model.encode([e["question"] for e in examples], [e["target"] for e in examples])
+    figures = alignment(pred, target)
+    model.train()
+    return {"lm_loss": total / n, "jepa_loss": 1 - figures["cos_matched"], **figures}
+
+
+def learning_rate(step: int, n_steps: int, config) -> float:
+    """Linear warm-up, then a cosine to lr * min_lr_ratio at the last step."""
+    warmup = max(1, round(config.warmup_ratio * n_steps))
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, n_steps - 1 - warmup)
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def train(preset: str, config) -> dict:
+    """One run from start (or checkpoint) to end -> the figures that `main` prints."""
+    # machine
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(config.device)
+    if world > 1:
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.set_float32_matmul_precision("high")
+    dtype = pick_dtype(config.dtype, device)
+
+    def autocast():
+        return torch.autocast(device.split(":")[0], dtype) if dtype != torch.float32 else nullcontext()
+
+    # data, model, optimizer
+    out = Path(config.out_dir or f"out/{preset}")
+    config.out_dir = str(out)
+    state = open_run(out, preset, config)
+    if world > 1:
+        dist.barrier()  # no rank may write into the folder before every rank has looked at it
+    train_examples, val_examples, tokenizer = load_examples(config, out)
+    batches = data.Batches(train_examples, config)
+    micro_steps = config.grad_accum * world
+    n_steps = config.max_steps or max(1, round(config.epochs * batches.per_epoch / micro_steps))
+    torch.manual_seed(config.seed)
+    model = build_model(config)
+    if state:
+        model.load_state_dict(state["model"])
+    model.to(device)
+    optimizer = configure_optimizers(model, config)
+    first = 0
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        first, n_steps = state["step"], state["n_steps"]
+        say(f"continuing {out} at step {first} of {n_steps}")
+    say(f"{preset}: {model.n_params():,} parameters on {device} in {str(dtype)[6:]}, {len(train_examples):,} problems, "
+        f"vocabulary {config.vocab_size}, {n_steps} steps of {config.batch_size * micro_steps} problems -> {out}")
+
+    run_model = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    if pick_compile(config.compile, device):
+        run_model = torch.compile(run_model, dynamic=True)
+        with autocast():  # always on the same batch: the kernels must not depend on where a run is resumed
+            warm = data.collate(batches(0), config, device)
+            run_model(strip(warm))["loss"].backward()
+            optimizer.zero_grad(set_to_none=True)
+
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(out / "config.json", lambda path: path.write_text(cfg.to_json(config, preset) + "\n"))
+        keep_log_until(out / "log.jsonl", first)
+
+    def log(row):
+        if rank == 0:
+            with open(out / "log.jsonl", "a") as f:
+                f.write(json.dumps(row) + "\n")
+
+    def save(step):
+        if rank == 0:
+            weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+            payload = {"model": weights, "optimizer": optimizer.state_dict(), "step": step, "n_steps": n_steps}
+            from safetensors.torch import save_file
+
+            write_atomic(out / "state.pt", lambda path: torch.save(payload, path))
+            write_atomic(out / "model.safetensors", lambda path: save_file(weights, path))
+
+    # loop
+    progress = None
+    if rank == 0 and sys.stderr.isatty():
+        from tqdm import tqdm
+
+        progress = tqdm(total=n_steps, initial=first, unit="step")
+    model.train()
+    figures, val = {}, {}
+    started, busy, tokens, slots = time.time(), 0.0, 0, 0
+    window, window_tokens = time.time(), 0
+    for step in range(first, n_steps):
+        t0 = time.time()
+        torch.manual_seed((config.seed * 1_000_003 + step) * 1009 + rank)  # dropout follows from (seed, step, rank)
+        lr = learning_rate(step, n_steps, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        sums = {}
+        for micro in range(config.grad_accum):
+            index = (step * config.grad_accum + micro) * world + rank
+            batch = data.collate(batches(index), config, device)
+            tokens, slots = tokens + batch["n_real"], slots + batch["n_total"]
+            window_tokens += batch["n_real"]
+            last = micro == config.grad_accum - 1
+            with run_model.no_sync() if world > 1 and not last and hasattr(run_model, "no_sync") else nullcontext():
+                with autocast():
+                    losses = run_model(strip(batch))
+                (losses["loss"] / config.grad_accum).backward()
+            for k, v in losses.items():
+                sums[k] = sums.get(k, 0.0) + v.detach() / config.grad_accum
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        if not torch.isfinite(sums["loss"] + grad_norm):
+            raise SystemExit(f"loss {float(sums['loss'])}, gradient norm {float(grad_norm)} at step {step}: stopped. "
+                             f"Last good checkpoint: {out / 'state.pt'} "
+                             f"({'step ' + str(last_saved(out)) if last_saved(out) else 'none yet'}); lower --lr")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        model.update_target(config.ema_start + (config.ema_end - config.ema_start) * step / max(1, n_steps - 1))
+        busy += time.time() - t0
+
+        done = step + 1
+        if done % config.log_every == 0 or done == n_steps:
+            figures = {k: float(v) for k, v in sums.items()}
+            rate = window_tokens * world / max(1e-9, time.time() - window)
+            row = {"step": done, "split": "train", **figures, "lr": lr, "grad_norm": float(grad_norm),
+                   "tokens_per_s": round(rate), "real_share": round(tokens / slots, 4)}
+            name = torch.cuda.get_device_name() if device.startswith("cuda") else device
+            mfu = estimate_mfu(rate * model.flops_per_token(slots / max(1, tokens)), name)
+            log(row | ({"mfu": mfu} if mfu else {}))
+            if progress:
+                progress.set_postfix({k: f"{v:.3f}" for k, v in figures.items() if k != "loss"})
+                progress.update(done - progress.n)
+            window, window_tokens = time.time(), 0
+        if done % config.eval_every == 0 or done == n_steps:
+            if rank == 0:
+                val = evaluate(model, val_examples, train_examples[:FIT_ON], config, device, autocast)
+                log({"step": done, "split": "val", **val})
+                say(f"step {done}/{n_steps}: train {short(figures)} | val {short(val)}")
+            window, window_tokens = time.time(), 0
+        if done % config.save_every == 0 or done == n_steps:
+            save(done)
+            if world > 1:
+                dist.barrier()
+    if progress:
+        progress.close()
+    if rank == 0:
+        save_plots(out)
+    if world > 1:
+        dist.destroy_process_group()
+    return {"preset": preset, "out_dir": str(out), "steps": n_steps, "params": model.n_params(), "device": device,
+            "train": figures, "val": val, "tokens_per_s": round(tokens * world / max(busy, 1e-9)),
+            "real_share": round(tokens / max(1, slots), 4), "seconds": round(time.time() - started, 1)}
+
+
+def strip(batch: dict) -> dict:
+    """The tensors of a batch, without the counts kept for the record."""
+    return {k: v for k, v in batch.items() if torch.is_tensor(v)}
+
+
+def short(figures: dict) -> str:
+    names = "lm_loss jepa_loss cos_matched cos_mismatched retrieval_top1 effective_rank".split()
+    return " ".join(f"{k} {figures[k]:.3f}" for k in names if k in figures)
+
+
+def last_saved(out: Path) -> int:
+    path = out / "state.pt"
+    return torch.load(path, map_location="cpu", weights_only=True)["step"] if path.is_file() else 0
+
+
+def keep_log_until(path: Path, step: int):
+    """Drops log lines after `step` (and a half-written last one), so that a resumed run logs each step once."""
+    if path.is_file():
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except json.JSONDecodeError:
+                continue
+        write_atomic(path, lambda p: p.write_text("".join(line + "\n" for line in kept)))
+
+
+def main():
+    preset, config = cfg.parse_cli(sys.argv[1:])
+    try:
+        result = train(preset, dataclasses.replace(config))
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from None
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

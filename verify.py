@@ -1,0 +1,459 @@
+"""ValidationGate: is the answer right, and does the arithmetic of every step hold?
+
+    python verify.py --chains data/chains.jsonl           # a chain, or a problem with a worked "answer", per line
+    python verify.py --candidates data/candidates.jsonl   # agreement with the is_correct labels
+    python verify.py --expression "2+2=4"                 # write --expression=-2+2=0 where it starts with a minus
+
+The last line of stdout is one JSON object. The gate sees numbers, not meaning: a step that adds the wrong two
+quantities correctly passes. Answers are extracted as lm-evaluation-harness does it for GSM8K.
+"""
+import ast
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+MAX_EXPRESSION = 200  # characters
+MAX_STEP = 4000  # characters; an honest step of GSM8K is below 700
+MAX_DIGITS = 40  # in one run of digits
+MAX_DEPTH = 20  # nested parentheses
+MAX_EXPONENT = 64
+MAX_BITS = 2048  # of a numerator or denominator, also in between
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate says. `reason` is a stable snake_case word ("ok" when valid), `detail` the message for people."""
+    is_valid: bool
+    reason: str
+    detail: str = ""
+
+
+class Rejected(ValueError):
+    """An expression the gate does not evaluate; `reason` as in Verdict."""
+    def __init__(self, reason, detail):
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# answers
+
+STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
+FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+DECLARED = re.compile(r"^[ \t]*A:(.+)$|\\boxed\{([^{}]*)\}", re.M)
+NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+BARE = re.compile(rf"(-?)\s*[$€£]?\s*(-?)({NUMBER})(?:\.(?!\d))?(?:\s*/\s*({NUMBER}))?"  # sign, value, divisor
+                  r"\s*[%$€£]?\s*(?:[a-zA-Z][a-zA-Z ]*)?\.?")  # unit
+
+
+def _clean(text):
+    return re.sub(r"[,$]", "", text).removesuffix(".")
+
+
+def extract_answer(text, mode=None):
+    """The final answer in a solution, as a cleaned string, or None.
+
+    mode "strict": the first `#### n`; "flexible": an `A: n` line or \\boxed{n}, else the last number; None: strict,
+    else flexible. Source: lm-evaluation-harness, gsm8k.yaml (filters strict-match and flexible-extract). Deviations:
+    `A:` and \\boxed, U+2212 is read as a minus, and a match without a digit ("...") is passed over.
+    """
+    if mode not in (None, "strict", "flexible"):
+        raise ValueError(f"mode {mode!r}: use 'strict', 'flexible' or None (strict first)")
+    text = text.replace("\u2212", "-")
+    if mode != "flexible" and (match := STRICT.search(text)):
+        return _clean(match[1])
+    if mode == "strict":
+        return None
+    declared = [a or b for a, b in DECLARED.findall(text) if parse_number(a or b) is not None]
+    found = declared or [a or b for a, b in FLEXIBLE.findall(text) if re.search(r"\d", a + b)]
+    return _clean(found[-1]).strip() if found else None
+
+
+def parse_number(text):
+    """The exact value of a written number as a Fraction, or None.
+
+    18 = 18.00 = $18 = "18 apples."; 1,800 = 1800; 1/2 = 0.5. "50%" is 50: GSM8K's answers are bare numbers, the
+    percent sign is a unit there. More than 64 characters, or anything else than one number, is None.
+    """
+    match = BARE.fullmatch(re.sub("[\u2212\u2013]", "-", text.strip())) if len(text) <= 64 else None
+    if match is None or not text.isprintable():
+        return None
+    minus, inner_minus, number, divisor = match.groups()
+    value, divisor = Fraction(number.replace(",", "")), Fraction((divisor or "1").replace(",", ""))
+    if divisor == 0 or (minus and inner_minus):
+        return None
+    return (-value if minus or inner_minus else value) / divisor
+
+
+def _answer_value(text):
+    """Value of a bare answer or of a text that ends in one. `####` wins over everything else."""
+    value = None if "####" in text else parse_number(text)
+    if value is None and (found := extract_answer(text)) is not None:
+        value = parse_number(found)
+    return value
+
+
+def check_answer(prediction, truth):
+    """True where both (a bare answer, or a text that states one) are the same number. Unparseable is wrong."""
+    value = _answer_value(prediction)
+    return value is not None and value == _answer_value(truth)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# arithmetic
+
+def evaluate(expression):
+    """The exact value of an arithmetic expression, as a sympy.Rational.
+
+    Numbers, + - * / // % **, signs and parentheses; decimals are read from their digits, never through a float.
+    Raises Rejected: "too_long", "too_deep", "not_whitelisted", "syntax", "division_by_zero", "too_large".
+    Nothing in the text is ever executed (no eval, no sympify), and length, depth, exponents and every intermediate
+    result are capped before the work is done. So time is bounded without a timer, on any thread.
+    """
+    from sympy import Rational
+    if len(expression) > MAX_EXPRESSION:
+        raise Rejected("too_long", f"{len(expression)} characters, more than {MAX_EXPRESSION}: {expression[:40]!r}...")
+    if alien := re.search(r"[^\d\s.+\-*/%()]", expression, re.A):
+        raise Rejected("not_whitelisted", f"{alien[0]!r} in {expression!r}")
+    if re.search(rf"\d{{{MAX_DIGITS + 1}}}", expression):
+        raise Rejected("too_large", f"more than {MAX_DIGITS} digits in a row: {expression!r}")
+    depth = 0
+    for char in expression:
+        depth += (char == "(") - (char == ")")
+        if depth > MAX_DEPTH:
+            raise Rejected("too_deep", f"more than {MAX_DEPTH} open parentheses: {expression!r}")
+    source = " ".join(expression.split())
+    try:
+        tree = ast.parse(source, mode="eval")
+    except SyntaxError:
+        raise Rejected("syntax", f"no arithmetic: {expression!r}") from None
+
+    def value(node):
+        if isinstance(node, ast.Constant):
+            return Rational(ast.get_source_segment(source, node).rstrip("."))
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
+            operand = value(node.operand)
+            return -operand if isinstance(node.op, ast.USub) else operand
+        if not isinstance(node, ast.BinOp):
+            raise Rejected("not_whitelisted", f"{type(node).__name__} in {expression!r}")
+        a, b, op = value(node.left), value(node.right), type(node.op)
+        if b == 0 and op in (ast.Div, ast.FloorDiv, ast.Mod) or a == 0 and b < 0 and op is ast.Pow:
+            raise Rejected("division_by_zero", f"division by zero in {expression!r}")
+        if op is ast.Pow and not (b.is_integer and abs(b) <= MAX_EXPONENT):
+            raise Rejected("too_large", f"exponent is no integer up to {MAX_EXPONENT} in {expression!r}")
+        result = {ast.Add: lambda: a + b, ast.Sub: lambda: a - b, ast.Mult: lambda: a * b, ast.Div: lambda: a / b,
+                  ast.FloorDiv: lambda: Rational(a // b), ast.Mod: lambda: a % b, ast.Pow: lambda: a**b}[op]()
+        if max(abs(result.p), result.q).bit_length() > MAX_BITS:
+            raise Rejected("too_large", f"a result above {MAX_BITS} bits in {expression!r}")
+        return result
+
+    return value(tree.body)
+
+
+def _holds(left, right, written):
+    """left = right as written? Exactly, or rounded or cut off to the decimals that are written (2/3 = 0.67 or 0.66).
+
+    An integer must be exact: 10/3 = 3 is a slip, or a remainder that the step has to name.
+    """
+    decimals = re.fullmatch(r"[-+ ]*\d*\.(\d+)\s*", written)
+    scale = 10 ** len(decimals[1]) if decimals else 0
+    return left == right or bool(scale) and (2 * abs(left - right) * scale <= 1 or int(left * scale) == right * scale)
+
+
+def check_expression(text):
+    """Verdict on one bare expression ("2+2", may it be evaluated?) or equation ("2+2=4", does it hold?)."""
+    sides = [_ascii(side) for side in re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.replace("==", "=")).split("=")]
+    try:
+        values = [evaluate(side) for side in sides]
+    except Rejected as e:
+        return Verdict(False, e.reason, e.detail)
+    ok = all(_holds(values[0], value, side.strip()) for value, side in zip(values[1:], sides[1:], strict=True))
+    return Verdict(ok, "ok" if ok else "arithmetic", text)
+
+
+# One step is prose: "$5/hour * 3 hours = $15". It is cut into tokens; the longest arithmetic phrase that ends at an
+# equals sign is compared with the phrase that follows it. What is not plainly arithmetic is left unjudged.
+TOKEN = re.compile(rf"""
+    (?P<odd>\d+:\d+|0\d+|\d+,(?!\d{{3}}(?!\d))\d+)|(?P<num>{NUMBER})
+    |(?P<relation>[<>!]=+|=>|≠)|(?P<eq>={{1,2}}|≈)
+    |(?P<op>\*\*|//|[-+*/^]|\b(?:times|plus|minus|divided\ by)\b(?=[\s$]*\.?[\d(]))|(?P<paren>[()])|(?P<percent>%)
+    |(?P<word>[^\W\d_]+(?:[&'’-][^\W\d_]+)*)|(?P<skip>[\s$€£¢]+)|(?P<other>.)""", re.X)
+OPERATOR = {"^": "**", "times": "*", "plus": "+", "minus": "-", "divided by": "/", "x": "*", "X": "*"}
+SENTENCE = set("and or so is are was were then if because but that which equals total answer he she they it".split())
+SCALE = set("dozen dozens hundred thousand million billion trillion k cents cent am pm remainder".split())
+
+
+SPELLINGS = [(r"^\s*[-*]\s+", ""), (r"(?<=\d)\.\.+", ""),  # a bullet; 8.333...
+             (r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d,]|\.\d)", lambda match: match[0].replace(" ", "")),  # 18 000
+             (r"\ban? (?=[a-z])|\bthe (?=[a-z$\d])", ""),
+             (r"(\d) and [ (]*(\d+/\d+)\)?", r"\1 \2"),  # 5 and 2/3
+             (r"/\s+(\d+/\d+)(?!\d|/\d)", r"/ (\1)")]  # 60 / 3/4 divides by three quarters
+
+
+def _ascii(text):
+    for chars, ascii_char in (("×·∗", "*"), ("÷", "/"), ("−–", "-"), ("\u00a0$€£", " ")):
+        text = re.sub(f"[{chars}]", ascii_char, text)
+    return text
+
+
+def _operator(tokens, i, out):
+    """The operator that token i is behind the operand out[-1], or None.
+
+    "of" multiplies after a share alone (1/2 of 20), "x" before a number; "/hour" is part of a unit.
+    """
+    (kind, text), (next_kind, next_text) = tokens[i], tokens[i + 1]
+    if kind == "op" and (text != "/" or next_kind != "word"):
+        return OPERATOR.get(text, text)
+    if kind == "word" and (next_kind == "num" or next_text == "("):
+        is_share = tokens[i - 1][0] != "word" and ("%" in out[-1] or "/" in out)
+        return "*" if text in ("x", "X") else "of" if text == "of" and is_share else None
+    return "*" if text == "(" and tokens[i - 1][0] != "word" else None  # 2(180+30)
+
+
+def _phrase(tokens, i):
+    """Parse `number [unit] (op number [unit])*` from token i: (expression, its operator count, end index) or None.
+
+    Units vanish; a single letter is a variable, not a unit, and makes the phrase None.
+    """
+    tokens = tokens + [("end", "")] * 4
+    out, n_ops, depth, best = [], 0, 0, None
+    while True:
+        while tokens[i][1] in ("(", "-", "+"):
+            depth += tokens[i][1] == "("
+            out, i = out + [tokens[i][1]], i + 1
+        if tokens[i][0] != "num":
+            return best
+        (a, b), (_, slash), (c, d) = tokens[i + 1:i + 4]
+        is_mixed = a == c == "num" and slash == "/" and len(b) < 3 and "." not in tokens[i][1]  # 1 1/2
+        out.append(f"({tokens[i][1]}+{b}/{d})" if is_mixed else tokens[i][1])
+        i += 4 if is_mixed else 1
+        if tokens[i][0] == "percent":
+            out[-1], i = out[-1] + "%", i + 1
+        while True:  # units, closing parentheses and their units
+            for _ in range(6):
+                kind, text = tokens[i]
+                is_unit = kind == "word" and text.lower() not in SENTENCE or text == "/"
+                if not is_unit or _operator(tokens, i, out):
+                    break
+                if kind == "word" and len(text) == 1:
+                    return None
+                i += 1
+            if tokens[i][1] != ")" or depth == 0:
+                break
+            out, depth, i = out + [")"], depth - 1, i + 1
+        if depth == 0:
+            best = " ".join(out), n_ops, i
+        operator = _operator(tokens, i, out)
+        if operator is None:
+            return best
+        out, n_ops, i = out + [operator], n_ops + 1, i + (tokens[i][1] != "(")
+
+
+def _equations(text):
+    """Yield (left, right) for every equation in a step that can be judged; in a = b = c both are held against a."""
+    text = _ascii(text)
+    for pattern, plain in SPELLINGS:
+        text = re.sub(pattern, plain, text)
+    sides = [[]]
+    for match in TOKEN.finditer(text):
+        kind, token = match.lastgroup, match[0]
+        if kind == "eq":
+            sides.append([])
+        elif kind != "skip":
+            sides[-1].append((kind, token.replace(",", "") if kind == "num" else token))
+
+    def is_vague(side):  # 2 dozen, 3 million: their value is not the number's
+        return any(token.lower() in SCALE for _, token in side)
+
+    first = None
+    for left, right in zip(sides, sides[1:], strict=False):
+        goal = _phrase(right, 0)
+        has_unit = any(kind == "word" for kind, _ in left)
+        for i in range(max(0, len(left) - 60), len(left)):  # the longest phrase that ends at the equals sign
+            phrase = _phrase(left, i)
+            if phrase and phrase[2] == len(left):
+                break
+        else:
+            i, phrase = 0, None
+        if not (first and phrase and i == 0):
+            before = [token for _, token in left[max(0, i - 4):i]]
+            is_cut = i and (left[i - 1][0] in ("op", "percent", "odd") or left[i][1] in "+-"  # x - 5 + 3
+                            or before[-1] in ("of", "in") and re.search(r"\d", " ".join(before)))  # 8 packs of 5 * 4
+            is_claim = phrase and (phrase[1] or i == 0 and not has_unit) and not is_cut and not is_vague(left[i:])
+            first = phrase[0] if is_claim else None
+        elif has_unit and not phrase[1] and goal and not goal[1]:
+            continue  # 2 hours = 120 minutes
+        is_whole = goal and (right + [("end", "")])[goal[2]][0] != "op"  # not so in 16 + x
+        if first and is_whole and not is_vague(right[:goal[2] + 2]):
+            yield first, goal[0]
+
+
+def _readings(expression):
+    """Its values with a percentage as a hundredth ("20% of 50") and as a unit ("4/12 * 100 = 33.33%")."""
+    return {evaluate(re.sub(r"(\S+)%", percent, expression)) for percent in (r"\1", r"(\1/100)")}
+
+
+def check_step(text):
+    """Verdict on the arithmetic written in one step of prose; "ok" where it states no equation.
+
+    Read are `a op b = c`, chains `a = b = c`, GSM8K's `<<48/2=24>>`, units, currency signs, x × ÷ – and "20% of 50".
+    """
+    if len(text) > MAX_STEP:
+        return Verdict(False, "too_long", f"{len(text)} characters, more than {MAX_STEP}")
+    if code := re.search(r"__[a-z]+__", text):
+        return Verdict(False, "not_whitelisted", f"code in a step: {code[0]}")
+    for part in re.findall(r"<<([^<>]*)>>", text) + [re.sub(r"<<[^<>]*>>", "", text)]:
+        for left, right in _equations(part):
+            try:
+                lefts = _readings(left.replace(" of ", " * "))
+                if right.endswith("%"):
+                    lefts, right = lefts | {100 * a for a in lefts}, right.removesuffix("%")
+                rights = _readings(right.replace(" of ", " * ")) | _readings(right.split(" of ")[0])
+            except Rejected as e:
+                return Verdict(False, e.reason, e.detail)
+            if not any(_holds(a, b, right) for a in lefts for b in rights):
+                return Verdict(False, "arithmetic", f"{left} = {right}")
+    return Verdict(True, "ok")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# problems and chains
+
+def _final_answer(steps):
+    """(the answer that the last step declares with ####, A: or \\boxed, or None; else what its last equation gives)."""
+    last = steps[-1]
+    if STRICT.search(last) or DECLARED.search(last):
+        return extract_answer(last), None
+    return None, extract_answer(last.rpartition("=")[2] if "=" in last else last, "flexible")
+
+
+def _field(record, kind, name, types):
+    """record[name], or a ValueError that says what `kind` of record lacks it."""
+    value = record.get(name) if isinstance(record, dict) else None
+    if not isinstance(value, types) or value == "":
+        expected = {str: "a non-empty string", list: "a list", bool: "true or false"}[types]
+        raise ValueError(f"{kind}: field {name!r} is {value!r:.60}, expected {expected}")
+    return value
+
+
+def validate(problem, chain):
+    """Verdict on a chain of steps: its answer equals the problem's and the arithmetic of every step holds.
+
+    problem {"answer": bare or with ####}; chain {"steps": [str], "answer": optional}. Where chain["answer"] is given
+    and the last step declares one too (#### n, A: n, \\boxed), both must be right. Reasons: "ok", "no_steps",
+    "no_answer", "wrong_answer", or that of the first bad step (check_step); the detail has its number, from 1.
+    Raises ValueError naming the field that is missing, empty or of the wrong type.
+    """
+    truth = _field(problem, f"problem {problem.get('id', '')!r}", "answer", str)
+    if _answer_value(truth) is None:
+        raise ValueError(f"problem {problem.get('id', '')!r}: field 'answer' holds no number: {truth!r:.60}")
+    kind = f"chain {chain.get('id', '')!r}"
+    steps = _field(chain, kind, "steps", list)
+    if any(not isinstance(step, str) or not step.strip() for step in steps):
+        raise ValueError(f"{kind}: field 'steps' holds something else than non-empty strings")
+    if not steps:
+        return Verdict(False, "no_steps", "the chain has no steps")
+    declared, implied = _final_answer(steps)
+    stated = _field(chain, kind, "answer", str) if chain.get("answer") is not None else None
+    answers = [answer for answer in (stated, declared) if answer is not None] or [implied]
+    for answer in answers:
+        if answer is None or _answer_value(answer) is None:
+            return Verdict(False, "no_answer", f"no number in {answer or steps[-1]!r}")
+        if not check_answer(answer, truth):
+            return Verdict(False, "wrong_answer", f"{answer} instead of {extract_answer(truth) or truth}")
+    for number, step in enumerate(steps, 1):
+        if not (verdict := check_step(step)).is_valid:
+            return Verdict(False, verdict.reason, f"step {number}: {verdict.detail}")
+    return Verdict(True, "ok")
+
+
+def read_jsonl(path, fields=(), limit=None):
+    """The objects of a jsonl file as dicts, each with all `fields`; blank lines are passed over.
+
+    Raises FileNotFoundError, or ValueError naming file, line and field.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if limit is not None and len(rows) >= limit:
+                    break
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (json.JSONDecodeError, RecursionError) as e:
+                    raise ValueError(f"{path}, line {number}: no JSON: {e}") from None
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
+                if missing := [field for field in fields if field not in row]:
+                    raise ValueError(f"{path}, line {number}: field {missing[0]!r} is missing")
+                rows.append(row)
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{path}: no UTF-8 text: {e}") from None
+    if not rows and limit != 0:
+        raise ValueError(f"{path}: no rows")
+    return rows
+
+
+def check_chains(path, limit=None):
+    """{"n", "accepted", "reasons"} over chains, or over problems whose "answer" is a worked solution with ####."""
+    reasons = Counter()
+    for number, row in enumerate(read_jsonl(path, ["answer"], limit), 1):
+        steps = row.get("steps")
+        if steps is None and "####" in _field(row, str(path), "answer", str):
+            steps = [line for line in row["answer"].splitlines() if line.strip()]
+        try:
+            reasons[validate(row, {"id": row.get("id", ""), "steps": steps}).reason] += 1
+        except ValueError as e:
+            raise ValueError(f"{path}, row {number}: {e}") from None
+    return {"n": reasons.total(), "accepted": reasons["ok"], "reasons": dict(reasons.most_common())}
+
+
+def check_candidates(path, limit=None):
+    """{"n", "agree": share whose is_correct label equals check_answer, "disagree": the first few ids}."""
+    n, disagree = 0, []
+    for row in read_jsonl(path, ["answer", "candidates"], limit):
+        kind = f"{path}, row {row.get('id')!r}"
+        for candidate in _field(row, kind, "candidates", list):
+            steps, label = _field(candidate, kind, "steps", list), _field(candidate, kind, "is_correct", bool)
+            n += 1
+            if (bool(steps) and check_answer(str(steps[-1]), _field(row, kind, "answer", str))) != label:
+                disagree.append(row.get("id"))
+    return {"n": n, "agree": (n - len(disagree)) / max(1, n), "disagree": disagree[:5]}
+
+
+@dataclass
+class Args:
+    """Check chains, candidates or one expression; exactly one of the three."""
+    chains: str | None = None  # jsonl of chains, or of problems with worked answers
+    candidates: str | None = None  # jsonl of labelled candidates
+    expression: str | None = None  # arithmetic, with or without an equals sign
+    limit: int | None = None  # read this many rows only
+
+
+def main():
+    import tyro
+    args = tyro.cli(Args)
+    if sum(value is not None for value in (args.chains, args.candidates, args.expression)) != 1:
+        raise SystemExit("verify.py: give exactly one of --chains FILE, --candidates FILE, --expression TEXT")
+    try:
+        if args.expression is not None:
+            verdict = check_expression(args.expression)
+            print(verdict.detail[:200])
+            result = {"valid": verdict.is_valid, "reason": verdict.reason}
+        else:
+            check = check_chains if args.chains is not None else check_candidates
+            result = check(args.candidates if args.chains is None else args.chains, args.limit)
+    except (ValueError, OSError) as e:
+        raise SystemExit(str(e)) from None
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
