@@ -6,7 +6,6 @@ Problems come from GSM8K (the hub through `datasets`, or a local folder) or are 
 sees the split `train` less the problems of `val`; `test` is for the final figures alone.
 """
 
-import ast
 import base64
 import hashlib
 import random
@@ -17,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import verify
 from model import answer_row, pad_rows, pool_weights, question_row
-from verify import read_jsonl
 
 # ----------------------------------------------------------------------------- problems
 
@@ -56,7 +55,7 @@ def read_local(dataset: str, split: str, data_dir: str) -> list[dict]:
     if path is None:
         raise FileNotFoundError(f"--data_dir {data_dir}: none of {', '.join(map(str, tried))} exists")
     if path.suffix == ".jsonl":
-        return read_jsonl(path, ["question", "answer"])
+        return verify.read_jsonl(path, ["question", "answer"])
     import pyarrow.parquet
 
     rows = pyarrow.parquet.read_table(path).to_pylist()
@@ -272,19 +271,19 @@ def tell_story(rng: random.Random, graph: list[tuple], values: dict, constants: 
     """Question and worked solution (GSM8K format) of a graph with numbers."""
     owners = rng.sample(PLACES if rng.random() < P_PLACES else NAMES, len(values) + 1)
     items, other_items = rng.sample(ITEMS, 2)
-    owner = dict(zip(values, owners))
+    owner = dict(zip(values, owners, strict=False))  # one owner more, for a distractor
     told, story, steps = set(), [], []
     for i, (kind, operands) in enumerate(graph):
         expression, phrases = RELATIONS[kind]
         k, is_last = constants[i], i == len(graph) - 1
         words = {"x": owner[i], "k": k, "w": (PARTS if kind == "part" else TIMES).get(k), "items": items}
-        words.update(zip("abc", (owner[o] for o in operands)))
+        words.update(zip("abc", (owner[o] for o in operands), strict=False))
         for o in operands:
             if o < 0 and o not in told:
                 given = "{} has {} {}." if owner[o] in PLACES else rng.choice(["{} has {} {}.", "{} owns {} {}."])
                 story.append(given.format(owner[o], values[o], items))
                 told.add(o)
-        e = expression.format(k=k, **dict(zip("abc", (values[o] for o in operands))))
+        e = expression.format(k=k, **dict(zip("abc", (values[o] for o in operands), strict=False)))
         words["e"] = f"{e}=<<{e}={values[i]}>>{values[i]}"
         question = "How many {items} does {x} have?"
         step = rng.choice(["{x} has {e} {items}.", "So {x} has {e} {items}."])
@@ -341,24 +340,9 @@ EVERYDAY = {Fraction(n) for n in (0, 1, 2, 7, 12, 24, 30, 52, 60, 100, 365, 1000
 
 
 def evaluate(expression: str) -> Fraction:
-    """Exact value of + - * / and brackets over decimal numbers; ValueError on anything else."""
-    def value(node):
-        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-            return Fraction(repr(node.value))
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
-            return -value(node.operand) if isinstance(node.op, ast.USub) else value(node.operand)
-        if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub, ast.Mult, ast.Div)):
-            a, b = value(node.left), value(node.right)
-            if isinstance(node.op, ast.Div):
-                return a / b
-            return a + b if isinstance(node.op, ast.Add) else a - b if isinstance(node.op, ast.Sub) else a * b
-        raise ValueError(f"not plain arithmetic: {expression!r}")
-    if len(expression) > 200:
-        raise ValueError(f"an expression of {len(expression)} characters is too long")
-    try:
-        return value(ast.parse(expression.strip(), mode="eval").body)
-    except (SyntaxError, ZeroDivisionError) as error:
-        raise ValueError(f"cannot evaluate {expression!r}: {error}") from error
+    """verify.evaluate as a Fraction, which compares and prints faster."""
+    value = verify.evaluate(expression)
+    return Fraction(int(value.p), int(value.q))
 
 
 def number(text: str) -> Fraction:
@@ -407,7 +391,8 @@ def counterfactual(problem: dict, chain: dict, seed: int) -> tuple[dict, int]:
     rng = random.Random(f"{seed}:{problem['id']}:{answer}")
     gold_steps = split_steps(answer)
     # The last step can nearly always be changed: as a second choice early ones come first, or it would be most of all.
-    order = sorted(range(len(equations)), key=lambda i, drawn=rng.random() * len(equations): (i != int(drawn), i))
+    drawn = int(rng.random() * len(equations))
+    order = sorted(range(len(equations)), key=lambda i: (i != drawn, i))
     for i in order:
         edits = list(possible_edits(problem["question"], equations, i))
         for position, token in rng.sample(edits, len(edits)):
@@ -417,7 +402,7 @@ def counterfactual(problem: dict, chain: dict, seed: int) -> tuple[dict, int]:
             steps = split_steps(text)
             final = text.rsplit("####", 1)[-1].strip()
             assert len(steps) == len(gold_steps), f"{problem['id']}: a changed number changed the number of steps"
-            wrong_step = 1 + next(s for s, (old, new) in enumerate(zip(gold_steps, steps)) if old != new)
+            wrong_step = 1 + next(s for s, (old, new) in enumerate(zip(gold_steps, steps, strict=True)) if old != new)
             return {"id": chain["id"], "question": chain["question"], "steps": steps, "answer": final,
                     "is_valid": False, "source": chain["source"] + "+counterfactual"}, wrong_step
     raise ValueError(f"{problem['id']}: no step of this solution can be made wrong without ambiguity")
@@ -613,7 +598,8 @@ class Batches:
 
 
 def collate(examples: list[dict], config, device=None, packed: bool = False) -> dict:
-    """Examples -> the batch that NanoJEPA.forward documents, with `n_real` and `n_total` tokens for the record.
+    """Examples -> the batch that NanoJEPA.forward documents, and for the record n_tokens (question and answer),
+    n_filled and n_slots (all rows, the target's too, without and with padding).
 
     packed: both views in one row, in the order of the examples' tokens, for the reference path with a dense mask
     (answer_context = isolated, target = the answer itself).
@@ -628,29 +614,34 @@ def collate(examples: list[dict], config, device=None, packed: bool = False) -> 
         """(position, next token) for the positions first … last-1 of a row."""
         return [(i, row[i + 1]) for i in range(first, last)]
 
+    def losses_of(rows, answer_starts):
+        """Targets of rows that hold a question (its [PRED] is never a target) and, from answer_starts on, an answer."""
+        return [(targets_of(row, 0, len(q) - 2) if on_question else []) + targets_of(row, start, len(row) - 1)
+                for row, q, start in zip(rows, questions, answer_starts, strict=True)]
+
     if packed:
         assert config.answer_context == "isolated" and config.answer_text == config.target_text, "no such reference"
         rows = [q + a for q, a in zip(questions, answers, strict=True)]
-        batch["segment"] = pad_rows([[0] * len(q) + [1] * len(a) for q, a in zip(questions, answers, strict=True)], -1)
-        batch["positions"] = pad_rows([[*range(len(q)), *range(len(a))] for q, a in zip(questions, answers, strict=True)], 0)
+        lengths = [(len(q), len(a)) for q, a in zip(questions, answers, strict=True)]
+        batch["segment"] = pad_rows([[0] * q + [1] * a for q, a in lengths], -1)
+        batch["positions"] = pad_rows([[*range(q), *range(a)] for q, a in lengths], 0)
         batch["target_pool"] = pool_weights([len(q) for q in questions], answers, config.pooling)
-        losses = [(targets_of(r, 0, len(q) - 2) if on_question else []) + targets_of(r, len(q), len(r) - 1)
-                  for q, r in zip(questions, rows, strict=True)]
+        losses = losses_of(rows, [len(q) for q in questions])
     elif config.answer_context == "question":
         rows = [q + a[1:] for q, a in zip(questions, answers, strict=True)]
-        losses = [(targets_of(r, 0, len(q) - 2) if on_question else []) + targets_of(r, len(q) - 1, len(r) - 1)
-                  for q, r in zip(questions, rows, strict=True)]
+        losses = losses_of(rows, [len(q) - 1 for q in questions])  # [PRED] is followed by the answer
         rows = [r[:-1] for r in rows]  # nothing follows the last token
     else:
         rows = questions
-        losses = [targets_of(q, 0, len(q) - 2) if on_question else [] for q in questions]
+        losses = losses_of(rows, [len(q) for q in questions])
         batch["answer_idx"] = pad_rows(answers, eos_id)
         flatten_targets(batch, "answer_", [targets_of(a, 0, len(a) - 1) for a in answers])
     batch["idx"] = pad_rows(rows, eos_id)
     flatten_targets(batch, "", losses)
-    n_real, n_total = sum(map(len, rows)), batch["idx"].numel()
+    n_filled, n_slots = sum(map(len, rows)), batch["idx"].numel()
     if "answer_idx" in batch:
-        n_real, n_total = n_real + sum(map(len, answers)), n_total + batch["answer_idx"].numel()
+        n_filled, n_slots = n_filled + sum(map(len, answers)), n_slots + batch["answer_idx"].numel()
+    n_tokens = n_filled
 
     own_row = config.answer_context != "isolated" or config.target_text != config.answer_text
     if not packed and config.lambda_jepa > 0:
@@ -658,10 +649,10 @@ def collate(examples: list[dict], config, device=None, packed: bool = False) -> 
         if own_row or config.target_encoder == "ema":
             targets = [answer_row(e["target"], eos_id) for e in examples]
             batch["target_idx"] = pad_rows(targets, eos_id)
-            n_real, n_total = n_real + sum(map(len, targets)), n_total + batch["target_idx"].numel()
+            n_filled, n_slots = n_filled + sum(map(len, targets)), n_slots + batch["target_idx"].numel()
         batch["target_pool"] = pool_weights([0] * len(targets), targets, config.pooling)
     batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-    return {**batch, "n_real": n_real, "n_total": n_total}
+    return {**batch, "n_tokens": n_tokens, "n_filled": n_filled, "n_slots": n_slots}
 
 
 def flatten_targets(batch: dict, prefix: str, losses: list[list[tuple[int, int]]]):

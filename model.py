@@ -8,7 +8,6 @@ attn_allowed (True = may attend), is_real (True = not padding), is_target (True 
 """
 
 import copy
-
 import math
 
 import torch
@@ -308,8 +307,8 @@ class NanoJEPA(nn.Module):
 
     lm_loss + lambda_jepa * (1 - cos(pred_latent, answer_latent)), answer_latent detached (after LLM-JEPA, Huang et
     al. 2025, and the public nanoJEPA). Deviation from both: the views cannot see each other. They run as separate
-    causal rows, which is the block-diagonal mask of `attn_allowed` without its cost. pred_latent is the
-    final-normed state at [PRED], answer_latent the pooled, standardised states of the answer's own row. [EOS] and [PRED] are
+    causal rows, which is the block-diagonal mask of `attn_allowed` without its cost. pred_latent is the final-normed
+    state at [PRED], answer_latent the pooled, standardised states of the answer's own row. [EOS] and [PRED] are
     the last two ids of the vocabulary.
     """
 
@@ -353,8 +352,8 @@ class NanoJEPA(nn.Module):
         idx [B, T]: rows that hold the question, [PRED] at pred_at [B], and with answer_context = question the answer
         after it. answer_idx [B, Ta]: the answer in a row of its own. Each has (answer_)loss_at [M], the flat
         positions with a token loss, and (answer_)targets [M]. target_idx [B, Tt]: what the target latent is taken
-        from, pooled with the weights target_pool [B, Tt]. With `segment` and `positions` [B, T] (data.collate with packed=True) the two views
-        lie in one padded row and a dense mask isolates them: the reference path.
+        from; target_pool: the weights that pool its states. With `segment` and `positions` [B, T] (data.collate with
+        packed=True) the two views lie in one padded row and a dense mask isolates them: the reference path.
         """
         cfg, at = self.config, torch.arange(len(batch["idx"]), device=batch["idx"].device)
         x = self.embed(batch["idx"])

