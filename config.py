@@ -11,7 +11,7 @@ import difflib
 import json
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 PICK = Literal["auto", "on", "off"]
 
@@ -59,10 +59,18 @@ class RunConfig:
     save_every: int = 250  # steps between checkpoints to resume from
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, kinds = getattr(self, field.name), get_args(field.type)
+            if get_origin(field.type) is Literal:
+                check(self, field.name, value in kinds, f"must be one of {', '.join(kinds)}")
+            else:
+                right = isinstance(value, (int, float) if field.type is float else field.type)
+                check(self, field.name, right and (field.type is bool or not isinstance(value, bool)),
+                      f"must be of type {field.type.__name__}")
         positive = "epochs batch_size grad_accum lr grad_clip log_every eval_every save_every max_problem_steps"
         for name in positive.split():
             check(self, name, getattr(self, name) > 0, "must be positive")
-        for name in "limit n_synthetic max_steps threads weight_decay".split():
+        for name in "seed limit n_synthetic max_steps threads weight_decay".split():
             check(self, name, getattr(self, name) >= 0, "must not be negative")
         for name in "min_lr_ratio warmup_ratio beta2 ema_start ema_end".split():
             check(self, name, 0 <= getattr(self, name) <= 1, "must lie in [0, 1]")
@@ -91,7 +99,7 @@ class NanoJEPAConfig(RunConfig):
     answer_context: Literal["isolated", "latent", "question"] = "isolated"  # what the answer's token loss may see
     target_text: Literal["solution", "final"] = "solution"  # the text whose latent [PRED] predicts
     pooling: Literal["mean", "last"] = "mean"  # answer latent: mean over the answer's states, or its closing [EOS]
-    standardize_target: bool = True  # per-dimension running standardisation of the answer latent; off: as published
+    standardize_target: bool = True  # per dimension, of the answer latent, over the batch; off: as published
     target_encoder: Literal["shared", "ema"] = "shared"  # network that encodes the target: this one, or its EMA copy
     token_loss_on: Literal["all", "answer"] = "all"  # tokens in lm_loss: question and answer, or the answer alone
 
@@ -104,6 +112,8 @@ class NanoJEPAConfig(RunConfig):
         check(self, "n_head", self.n_embd % (2 * self.n_head) == 0, f"must divide n_embd={self.n_embd} into even parts")
         check(self, "dropout", 0 <= self.dropout < 1, "must lie in [0, 1)")
         check(self, "lambda_jepa", self.lambda_jepa >= 0, "must not be negative")
+        if self.lambda_jepa > 0 and self.standardize_target:
+            check(self, "batch_size", self.batch_size >= 8, "must be at least 8: the batch standardises the latents")
 
 
 def check(config, name: str, ok: bool, rule: str):
@@ -133,11 +143,11 @@ PRESETS = {
     # a plain chain-of-thought LM on synthetic problems: the LLM where no other is at hand
     "student": NanoJEPAConfig(
         dataset="synthetic", n_synthetic=400_000, tokenizer="bpe", vocab_size=2048, n_layer=6, n_head=8, n_embd=512,
-        dropout=0.0, lambda_jepa=0.0, answer_context="question", token_loss_on="answer", epochs=2.0, batch_size=128,
+        dropout=0.0, lambda_jepa=0.0, answer_context="question", epochs=2.0, batch_size=128,
     ),
     "student-small": NanoJEPAConfig(
-        dataset="synthetic", n_synthetic=120_000, tokenizer="bpe", vocab_size=1024, n_layer=4, n_head=3, n_embd=192,
-        dropout=0.0, lambda_jepa=0.0, answer_context="question", token_loss_on="answer", epochs=1.0, batch_size=48,
+        dataset="synthetic", n_synthetic=200_000, max_problem_steps=4, tokenizer="bpe", vocab_size=1024, n_layer=4,
+        n_head=6, n_embd=192, dropout=0.0, lambda_jepa=0.0, answer_context="question", epochs=1.0, batch_size=48,
         lr=2e-3,
     ),
 }
@@ -181,12 +191,15 @@ def from_json(text: str, where: str):
     try:
         fields = json.loads(text)
         preset, job = fields.pop("preset"), fields.pop("job")
-    except (json.JSONDecodeError, KeyError, AttributeError) as error:
+    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{where} is not a run's config.json ({error!r})") from None
     jobs = {c.__name__: c for c in (NanoJEPAConfig,)}
-    if job not in jobs:
+    if not isinstance(job, str) or job not in jobs:
         raise ValueError(f"{where}: unknown job '{job}'; this version knows {', '.join(jobs)}")
     names = {f.name for f in dataclasses.fields(jobs[job])}
     if wrong := sorted(names ^ set(fields)):
         raise ValueError(f"{where}: missing or unknown fields {', '.join(wrong)} (written by another version?)")
-    return preset, jobs[job](**fields)
+    try:
+        return preset, jobs[job](**fields)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None

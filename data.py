@@ -35,6 +35,8 @@ def load_problems(dataset: str, split: str, data_dir: str = "", limit: int = 0, 
     that names the file, line or field.
     """
     if dataset == "synthetic":
+        if data_dir:
+            raise ValueError(f"--data_dir {data_dir}: synthetic problems are made, not read; leave it out")
         return synthetic_problems(limit, split, seed, max_steps)
     held_out = {"train": "train", "val": "train"}.get(split, split)
     rows = read_local(dataset, held_out, data_dir) if data_dir else read_hub(dataset, held_out)
@@ -43,6 +45,8 @@ def load_problems(dataset: str, split: str, data_dir: str = "", limit: int = 0, 
         for field in ("question", "answer"):
             if not isinstance(p[field], str) or not p[field].strip():
                 raise ValueError(f"{dataset} {held_out}, row {i}: field '{field}' must be a text that is not empty")
+        if not split_steps(p["answer"]):
+            raise ValueError(f"{dataset} {held_out}, row {i}: field 'answer' holds annotations alone")
     if held_out == "train":
         problems = [p for i, p in enumerate(problems) if (i % VAL_EVERY == 0) == (split == "val")]
     return problems[:limit] if limit else problems
@@ -533,6 +537,8 @@ def load_bpe(path) -> Tokenizer:
     try:
         pairs = [line.split() for line in Path(path).read_text().splitlines()]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+        if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
+            raise ValueError("ranks are not 0, 1, 2, …")
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not a tokenizer of this project ({error!r})") from None
     return Tokenizer(ranks, BPE_PATTERN)
@@ -550,7 +556,7 @@ def encode_problems(problems: list[dict], tokenizer: Tokenizer, config) -> list[
     for p in problems:
         q = tokenizer.encode(p["question"])
         a, t = (tokenizer.encode(answer_text(p, kind)) for kind in (config.answer_text, config.target_text))
-        n = len(q) + 1 + (len(a) + 1 if config.answer_context == "question" else 0)
+        n = len(q) + 1 + (len(a) if config.answer_context == "question" else 0)
         n = max(n, len(a) + 2, len(t) + 2)
         if n > config.block_size:
             raise ValueError(f"problem {p['id']} needs a row of {n} tokens, more than --block_size {config.block_size}")
@@ -573,8 +579,8 @@ class Batches:
         q, a, t = np.array([[len(e[k]) for k in ("question", "answer", "target")] for e in examples], dtype=float).T
         if config.answer_context != "question":
             self.lengths = np.stack([q, a], axis=1)
-        else:  # one row, and the target's where it is run
-            self.lengths = np.stack([q + a, t], axis=1)[:, : 2 if config.lambda_jepa > 0 else 1]
+        else:  # one row, and the target's; without one (lambda_jepa = 0) the batches stay the same
+            self.lengths = np.stack([q + a, t], axis=1)
         self.per_epoch = len(examples) // batch_size
         self.epoch, self.order = -1, None
 

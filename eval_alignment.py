@@ -11,41 +11,43 @@ answer than to a counterfactual one (same words, one step wrong), which the topi
 import json
 import sys
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 import tyro
 
 import data
+from config import check
 from model import alignment, wilson
-from train import FIT_ON, build_model, load_run, load_tokenizer
+from train import build_model, load_run, load_tokenizer
 
 
 @dataclass
 class Args:
-    """Alignment of predicted and target latents on held-out problems."""
+    """A run and the problems to look at: test problems of the run's own data set unless told otherwise."""
 
     run: Annotated[str, tyro.conf.Positional]  # a run folder of train.py
-    dataset: str = ""  # empty: the run's own
-    split: str = "test"
+    dataset: Literal["", "gsm8k", "synthetic"] = ""  # empty: the run's own
+    split: Literal["train", "val", "test"] = "test"
     data_dir: str = ""  # as in train.py; empty: the run's own
     limit: int = 0  # number of problems; 0: all there are, 256 synthetic ones
     seed: int = 1  # which synthetic problems, which counterfactuals
     device: str = "auto"
 
+    def __post_init__(self):
+        for name in ("limit", "seed"):
+            check(self, name, getattr(self, name) >= 0, "must not be negative")
+
 
 def held_out(args, config) -> list[dict]:
-    """The problems that an evaluation script's arguments name."""
+    """The problems that an evaluation script's arguments name. Says so where the run may have seen them."""
     dataset = args.dataset or config.dataset
+    if args.split == "train" and dataset == config.dataset:
+        print("note: --split train: the run was trained on these problems")
     data_dir = args.data_dir or (config.data_dir if dataset == config.dataset else "")
     limit = args.limit or (256 if dataset == "synthetic" else 0)
     return data.load_problems(dataset, args.split, data_dir, limit, args.seed, config.max_problem_steps)
-
-
-def fit_problems(config) -> list[dict]:
-    """The run's own training problems from which the latents' statistics are taken."""
-    return data.load_problems(config.dataset, "train", config.data_dir, FIT_ON, config.seed, config.max_problem_steps)
 
 
 @torch.no_grad()
@@ -88,8 +90,7 @@ def evaluate_nanojepa(run: str, args) -> dict:
 
     torch.manual_seed(args.seed)
     untrained = build_model(config).to(pred.device).eval()
-    fit_on = data.encode_problems(fit_problems(config), tokenizer, config)
-    untrained.fit_standardize([e["target"] for e in fit_on])
+    untrained.fit_standardize(answers)  # on the very answers it is asked for: in favour of the control
     result["untrained"] = alignment(*untrained.encode(questions, answers))
     return result
 
@@ -109,10 +110,10 @@ def main():
     args = tyro.cli(Args)
     try:
         result = evaluate_nanojepa(args.run, args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     print_table(result)
-    print(json.dumps(result))
+    print(json.dumps(result, allow_nan=False))
 
 
 if __name__ == "__main__":

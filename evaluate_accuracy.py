@@ -13,46 +13,45 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 import tyro
 
 import data
+import eval_alignment
 import verify
-from eval_alignment import fit_problems, held_out
+from config import check
+from model import wilson
 from train import load_run, load_tokenizer, write_atomic
 
 
 @dataclass
-class Args:
+class Args(eval_alignment.Args):
     """Exact match of generated answers."""
 
-    run: Annotated[str, tyro.conf.Positional]  # a run folder of train.py
-    dataset: str = ""  # empty: the run's own
-    split: str = "test"
-    data_dir: str = ""  # as in train.py; empty: the run's own
-    limit: int = 0  # number of problems; 0: all there are, 256 synthetic ones
     k: int = 1  # candidates per problem: 1 is greedy, more are sampled
     temperature: float = 0.8  # of the samples
     max_new_tokens: int = 256
     batch_size: int = 128  # candidates generated at a time
-    seed: int = 1  # which synthetic problems, which samples, which bootstrap draws
-    device: str = "auto"
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("k", "max_new_tokens", "batch_size", "temperature"):
+            check(self, name, getattr(self, name) > 0, "must be positive")
 
 
 def interval(right: np.ndarray, seed: int, draws: int = 2000) -> list[float]:
-    """95 % bootstrap interval of a mean, resampling problems. right: float [n], the score of each problem."""
+    """95 % interval of a mean over problems, right: float [n]. Wilson's for right and wrong, else a bootstrap."""
+    if np.isin(right, (0.0, 1.0)).all():
+        return list(wilson(float(right.mean()), len(right)))
     rng = np.random.default_rng(seed)
     means = right[rng.integers(0, len(right), (draws, len(right)))].mean(1)
     return [float(x) for x in np.quantile(means, [0.025, 0.975])]
 
 
-def generate(model, tokenizer, problems, args) -> list[list[str]]:
+def generate(model, tokenizer, examples, args) -> list[list[str]]:
     """K answer texts for every problem; greedy for k = 1. Batches hold questions of like length."""
-    questions = [tokenizer.encode(p["question"]) for p in problems for _ in range(args.k)]
+    questions = [e["question"] for e in examples for _ in range(args.k)]
     order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
     texts = [""] * len(questions)
     for start in range(0, len(order), args.batch_size):
@@ -64,32 +63,13 @@ def generate(model, tokenizer, problems, args) -> list[list[str]]:
     return [texts[i : i + args.k] for i in range(0, len(texts), args.k)]
 
 
-def number(text: str):
-    """The value of a generated text's answer, or None."""
-    found = verify.extract_answer(text)
-    return None if found is None else verify.parse_number(found)
-
-
 def majority(texts: list[str]) -> int:
     """Index of the first candidate with the most frequent answer; one without an answer never votes."""
-    votes = Counter(v for t in texts if (v := number(t)) is not None)
+    votes = Counter(v for t in texts if (v := verify.answer_value(t)) is not None)
     if not votes:
         return 0
     winner = votes.most_common(1)[0][0]
-    return next(i for i, t in enumerate(texts) if number(t) == winner)
-
-
-@torch.no_grad()
-def latent_scores(model, tokenizer, config, problems, texts) -> np.ndarray:
-    """float [n, K]: cosine of the predicted latent with each candidate's own latent; -1 for an empty candidate."""
-    flat = [(p["question"], data.answer_text({"answer": t}, config.target_text) if t.strip() else "")
-            for p, row in zip(problems, texts, strict=True) for t in row]
-    encoded = [(tokenizer.encode(q), tokenizer.encode(a)[: config.block_size - 2]) for q, a in flat]
-    kept = [i for i, (_, a) in enumerate(encoded) if a]
-    scores = np.full(len(flat), -1.0)
-    pred, latent = model.encode([encoded[i][0] for i in kept], [encoded[i][1] for i in kept])
-    scores[kept] = F.cosine_similarity(pred, latent).cpu().numpy()
-    return scores.reshape(len(problems), -1)
+    return next(i for i, t in enumerate(texts) if verify.answer_value(t) == winner)
 
 
 def pairwise(scores: np.ndarray, right: np.ndarray) -> float | None:
@@ -103,11 +83,12 @@ def evaluate_run(run: str, args) -> dict:
     """Generates, saves and scores -> {"n", "k", "random", "oracle", "methods": {NAME: figures}}."""
     model, config = load_run(run, args.device)
     tokenizer = load_tokenizer(run, config)
-    problems = held_out(args, config)
-    texts = generate(model, tokenizer, problems, args)
+    problems = eval_alignment.held_out(args, config)
+    texts = generate(model, tokenizer, data.encode_problems(problems, tokenizer, config), args)
     truths = [data.answer_text(p, "final") for p in problems]
     right = np.array([[verify.check_answer(t, truth) for t in row] for row, truth in zip(texts, truths, strict=True)])
-    name = f"generations-{args.dataset or config.dataset}-{args.split}-n{len(problems)}-k{args.k}-seed{args.seed}.jsonl"
+    name = (f"generations-{args.dataset or config.dataset}-{args.split}-n{len(problems)}-k{args.k}"
+            f"-t{args.temperature}-m{args.max_new_tokens}-seed{args.seed}.jsonl")
     lines = [json.dumps({"id": p["id"], "question": p["question"], "truth": truth,
                          "candidates": [{"text": t, "is_correct": bool(r)} for t, r in zip(row, ok, strict=True)]})
              for p, truth, row, ok in zip(problems, truths, texts, right, strict=True)]
@@ -133,32 +114,27 @@ def evaluate_run(run: str, args) -> dict:
         lengths = -np.array([[len(t) for t in row] for row in texts], dtype=float)
         methods["shortest"] = figures(right[first, lengths.argmax(1)], pairs=pairwise(lengths, right))
         methods["majority"] = figures(right[first, [majority(row) for row in texts]])
-        if config.lambda_jepa > 0:
-            cosine = latent_scores(model, tokenizer, config, problems, texts)
-            methods["latent_cosine"] = figures(right[first, cosine.argmax(1)], pairs=pairwise(cosine, right))
         methods["oracle"] = figures(right.any(1))
-    # controls: one answer to everything, and the model's own answers to the wrong questions
-    constant = statistics.mode(data.answer_text(p, "final") for p in fit_problems(config))
+    # controls: the best single answer to everything, in hindsight, and the model's own answers to other questions
+    constant = statistics.mode(truths)
     methods["constant"] = figures([verify.check_answer(constant, t) for t in truths], recovered=False)
     others = [truths[(i + n // 2) % n] for i in range(n)]
     methods["shuffled"] = figures([np.mean([verify.check_answer(t, truth) for t in row])
                                    for row, truth in zip(texts, others, strict=True)], recovered=False)
     return {"n": n, "k": args.k, "random": random, "oracle": oracle, "methods": methods,
-            "unparsed": float(np.mean([number(t) is None for row in texts for t in row]))}
+            "unparsed": float(np.mean([verify.answer_value(t) is None for row in texts for t in row]))}
 
 
 def main():
     args = tyro.cli(Args)
-    if args.k < 1:
-        raise SystemExit(f"--k {args.k}: must be at least 1")
     try:
         result = evaluate_run(args.run, args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     print(f"{'method':16}{'accuracy':>10}{'95 % interval':>20}")
     for name, m in result["methods"].items():
         print(f"{name:16}{m['accuracy']:10.4f}{m['ci95'][0]:12.4f}{m['ci95'][1]:8.4f}")
-    print(json.dumps(result))
+    print(json.dumps(result, allow_nan=False))
 
 
 if __name__ == "__main__":

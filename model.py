@@ -168,7 +168,12 @@ def update_target(target: nn.Module, online: nn.Module, momentum: float):
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
-    return copy.deepcopy(module).requires_grad_(False)
+    """A copy without gradient and without dropout."""
+    frozen = copy.deepcopy(module).requires_grad_(False)
+    for part in frozen.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    return frozen
 
 
 class Predictor(nn.Module):
@@ -197,6 +202,7 @@ class JEPA(nn.Module):
 
     def __init__(self, encoder: Transformer, predictor: Predictor):
         super().__init__()
+        init_weights(encoder, len(encoder.blocks))
         self.context_encoder = encoder
         self.target_encoder = frozen_copy(encoder)
         self.predictor = predictor
@@ -235,7 +241,7 @@ def question_row(question: list[int], pred_id: int) -> list[int]:
 
 
 def answer_row(answer: list[int], eos_id: int) -> list[int]:
-    """The answer view: [EOS] as start, its tokens, [EOS]; the latent is read at the last position."""
+    """The answer view: [EOS] as start, its tokens, [EOS]; `pool_weights` makes one latent of its states."""
     return [eos_id, *answer, eos_id]
 
 
@@ -281,6 +287,7 @@ def in_batches(rows: list[list[int]], batch_size: int, encode) -> torch.Tensor:
 class Standardize(nn.Module):
     """Per-dimension standardisation of latents [B, C]: by the batch in training, by fitted statistics otherwise.
 
+    So a training target depends on its batch; with several processes each standardises its own.
     Without it the latents of a language model share one direction, any two of them have a cosine above 0.9, and
     predicting that direction is all that 1 - cos teaches. Running averages in training lag behind a network that
     learns, and the lag is one more shared direction (measured: LOG.md).
@@ -510,7 +517,7 @@ def estimate_mfu(flops_per_s: float, device_name: str) -> float | None:
 
 def effective_rank(z: torch.Tensor) -> float:
     """RankMe (Garrido et al. 2023, eq. 2): exp of the entropy of the normalised singular values of z [N, C]."""
-    s = torch.linalg.svdvals(z.double())
+    s = torch.linalg.svdvals(z.cpu().double())
     p = s / s.sum().clamp_min(1e-12) + 1e-12
     return float(torch.exp(-(p * p.log()).sum()))
 
@@ -524,6 +531,7 @@ def alignment(pred: torch.Tensor, target: torch.Tensor) -> dict:
     be); the same of the targets; predict_mean_cos: what the best constant prediction would reach.
     """
     n = len(pred)
+    pred, target = pred.cpu(), target.cpu()  # fp64 below, which MPS lacks
     p, t = F.normalize(pred.double(), dim=-1), F.normalize(target.double(), dim=-1)
     sim = p @ t.T
     own = sim.diagonal()

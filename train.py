@@ -11,6 +11,7 @@ model.safetensors, config.json, state.pt (what resuming needs), log.jsonl and it
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -33,8 +34,12 @@ RUN_FILES = ["model.safetensors", "config.json", "state.pt", "log.jsonl", "token
 
 
 def pick_device(name: str = "auto") -> str:
-    """cuda, mps or cpu, in this order, unless a name is given."""
+    """cuda, mps or cpu, in this order, unless a name is given. Raises ValueError for one this machine lacks."""
     if name != "auto":
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
         return name
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
@@ -92,7 +97,8 @@ def load_run(folder, device: str = "auto"):
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} does not exist: {folder} is no (finished) run of train.py")
+            raise FileNotFoundError(f"{folder / name} does not exist: {folder} is no finished run of train.py "
+                                    "(the command that started a run also finishes it)")
     preset, config = cfg.from_json((folder / "config.json").read_text(), str(folder / "config.json"))
     model = build_model(config)
     try:
@@ -105,42 +111,44 @@ def load_run(folder, device: str = "auto"):
 
 def load_tokenizer(folder, config) -> data.Tokenizer:
     """The tokenizer of a run: its own BPE, or GPT-2's."""
-    return data.gpt2_tokenizer() if config.tokenizer == "gpt2" else data.load_bpe(Path(folder) / "tokenizer.tiktoken")
+    path = Path(folder) / "tokenizer.tiktoken"
+    tokenizer = data.gpt2_tokenizer() if config.tokenizer == "gpt2" else data.load_bpe(path)
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(f"{path} holds {tokenizer.vocab_size} ids, config.json says {config.vocab_size}: damaged")
+    return tokenizer
 
 
-IGNORED_ON_RESUME = {"out_dir", "overwrite", "device", "threads", "log_every", "save_every", "data_dir", "vocab_size"}
+FREE_ON_RESUME = {"out_dir", "overwrite", "device", "threads", "log_every", "save_every", "data_dir", "vocab_size"}
 
 
 def open_run(folder: Path, preset: str, config) -> dict | None:
-    """Makes the run folder ready: None to start, or the training state to continue from.
+    """Looks at a run folder: None to start in it, or the training state to continue from. Changes nothing.
 
-    Raises SystemExit, with nothing touched, for a finished run, another run's folder, foreign files or a damaged
-    state; --overwrite replaces this project's files and leaves all others.
+    Raises SystemExit for a finished run, another run's folder, foreign files or a damaged state. --overwrite starts
+    again: it replaces this project's files, once all else is ready, and leaves all others.
     """
-    here = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    if folder.exists() and not folder.is_dir():
+        raise SystemExit(f"--out_dir {folder} is a file: choose a folder")
+    here = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    ours = set(RUN_FILES) | {name + ".tmp" for name in RUN_FILES}
     if config.overwrite:
-        for name in RUN_FILES:
-            (folder / name).unlink(missing_ok=True)
         return None
-    if not here:
-        return None
-    if "config.json" not in here:
+    if "config.json" not in here and here - ours:
         raise SystemExit(f"{folder} holds files but no config.json: not a run of train.py. "
                          f"Choose another --out_dir, or --overwrite to write into it")
-    try:
-        old_preset, old = cfg.from_json((folder / "config.json").read_text(), str(folder / "config.json"))
-    except ValueError as error:
-        raise SystemExit(f"{error}. Choose another --out_dir, or --overwrite") from None
-    if type(old) is not type(config):
-        raise SystemExit(f"{folder} is a run of preset '{old_preset}'. Choose another --out_dir, or --overwrite")
-    if changed := {k: v for k, v in cfg.diff(old, config).items() if k not in IGNORED_ON_RESUME}:
-        what = ", ".join(f"{k}: {a} there, {b} here" for k, (a, b) in changed.items())
-        raise SystemExit(f"{folder} is a run with other settings ({what}). Choose another --out_dir, or --overwrite")
+    if "config.json" in here:
+        try:
+            old_preset, old = cfg.from_json((folder / "config.json").read_text(), str(folder / "config.json"))
+        except ValueError as error:
+            raise SystemExit(f"{error}. Choose another --out_dir, or --overwrite") from None
+        if type(old) is not type(config):
+            raise SystemExit(f"{folder} is a run of preset '{old_preset}'. Choose another --out_dir, or --overwrite")
+        refuse_changes(folder, {k: v for k, v in cfg.diff(old, config).items() if k not in FREE_ON_RESUME})
     if "state.pt" not in here:
         return None  # killed before the first checkpoint
     try:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        missing = {"model", "optimizer", "step", "n_steps"} - set(state)
+        missing = {"model", "optimizer", "step", "n_steps", "identity"} - set(state)
     except Exception as error:  # zip, unpickling and end-of-file errors, by the kind of damage
         raise SystemExit(f"{folder / 'state.pt'} is damaged ({type(error).__name__}: {str(error)[:200]}). "
                          f"Nothing was changed; --overwrite starts again") from None
@@ -149,6 +157,25 @@ def open_run(folder: Path, preset: str, config) -> dict | None:
     if state["step"] >= state["n_steps"]:
         raise SystemExit(f"{folder} is finished ({state['step']} steps). Choose another --out_dir, or --overwrite")
     return state
+
+
+def refuse_changes(folder: Path, changed: dict):
+    """SystemExit that lists {name: (there, here)} unless it is empty."""
+    if changed:
+        what = ", ".join(f"{k}: {a} there, {b} here" for k, (a, b) in changed.items())
+        raise SystemExit(f"{folder} is a run with other settings ({what}). Choose another --out_dir, or --overwrite")
+
+
+def run_identity(config, asked_vocab_size: int, world: int, tokenizer, examples) -> dict:
+    """What decides every batch, kept in state.pt: a state is continued only where all of it is the same."""
+    text = json.dumps([[e["question"], e["answer"], e["target"]] for e in examples])
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_ON_RESUME}
+    return {"config": digest(json.dumps(settings)), "vocab_size": asked_vocab_size, "processes": world,
+            "tokenizer": digest(repr(sorted(tokenizer.ranks.items()))), "training problems": digest(text)}
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def save_plots(folder: Path):
@@ -183,25 +210,26 @@ def save_plots(folder: Path):
 FIT_ON = 1024  # training problems from which an evaluation takes the latents' mean and std
 
 def load_examples(config, out: Path):
-    """(train, val) examples, tokenizer; trains and saves the run's BPE first where it has none."""
-    n = config.limit or config.n_synthetic
-    train_limit, val_limit = (n if config.dataset == "synthetic" else config.limit), config.val_problems
+    """(train, val) examples and the tokenizer: the run folder's own, else GPT-2's or a BPE trained here.
+
+    Sets config.vocab_size to the true size.
+    """
+    n = config.limit or (config.n_synthetic if config.dataset == "synthetic" else 0)
     common = dict(data_dir=config.data_dir, seed=config.seed, max_steps=config.max_problem_steps)
-    train = data.load_problems(config.dataset, "train", limit=train_limit, **common)
-    val = data.load_problems(config.dataset, "val", limit=val_limit, **common)
+    train = data.load_problems(config.dataset, "train", limit=n, **common)
+    val = data.load_problems(config.dataset, "val", limit=config.val_problems, **common)
+    if len(val) < 2:
+        raise ValueError(f"{len(val)} validation problem of {config.dataset}: two are needed, from "
+                         f"{2 * data.VAL_EVERY} training problems on")
     if config.tokenizer == "gpt2":
         tokenizer = data.gpt2_tokenizer()
+    elif (out / "tokenizer.tiktoken").is_file() and not config.overwrite:
+        tokenizer = data.load_bpe(out / "tokenizer.tiktoken")
     else:
-        path = out / "tokenizer.tiktoken"
-        if not path.is_file() and int(os.environ.get("RANK", 0)) == 0:
-            texts = [t for p in train for t in (p["question"], data.answer_text(p, "solution"))]
-            out.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, data.train_bpe(texts, config.vocab_size).save)
-        if dist.is_initialized():
-            dist.barrier()
-        tokenizer = data.load_bpe(path)
+        texts = [t for p in train for t in (p["question"], data.answer_text(p, "solution"))]
+        tokenizer = data.train_bpe(texts, config.vocab_size)
     config.vocab_size = tokenizer.vocab_size
-    return [data.encode_problems(p, tokenizer, config) for p in (train, val)] + [tokenizer]
+    return *(data.encode_problems(p, tokenizer, config) for p in (train, val)), tokenizer
 
 
 @torch.no_grad()
@@ -239,14 +267,13 @@ def train(preset: str, config) -> dict:
     """One run from start (or checkpoint) to end -> the figures that `main` prints."""
     # machine
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    torch.set_num_threads(config.threads or torch.get_num_threads())
     device = pick_device(config.device)
     if world > 1:
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    if config.threads:
-        torch.set_num_threads(config.threads)
     torch.set_float32_matmul_precision("high")
     dtype = pick_dtype(config.dtype, device)
 
@@ -257,21 +284,26 @@ def train(preset: str, config) -> dict:
     out = Path(config.out_dir or f"out/{preset}")
     config.out_dir = str(out)
     state = open_run(out, preset, config)
-    if world > 1:
-        dist.barrier()  # no rank may write into the folder before every rank has looked at it
+    asked_vocab_size = config.vocab_size
     train_examples, val_examples, tokenizer = load_examples(config, out)
+    identity = run_identity(config, asked_vocab_size, world, tokenizer, train_examples)
+    if state:
+        theirs = state["identity"]
+        refuse_changes(out, {k: (theirs.get(k), v) for k, v in identity.items() if theirs.get(k) != v})
     batches = data.Batches(train_examples, config)
     micro_steps = config.grad_accum * world
     n_steps = config.max_steps or max(1, round(config.epochs * batches.per_epoch / micro_steps))
     torch.manual_seed(config.seed)
     model = build_model(config)
-    if state:
-        model.load_state_dict(state["model"])
     model.to(device)
     optimizer = configure_optimizers(model, config)
     first = 0
     if state:
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise SystemExit(f"{out / 'state.pt'} does not fit this run: {str(error)[:300]}") from None
         first, n_steps = state["step"], state["n_steps"]
         say(f"continuing {out} at step {first} of {n_steps}")
     say(f"{preset}: {model.n_params():,} parameters on {device} in {str(dtype)[6:]}, {len(train_examples):,} problems, "
@@ -285,8 +317,14 @@ def train(preset: str, config) -> dict:
             run_model(strip(warm))["loss"].backward()
             optimizer.zero_grad(set_to_none=True)
 
-    if rank == 0:
+    if world > 1:
+        dist.barrier()  # every process has looked at the folder before the first one writes
+    if rank == 0:  # all is ready: only now does anything in the folder change
         out.mkdir(parents=True, exist_ok=True)
+        if config.overwrite:
+            for path in [out / name for name in RUN_FILES] + list(out.glob("generations-*.jsonl")):
+                path.unlink(missing_ok=True)
+        write_atomic(out / "tokenizer.tiktoken", tokenizer.save)
         write_atomic(out / "config.json", lambda path: path.write_text(cfg.to_json(config, preset) + "\n"))
         keep_log_until(out / "log.jsonl", first)
 
@@ -296,13 +334,17 @@ def train(preset: str, config) -> dict:
                 f.write(json.dumps(row) + "\n")
 
     def save(step):
+        """state.pt last: a finished state means that everything else is there."""
         if rank == 0:
             weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-            payload = {"model": weights, "optimizer": optimizer.state_dict(), "step": step, "n_steps": n_steps}
-            from safetensors.torch import save_file
+            if step == n_steps:
+                from safetensors.torch import save_file
 
+                write_atomic(out / "model.safetensors", lambda path: save_file(weights, path))
+                save_plots(out)
+            payload = {"model": weights, "optimizer": optimizer.state_dict(), "step": step, "n_steps": n_steps,
+                       "identity": identity}
             write_atomic(out / "state.pt", lambda path: torch.save(payload, path))
-            write_atomic(out / "model.safetensors", lambda path: save_file(weights, path))
 
     # loop
     progress = None
@@ -368,8 +410,6 @@ def train(preset: str, config) -> dict:
                 dist.barrier()
     if progress:
         progress.close()
-    if rank == 0:
-        save_plots(out)
     if world > 1:
         dist.destroy_process_group()
     return {"preset": preset, "out_dir": str(out), "steps": n_steps, "params": model.n_params(), "device": device,
@@ -409,10 +449,10 @@ def main():
     preset, config = cfg.parse_cli(sys.argv[1:])
     try:
         result = train(preset, dataclasses.replace(config))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     if int(os.environ.get("RANK", 0)) == 0:
-        print(json.dumps(result))
+        print(json.dumps(result, allow_nan=False))
 
 
 if __name__ == "__main__":

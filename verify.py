@@ -88,7 +88,7 @@ def parse_number(text):
     return (-value if minus or inner_minus else value) / divisor
 
 
-def _answer_value(text):
+def answer_value(text):
     """Value of a bare answer or of a text that ends in one. `####` wins over everything else."""
     value = None if "####" in text else parse_number(text)
     if value is None and (found := extract_answer(text)) is not None:
@@ -98,8 +98,8 @@ def _answer_value(text):
 
 def check_answer(prediction, truth):
     """True where both (a bare answer, or a text that states one) are the same number. Unparseable is wrong."""
-    value = _answer_value(prediction)
-    return value is not None and value == _answer_value(truth)
+    value = answer_value(prediction)
+    return value is not None and value == answer_value(truth)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,6 +165,8 @@ def _holds(left, right, written):
 
 def check_expression(text):
     """Verdict on one bare expression ("2+2", may it be evaluated?) or equation ("2+2=4", does it hold?)."""
+    if len(text) > MAX_STEP:
+        return Verdict(False, "too_long", f"{len(text)} characters, more than {MAX_STEP}")
     sides = [_ascii(side) for side in re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.replace("==", "=")).split("=")]
     try:
         values = [evaluate(side) for side in sides]
@@ -348,7 +350,7 @@ def validate(problem, chain):
     Raises ValueError naming the field that is missing, empty or of the wrong type.
     """
     truth = _field(problem, f"problem {problem.get('id', '')!r}", "answer", str)
-    if _answer_value(truth) is None:
+    if answer_value(truth) is None:
         raise ValueError(f"problem {problem.get('id', '')!r}: field 'answer' holds no number: {truth!r:.60}")
     kind = f"chain {chain.get('id', '')!r}"
     steps = _field(chain, kind, "steps", list)
@@ -360,7 +362,7 @@ def validate(problem, chain):
     stated = _field(chain, kind, "answer", str) if chain.get("answer") is not None else None
     answers = [answer for answer in (stated, declared) if answer is not None] or [implied]
     for answer in answers:
-        if answer is None or _answer_value(answer) is None:
+        if answer is None or answer_value(answer) is None:
             return Verdict(False, "no_answer", f"no number in {answer or steps[-1]!r}")
         if not check_answer(answer, truth):
             return Verdict(False, "wrong_answer", f"{answer} instead of {extract_answer(truth) or truth}")
@@ -370,7 +372,7 @@ def validate(problem, chain):
     return Verdict(True, "ok")
 
 
-def read_jsonl(path, fields=(), limit=None):
+def read_jsonl(path, fields=(), limit=0):
     """The objects of a jsonl file as dicts, each with all `fields`; blank lines are passed over.
 
     Raises FileNotFoundError, or ValueError naming file, line and field.
@@ -381,7 +383,7 @@ def read_jsonl(path, fields=(), limit=None):
     with open(path, encoding="utf-8") as file:
         try:
             for number, line in enumerate(file, 1):
-                if limit is not None and len(rows) >= limit:
+                if limit and len(rows) >= limit:
                     break
                 if not line.strip():
                     continue
@@ -396,12 +398,12 @@ def read_jsonl(path, fields=(), limit=None):
                 rows.append(row)
         except UnicodeDecodeError as e:
             raise ValueError(f"{path}: no UTF-8 text: {e}") from None
-    if not rows and limit != 0:
+    if not rows:
         raise ValueError(f"{path}: no rows")
     return rows
 
 
-def check_chains(path, limit=None):
+def check_chains(path, limit=0):
     """{"n", "accepted", "reasons"} over chains, or over problems whose "answer" is a worked solution with ####."""
     reasons = Counter()
     for number, row in enumerate(read_jsonl(path, ["answer"], limit), 1):
@@ -415,7 +417,7 @@ def check_chains(path, limit=None):
     return {"n": reasons.total(), "accepted": reasons["ok"], "reasons": dict(reasons.most_common())}
 
 
-def check_candidates(path, limit=None):
+def check_candidates(path, limit=0):
     """{"n", "agree": share whose is_correct label equals check_answer, "disagree": the first few ids}."""
     n, disagree = 0, []
     for row in read_jsonl(path, ["answer", "candidates"], limit):
@@ -434,7 +436,7 @@ class Args:
     chains: str | None = None  # jsonl of chains, or of problems with worked answers
     candidates: str | None = None  # jsonl of labelled candidates
     expression: str | None = None  # arithmetic, with or without an equals sign
-    limit: int | None = None  # read this many rows only
+    limit: int = 0  # read this many rows only; 0: all
 
 
 def main():
