@@ -500,7 +500,7 @@ def test_config_json_round_trip_and_damage():
     assert cfg.from_json(cfg.to_json(config, "p"), "x") == ("p", config)
     wrong = cfg.to_json(config, "p").replace('"n_layer": 2', '"n_layer": "2"')
     for text, message in [("{", "x is not"), ("[]", "x is not"), (wrong, "x: --n_layer 2"),
-                          (cfg.to_json(config, "p").replace('"n_layer": 2', '"n_layer": "2"'), "x: --n_layer 2"), ('{"preset": "p", "job": "Other"}', "Other"),
+                          ('{"preset": "p", "job": "Other"}', "Other"),
                           ('{"preset": "p", "job": "NanoJEPAConfig", "lrr": 1}', "lrr")]:
         with pytest.raises(ValueError, match=message):
             cfg.from_json(text, "x")
