@@ -116,6 +116,61 @@ class NanoJEPAConfig(RunConfig):
             check(self, "batch_size", self.batch_size >= 8, "must be at least 8: the batch standardises the latents")
 
 
+@dataclass
+class RJEPAConfig(RunConfig):
+    """R-JEPA: predicts the latents of hidden reasoning steps from those of the visible ones."""
+
+    # latents: from a folder of extract.py, which is run first where the folder is missing
+    latents: str = ""  # the folder; empty: out/latents/DATASET-LLM-LAYER-POOLING
+    where: str = ""  # only chains for which this SQL condition holds ("n_steps >= 4"; needs DuckDB)
+    llm: str = "smollm2"  # as in extract.py; the run stores what the latents say
+    layer: int = -2  # index into hidden_states; the run stores it without a sign
+    pooling: Literal["mean", "last"] = "last"  # a step's latent: mean over its tokens, or its last token
+    dim: int = 0  # width of the latents; the run stores it
+
+    # network
+    n_layer: int = 3  # blocks of the context encoder (and of its EMA copy)
+    n_head: int = 4  # attention heads of encoder and predictor
+    n_embd: int = 256  # width of the encoder
+    predictor_n_layer: int = 2  # blocks of the predictor
+    predictor_n_embd: int = 128  # width of the predictor
+    dropout: float = 0.0  # on embeddings and residual branches
+
+    # masks: which steps are hidden; the question never is
+    mask: Literal["contiguous", "random"] = "contiguous"  # one block of steps, or any of them
+    mask_min: float = 0.3  # share of the steps that are hidden, at least one step: from this ...
+    mask_max: float = 0.7  # ... to this
+    suffix_share: float = 0.3  # share of the chains that hide everything from some step on
+    single_share: float = 0.2  # share of the chains that hide one step alone, as the leave-one-out energy does
+
+    # objective: L1(z_pred, z_target) + lambda_* times each of the following
+    lambda_variance: float = 0.01  # hinge on the std of every dimension of z_pred
+    lambda_infonce: float = 0.1  # InfoNCE over the target steps of the batch
+    lambda_own: float = 0.1  # InfoNCE over the steps of the chain itself
+    lambda_reconstruction: float = 0.1  # L1 of W_out(z_pred) to the LLM's standardised latent
+    lambda_margin: float = 0.0  # hinge: a counterfactual chain's error should be larger by `margin`
+    margin: float = 0.1  # in units of the L1 error
+    tau: float = 0.07  # temperature of both InfoNCE terms
+    hard_negatives: bool = True  # counterfactual versions of the step among InfoNCE's negatives, where there are any
+    target_encoder: Literal["ema", "copy", "online"] = "ema"  # EMA copy; plain copy; the encoder itself with gradient
+    target_positions: bool = True  # off: targets are encoded without positions
+    shuffle_steps: bool = False  # control: trains on chains whose steps are in random order
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in "n_layer n_head n_embd predictor_n_layer predictor_n_embd tau".split():
+            check(self, name, getattr(self, name) > 0, "must be positive")
+        for name in ("n_embd", "predictor_n_embd"):
+            check(self, name, getattr(self, name) % (2 * self.n_head) == 0, f"must be a multiple of 2 x {self.n_head}")
+        for name in "lambda_variance lambda_infonce lambda_own lambda_reconstruction lambda_margin margin dim".split():
+            check(self, name, getattr(self, name) >= 0, "must not be negative")
+        check(self, "dropout", 0 <= self.dropout < 1, "must lie in [0, 1)")
+        check(self, "mask_min", 0 <= self.mask_min <= self.mask_max <= 1, "needs 0 <= mask_min <= mask_max <= 1")
+        for name in ("suffix_share", "single_share"):
+            check(self, name, 0 <= getattr(self, name) <= 1, "must lie in [0, 1]")
+        check(self, "suffix_share", self.suffix_share + self.single_share <= 1, "and single_share make more than 1")
+
+
 def check(config, name: str, ok: bool, rule: str):
     """Raises ValueError naming the field, its value and the rule it breaks."""
     if not ok:
@@ -149,6 +204,18 @@ PRESETS = {
         dataset="synthetic", n_synthetic=200_000, max_problem_steps=4, tokenizer="bpe", vocab_size=1024, n_layer=4,
         n_head=6, n_embd=192, dropout=0.0, lambda_jepa=0.0, answer_context="question", epochs=1.0, batch_size=48,
         lr=2e-3,
+    ),
+    # the world model over an LLM's hidden states: 4096-d latents, about 678 M parameters with the EMA copy, one GPU
+    "rjepa": RJEPAConfig(
+        llm="Qwen/Qwen3-8B", dim=4096, n_layer=6, n_head=16, n_embd=2048, predictor_n_layer=4, predictor_n_embd=1024,
+        batch_size=256, lr=3e-4, weight_decay=0.05,
+    ),
+    # the same for SmolLM2-135M on a CPU
+    "rjepa-small": RJEPAConfig(batch_size=128, epochs=15.0, weight_decay=0.05, eval_every=200, save_every=200),
+    # the same for this project's own LLM, `python train.py student-small`
+    "rjepa-student": RJEPAConfig(
+        dataset="synthetic", n_synthetic=9000, max_problem_steps=4, llm="out/student-small", batch_size=128,
+        epochs=15.0, weight_decay=0.05, eval_every=200, save_every=200,
     ),
 }
 
@@ -193,7 +260,7 @@ def from_json(text: str, where: str):
         preset, job = fields.pop("preset"), fields.pop("job")
     except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{where} is not a run's config.json ({error!r})") from None
-    jobs = {c.__name__: c for c in (NanoJEPAConfig,)}
+    jobs = {c.__name__: c for c in (NanoJEPAConfig, RJEPAConfig)}
     if not isinstance(job, str) or job not in jobs:
         raise ValueError(f"{where}: unknown job '{job}'; this version knows {', '.join(jobs)}")
     names = {f.name for f in dataclasses.fields(jobs[job])}

@@ -2,25 +2,34 @@
 
     python eval_alignment.py out/quickstart
     python eval_alignment.py out/nanojepa-small --dataset gsm8k --data_dir DATA/gsm8k --limit 256
+    python eval_alignment.py out/rjepa-small                                    # R-JEPA on its own held-out chains
+    python eval_alignment.py out/rjepa-small --latents out/latents/candidates   # does energy tell right from wrong?
+    python eval_alignment.py out/rjepa-small --step_errors FILE                 # does it find the first wrong step?
 
 Looks at problems that the run has never seen (`test`) and prints a table with its controls: mismatched pairs, the
 best constant prediction, the same network with fresh weights, and whether the prediction is nearer to the true
-answer than to a counterfactual one (same words, one step wrong), which the topic alone cannot tell.
+answer than to a counterfactual one (same words, one step wrong), which the topic alone cannot tell. For R-JEPA:
+the error beside predict-the-mean and copy-a-neighbour, energy against correctness, and retrieval of a hidden step.
 """
 
 import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
 
 import data
-from config import check
-from model import alignment, wilson
-from train import build_model, load_run, load_tokenizer
+import extract
+import infer
+import latents
+from config import RJEPAConfig, check
+from model import alignment, latent_figures, wilson
+from train import build_model, default_latents, load_run, load_tokenizer
 
 
 @dataclass
@@ -32,7 +41,9 @@ class Args:
     split: Literal["train", "val", "test"] = "test"
     data_dir: str = ""  # as in train.py; empty: the run's own
     limit: int = 0  # number of problems; 0: all there are, 256 synthetic ones
-    seed: int = 1  # which synthetic problems, which counterfactuals
+    seed: int = 1  # which synthetic problems, which counterfactuals, which distractors
+    latents: str = ""  # R-JEPA: a folder of extract.py; empty: the run's own, its held-out chains
+    step_errors: str = ""  # R-JEPA: a jsonl file of chains with the first wrong step known
     device: str = "auto"
 
     def __post_init__(self):
@@ -106,13 +117,173 @@ def print_table(result: dict):
         print(f"nearer to the true than to a counterfactual answer: {pairs['top1']:.3f} of {pairs['n']} (chance 0.5)")
 
 
+# ----------------------------------------------------------------------------- R-JEPA
+
+
+def ranking_figures(score: np.ndarray, is_valid: np.ndarray, group: list[str]) -> dict:
+    """AUROC of score [n] for is_valid, overall and within groups (over pairs of one group), and Spearman's rho."""
+    from scipy.stats import spearmanr
+    from sklearn.metrics import roc_auc_score
+
+    if is_valid.all() or not is_valid.any():
+        return {"auroc": None, "auroc_within": None, "spearman": None}
+    group, within = np.array(group), []
+    for g in np.unique(group):
+        s, v = score[group == g], is_valid[group == g]
+        if 0 < v.sum() < len(v):
+            within.append(roc_auc_score(v, s))
+    return {"auroc": float(roc_auc_score(is_valid, score)), "spearman": float(spearmanr(score, is_valid).statistic),
+            "auroc_within": float(np.mean(within)) if within else None}
+
+
+def mean_logprob(row: dict) -> float:
+    """Mean logprob of a chain's step tokens (not the question's); NaN where the latents have none."""
+    if row["logprobs"] is None:
+        return float("nan")
+    return float(np.average(row["logprobs"][1:], weights=row["n_tokens"][1:]))
+
+
+@torch.no_grad()
+def step_retrieval(model, rows: list[dict], seed: int, n_candidates: int = 100) -> dict:
+    """A hidden middle step among n_candidates, the chain's other steps among them: is it the step or the topic?
+
+    In target space by cosine to z_pred, and in the LLM's standardised space by L1 to W_out(z_pred); baselines in
+    target space: the step before (copy), the mean of both neighbours, and the mean target of that position.
+    """
+    rng = np.random.default_rng(seed)
+    rows = [r for r in rows if r["is_valid"] and r["n_steps"] >= 3]
+    if len(rows) < 2:
+        return {"n": 0}
+    h, is_real = latents.pad_latents([r["h"] for r in rows])
+    h, is_real = h.to(model.h_mean.device), is_real.to(model.h_mean.device)
+    chain, step, z_pred, z_all = model.hidden_steps(h, is_real)
+    x_all, x_pred = model.standardize(h), model.w_out(z_pred)
+    mean_of = torch.stack([z_all[:, s][is_real[:, s]].mean(0) for s in range(h.shape[1])])
+    at = {(int(c), int(s)): i for i, (c, s) in enumerate(zip(chain, step, strict=True))}
+    ranks = {name: [] for name in ("z_pred", "W_out", "copy", "neighbours", "position")}
+    for c, row in enumerate(rows):
+        k = int(rng.integers(2, row["n_steps"]))  # a middle step
+        own = [s for s in range(1, row["n_steps"] + 1) if s != k]
+        far = [(o, int(rng.integers(1, rows[o]["n_steps"] + 1)))
+               for o in rng.choice([i for i in range(len(rows)) if i != c], n_candidates - 1 - len(own))]
+        where = torch.tensor([(c, k), *((c, s) for s in own), *far], device=h.device).T
+        z, x, i = z_all[where[0], where[1]], x_all[where[0], where[1]], at[c, k]
+        guesses = {"z_pred": z_pred[i], "copy": z_all[c, k - 1], "neighbours": (z_all[c, k - 1] + z_all[c, k + 1]) / 2,
+                   "position": mean_of[k]}
+        scores = {name: F.cosine_similarity(guess[None], z) for name, guess in guesses.items()}
+        scores["W_out"] = -(x_pred[i][None] - x).abs().mean(-1)
+        for name, s in scores.items():
+            ranks[name].append(1 + int((s[1:] >= s[0]).sum()))
+    figures = {name: {"top1": float(np.mean(np.array(r) == 1)), "mrr": float(np.mean(1 / np.array(r)))}
+               for name, r in ranks.items()}
+    return {"n": len(rows), "candidates": n_candidates, **figures}
+
+
+@torch.no_grad()
+def evaluate_rjepa(run: str, args) -> dict:
+    """Error, collapse, and where the latents hold right and wrong chains, energy against correctness."""
+    model, config = infer.load_world_model(run, args.device)
+    folder = args.latents or config.latents or default_latents(config)
+    rows, manifest = latents.load_latents(folder)
+    latents.check_same_llm({k: getattr(config, k) for k in latents.SAME_LLM}, manifest, f"{run} and {folder}")
+    if not args.latents:
+        rows = [r for r in rows if r["split"] == "val"]
+    rows = rows[: args.limit or None]
+    if len(rows) < 2:
+        raise ValueError(f"{folder}: {len(rows)} chain to look at")
+    found = infer.energies(model, [r["h"] for r in rows])
+    z_pred, z_target, z_copy = [], [], []
+    for start in range(0, len(rows), 64):
+        h, is_real = latents.pad_latents([r["h"] for r in rows[start : start + 64]])
+        h, is_real = h.to(model.h_mean.device), is_real.to(model.h_mean.device)
+        chain, step, z, z_all = model.hidden_steps(h, is_real)
+        z_pred.append(z.cpu()), z_target.append(z_all[chain, step].cpu()), z_copy.append(z_all[chain, step - 1].cpu())
+    result = latent_figures(torch.cat(z_pred), torch.cat(z_target), torch.cat(z_copy))
+    result["retrieval"] = step_retrieval(model, rows, args.seed)
+    is_valid, group = np.array([r["is_valid"] for r in rows]), [r["problem_id"] for r in rows]
+    for mode in model.ENERGIES:
+        for name, reduce in (("mean", torch.mean), ("max", torch.amax), ("last", lambda e: e[-1])):
+            score = np.array([-float(reduce(e[mode])) for e in found])
+            result[mode if name == "mean" else f"{mode}_{name}"] = ranking_figures(score, is_valid, group)
+    logprob = np.array([mean_logprob(r) for r in rows])
+    by_logprob = {} if np.isnan(logprob).any() else ranking_figures(logprob, is_valid, group)
+    loo = result["leave_one_out"]
+    result |= {"logprob": by_logprob, "auroc_correct": loo["auroc"], "auroc_logprob": by_logprob.get("auroc")}
+    plot_energies(Path(run), model, rows, found)
+    return result | {"n": len(rows)}
+
+
+def plot_energies(run: Path, model, rows: list[dict], found: list[dict]):
+    """energies.png in the run folder: histogram of chains' energies by validity, and the energy along a chain."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4))
+    for valid, label in ((True, "right"), (False, "wrong")):
+        of = [e["leave_one_out"] for e, r in zip(found, rows, strict=True) if r["is_valid"] == valid]
+        if of:
+            axes[0].hist([float(e.mean()) for e in of], bins=40, alpha=0.5, density=True, label=label)
+            longest = max(map(len, of))
+            along = [[float(e[k]) for e in of if len(e) > k] for k in range(longest)]
+            points = [(k + 1, np.mean(v)) for k, v in enumerate(along) if len(v) >= 5]
+            if points:
+                axes[1].plot(*zip(*points, strict=True), marker=".", label=label)
+    axes[0].set(xlabel="mean leave-one-out energy of a chain", ylabel="density")
+    axes[1].set(xlabel="step", ylabel="mean leave-one-out energy")
+    for ax in axes:
+        ax.grid(alpha=0.3)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend()
+    fig.tight_layout()
+    fig.savefig(run / "energies.png", dpi=110)
+    plt.close(fig)
+
+
+def evaluate_step_errors(run: str, args) -> dict:
+    """How often the step with the highest energy is the first wrong one -> {"top1", its controls, "n"}."""
+    model, config = infer.load_world_model(run, args.device)
+    folder = extract.latents_of_file(config, "step_errors", args.step_errors, device=args.device, limit=args.limit)
+    rows, manifest = latents.load_latents(args.latents or folder, "wrong_step is not null")
+    latents.check_same_llm({k: getattr(config, k) for k in latents.SAME_LLM}, manifest, f"{run} and {folder}")
+    if not rows:
+        raise ValueError(f"{args.step_errors}: no chain with a first wrong step")
+    found, hits = infer.energies(model, [r["h"] for r in rows]), {}
+    for row, e in zip(rows, found, strict=True):
+        loo, ahead, truth = e["leave_one_out"], e["next_step"], row["wrong_step"] - 1
+        guesses = {"top1": loo, "top1_next_step": ahead, "top1_difference": ahead - loo,
+                   "top1_logprob": -torch.tensor(row["logprobs"][1:]), "top1_last": torch.arange(len(loo))}
+        for name, values in guesses.items():
+            hits.setdefault(name, []).append(int(values.argmax()) == truth)
+        hits.setdefault("top1_random", []).append(1 / len(loo))
+    return {k: float(np.mean(v)) for k, v in hits.items()} | {"ci95": list(wilson(float(np.mean(hits["top1"])),
+                                                                                  len(rows))), "n": len(rows)}
+
+
+def print_figures(result: dict, name: str = ""):
+    """Every number of a nested result on a line of its own."""
+    for key, value in result.items():
+        if isinstance(value, dict):
+            print_figures(value, f"{name}{key} ")
+        else:
+            print(f"{name + key:40}{value:.4f}" if isinstance(value, float) else f"{name + key:40}{value}")
+
+
 def main():
     args = tyro.cli(Args)
     try:
-        result = evaluate_nanojepa(args.run, args)
+        is_rjepa = isinstance(load_run(args.run, "cpu")[1], RJEPAConfig)
+        if (args.latents or args.step_errors) and not is_rjepa:
+            raise ValueError(f"--latents and --step_errors are for R-JEPA runs; {args.run} is none")
+        if is_rjepa:
+            result = (evaluate_step_errors if args.step_errors else evaluate_rjepa)(args.run, args)
+            print_figures(result)
+        else:
+            result = evaluate_nanojepa(args.run, args)
+            print_table(result)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
-    print_table(result)
     print(json.dumps(result, allow_nan=False))
 
 

@@ -2,6 +2,8 @@
 
     python evaluate_accuracy.py out/nanojepa-small --dataset gsm8k --data_dir DATA/gsm8k
     python evaluate_accuracy.py out/student-small --limit 1000 --k 8        # sample 8, compare ways of picking one
+    python evaluate_accuracy.py out/rjepa-small --candidates FILE           # R-JEPA picks among labelled candidates
+    python evaluate_accuracy.py out/rjepa-small --candidates FILE --also out/rjepa-seed2 out/rjepa-shuffled
 
 Every generation is written to RUN/generations-*.jsonl. An answer counts where verify.check_answer says so, that is
 by value (18 = 18.00 = $18); text without `#### n` counts by its last number and is reported apart as `strict`.
@@ -15,14 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 import tyro
 
 import data
 import eval_alignment
+import extract
+import infer
+import latents as latents_of
 import verify
-from config import check
+from config import RJEPAConfig, check
 from model import wilson
-from train import load_run, load_tokenizer, write_atomic
+from train import build_model, load_run, load_tokenizer, write_atomic
 
 
 @dataclass
@@ -33,9 +39,13 @@ class Args(eval_alignment.Args):
     temperature: float = 0.8  # of the samples
     max_new_tokens: int = 256
     batch_size: int = 128  # candidates generated at a time
+    candidates: str = ""  # R-JEPA: a jsonl file of labelled candidates to pick from
+    also: tuple[str, ...] = ()  # R-JEPA: more runs over the same LLM, layer and pooling, shown under their own names
+    folds: int = 5  # cross-validation over questions, for the probe and the weights of `combined`
 
     def __post_init__(self):
         super().__post_init__()
+        check(self, "folds", self.folds >= 2, "must be at least 2")
         for name in ("k", "max_new_tokens", "batch_size", "temperature"):
             check(self, name, getattr(self, name) > 0, "must be positive")
 
@@ -125,15 +135,129 @@ def evaluate_run(run: str, args) -> dict:
             "unparsed": float(np.mean([verify.answer_value(t) is None for row in texts for t in row]))}
 
 
+# ----------------------------------------------------------------------------- labelled candidates
+
+
+def centred(x: np.ndarray, question: np.ndarray) -> np.ndarray:
+    """x [n, F] less its mean over the candidates of a question [n]."""
+    out = x.astype(float)
+    for q in np.unique(question):
+        out[question == q] -= out[question == q].mean(0)
+    return out
+
+
+def cross_validated(x: np.ndarray, right: np.ndarray, question: np.ndarray, folds: int, seed: int, C: float):
+    """Scores [n] of a logistic regression on x [n, F], centred within questions, always fitted on other questions."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    x, scores = centred(x, question), np.zeros(len(x))
+    fold_of = np.random.default_rng(seed).permutation(question.max() + 1) % folds
+    for fold in range(folds):
+        held_out = fold_of[question] == fold
+        scale = StandardScaler().fit(x[~held_out])
+        fitted = LogisticRegression(C=C, max_iter=500).fit(scale.transform(x[~held_out]), right[~held_out])
+        scores[held_out] = fitted.decision_function(scale.transform(x[held_out]))
+    return scores
+
+
+def balanced_pairwise(scores, right, sources) -> float | None:
+    """`pairwise` with every direction of every pair of sources counted alike. scores, right, sources: rows a question.
+
+    For each ordered pair (source of the right one, source of the wrong one) the share in which the right one scores
+    higher; averaged over both directions, then over the pairs of sources that have both.
+    """
+    wins = {}
+    for s, r, names in zip(scores, right, sources, strict=True):
+        for i in np.flatnonzero(r):
+            for j in np.flatnonzero(~r):
+                won = float(s[i] > s[j]) + 0.5 * float(s[i] == s[j])
+                wins.setdefault((names[i], names[j]), []).append(won)
+    both = [(np.mean(w) + np.mean(wins[b, a])) / 2 for (a, b), w in wins.items() if a <= b and (b, a) in wins]
+    return float(np.mean(both)) if both else None
+
+
+def evaluate_candidates(run: str, args) -> dict:
+    """Ways of picking one of the labelled candidates of each question -> {"n", "k", "random", "oracle", "methods"}.
+
+    The probe and the weights of `combined` are fitted on the labels of other questions of the same file.
+    """
+    model, config = infer.load_world_model(run, args.device)
+    folder = Path(args.latents) if args.latents else extract.latents_of_file(
+        config, "candidates", args.candidates, device=args.device, limit=args.limit)
+    rows, manifest = latents_of.load_latents(folder)
+    latents_of.check_same_llm({k: getattr(config, k) for k in latents_of.SAME_LLM}, manifest, f"{run} and {folder}")
+    if any(r["logprobs"] is None for r in rows):
+        raise ValueError(f"{folder} holds no logprobs: extract with --logprobs")
+    ids = list(dict.fromkeys(r["problem_id"] for r in rows))
+    question = np.array([ids.index(r["problem_id"]) for r in rows])
+    right, h = np.array([r["is_valid"] for r in rows]), [r["h"] for r in rows]
+    members = [np.flatnonzero(question == q) for q in range(len(ids))]
+
+    def energy_scores(world_model):
+        found = infer.energies(world_model, h)
+        return {mode: -np.array([float(e[mode].mean()) for e in found]) for mode in world_model.ENERGIES}
+
+    ours = energy_scores(model)
+    logprob = np.array([eval_alignment.mean_logprob(r) for r in rows])
+    shortest = -np.array([sum(r["n_tokens"][1:]) for r in rows], dtype=float)
+    pooled = np.stack([torch.cat((z[-1], z[1:].mean(0))).float().numpy() for z in h])
+    scores = {"shortest": shortest, "logprob": logprob, "energy": ours["leave_one_out"],
+              "energy_next_step": ours["next_step"], "energy_both": sum(ours.values()),
+              "combined": cross_validated(np.stack((logprob, sum(ours.values())), 1), right, question, args.folds,
+                                          args.seed, 1.0),
+              "probe": cross_validated(pooled, right, question, args.folds, args.seed, 1e-3)}
+    torch.manual_seed(args.seed)
+    untrained = build_model(config).to(model.h_mean.device).eval()
+    untrained.fit_standardize(torch.cat(h))
+    scores["untrained"] = energy_scores(untrained)["leave_one_out"]
+    for other in args.also:
+        theirs, their_config = infer.load_world_model(other, args.device)
+        latents_of.check_same_llm({k: getattr(their_config, k) for k in latents_of.SAME_LLM}, manifest, other)
+        found = energy_scores(theirs)
+        scores[f"energy {Path(other).name}"] = found["leave_one_out"]
+        scores[f"energy_next_step {Path(other).name}"] = found["next_step"]
+
+    sources = [[rows[i]["source"] for i in m] for m in members]
+    truth = [right[m] for m in members]
+    by_source = {s: float(np.mean([right[i] for i in range(len(rows)) if rows[i]["source"] == s]))
+                 for s in {r["source"] for r in rows}}
+    random, oracle = float(np.mean([t.mean() for t in truth])), float(np.mean([t.any() for t in truth]))
+    picks = {name: np.array([m[s[m].argmax()] for m in members]) for name, s in scores.items()}
+    votes = [majority([rows[i]["steps"][-1] for i in m]) for m in members]
+    picks["majority"] = np.array([m[v] for m, v in zip(members, votes, strict=True)])
+
+    def figures(correct, pairs=None, picked=None):
+        correct = np.asarray(correct, dtype=float)
+        return {"accuracy": float(correct.mean()), "ci95": interval(correct, args.seed),
+                "recovered": (correct.mean() - random) / (oracle - random) if oracle > random else None,
+                "pairwise": pairs,
+                "by_source_alone": None if picked is None else float(np.mean([by_source[rows[i]["source"]]
+                                                                              for i in picked]))}
+
+    methods = {"random": figures([t.mean() for t in truth])}
+    for name, picked in picks.items():
+        pairs = balanced_pairwise([scores[name][m] for m in members], truth, sources) if name in scores else None
+        methods[name] = figures(right[picked], pairs, picked)
+    methods["oracle"] = figures([t.any() for t in truth])
+    return {"n": len(ids), "k": max(map(len, members)), "random": random, "oracle": oracle, "methods": methods}
+
+
 def main():
     args = tyro.cli(Args)
     try:
-        result = evaluate_run(args.run, args)
+        is_rjepa = isinstance(load_run(args.run, "cpu")[1], RJEPAConfig)
+        if is_rjepa and not args.candidates and not args.latents:
+            raise ValueError(f"{args.run} is an R-JEPA run: name --candidates FILE")
+        if (args.candidates or args.latents) and not is_rjepa:
+            raise ValueError(f"--candidates needs an R-JEPA run; {args.run} is none")
+        result = (evaluate_candidates if is_rjepa else evaluate_run)(args.run, args)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
-    print(f"{'method':16}{'accuracy':>10}{'95 % interval':>20}")
+    print(f"{'method':32}{'accuracy':>10}{'95 % interval':>20}{'recovered':>11}{'pairwise':>10}")
     for name, m in result["methods"].items():
-        print(f"{name:16}{m['accuracy']:10.4f}{m['ci95'][0]:12.4f}{m['ci95'][1]:8.4f}")
+        more = "".join(f"{m[k]:10.3f}" if m[k] is not None else " " * 10 for k in ("recovered", "pairwise"))
+        print(f"{name:32}{m['accuracy']:10.4f}{m['ci95'][0]:12.4f}{m['ci95'][1]:8.4f} {more}")
     print(json.dumps(result, allow_nan=False))
 
 

@@ -1,7 +1,7 @@
-"""The networks: one Transformer, one JEPA core, nanoJEPA.
+"""The networks: one Transformer, one JEPA core, nanoJEPA, R-JEPA.
 
 Reads top to bottom: Attention, MLP, Block, Transformer; the JEPA core (context encoder, EMA target encoder,
-predictor); NanoJEPA; the figures that tell learning from collapse. Nothing here reads files or arguments.
+predictor); NanoJEPA; RJEPA; the figures that tell learning from collapse. Nothing here reads files or arguments.
 
 Letters: B batch, T tokens, C width, V vocabulary, N targets, nh heads, hs head size. Masks say their sense:
 attn_allowed (True = may attend), is_real (True = not padding), is_target (True = to be predicted).
@@ -220,13 +220,19 @@ class JEPA(nn.Module):
 
         z_target is layer-normed without learned scale, detached; the context encoder never sees a target.
         """
-        is_visible = is_real & ~is_target
+        z_pred = self.predict(x, positions, is_real & ~is_target, is_target)
+        return z_pred, self.targets(x, positions, is_real)[is_target]
+
+    def predict(self, x, positions, is_visible, is_target):
+        """z_pred [N, C] of the N targets from what is visible [B, S]. What is neither is not there at all."""
         z_context = self.encode(self.context_encoder, x, positions, is_visible)
-        z_pred = self.predictor(z_context, positions, is_visible, is_target)
-        with torch.no_grad():
-            z = self.encode(self.target_encoder, x, positions, is_real)[is_target]
-            z_target = F.layer_norm(z.float(), z.shape[-1:])
-        return z_pred, z_target
+        return self.predictor(z_context, positions, is_visible, is_target)
+
+    @torch.no_grad()
+    def targets(self, x, positions, is_real):
+        """Layer-normed target latents [B, S, C] fp32 of every position."""
+        z = self.encode(self.target_encoder, x, positions, is_real)
+        return F.layer_norm(z.float(), z.shape[-1:])
 
     def update_target(self, momentum: float):
         update_target(self.target_encoder, self.context_encoder, momentum)
@@ -487,6 +493,158 @@ class NanoJEPA(nn.Module):
         """Forward and backward, 6 N + 12 L C T (PaLM, appendix B), on rows of T tokens."""
         cfg = self.config
         return 6 * self.n_params() + 12 * cfg.n_layer * cfg.n_embd * T
+
+
+# ----------------------------------------------------------------------------- R-JEPA
+
+
+class RJEPA(nn.Module):
+    """World model over an LLM's hidden states: position 0 is the question, 1 … S-1 the reasoning steps.
+
+    The JEPA core over standardised latents with the adapters W_in (D -> C) and W_out (C -> D). The error of a step
+    that is hidden and predicted from the others is its energy: how badly it follows from what stands around it.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, D, C = config, config.dim, config.n_embd
+        self.register_buffer("h_mean", torch.zeros(D))
+        self.register_buffer("h_std", torch.ones(D))
+        self.register_buffer("quantiles", torch.zeros(2, 101))  # energies of verified steps, by mode (ENERGIES)
+        self.w_in, self.w_out = nn.Linear(D, C), nn.Linear(C, D)
+        encoder = Transformer(config.n_layer, config.n_head, C, config.dropout)
+        self.jepa = JEPA(encoder, Predictor(C, config.predictor_n_layer, config.n_head, config.predictor_n_embd))
+
+    ENERGIES = ("leave_one_out", "next_step")
+
+    def n_params(self) -> int:
+        """All parameters, the EMA copy included."""
+        return sum(p.numel() for p in self.parameters())
+
+    def fit_standardize(self, h):
+        """Takes mean and std per dimension from latents h [N, D]."""
+        self.h_mean.copy_(h.float().mean(0))
+        self.h_std.copy_(h.float().std(0).clamp_min(1e-3))
+
+    def standardize(self, h):
+        return (h.to(self.h_mean.dtype) - self.h_mean) / self.h_std
+
+    def positions(self, h):
+        return torch.arange(h.shape[1], device=h.device).expand(h.shape[:2])
+
+    def targets(self, h, is_real):
+        """Layer-normed target latents [B, S, C] of standardised latents h [B, S, D]."""
+        positions = self.positions(h) if self.config.target_positions else torch.zeros_like(self.positions(h))
+        if self.config.target_encoder != "online" or not torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.jepa.targets(self.w_in(h).float(), positions, is_real)
+        # ablation: no stop-gradient
+        z = self.jepa.encode(self.jepa.context_encoder, self.w_in(h).float(), positions, is_real)
+        return F.layer_norm(z.float(), z.shape[-1:])
+
+    def predict(self, h, is_visible, is_target):
+        """z_pred [N, C] fp32 of the N targets from the visible ones of standardised latents h [B, S, D]."""
+        return self.jepa.predict(self.w_in(h).float(), self.positions(h), is_visible, is_target).float()
+
+    def forward(self, batch: dict) -> dict:
+        """A batch of latents.collate -> {"loss" and its named parts}: means, scalars.
+
+        h [B, S, D]; is_real, is_visible, is_target bool [B, S] (neither visible nor target: hidden, not asked for).
+        With counterfactuals: wrong_h [B, S, D], is_wrong bool [B, S]: the steps that differ from h's.
+        """
+        cfg, h, is_target = self.config, self.standardize(batch["h"]), batch["is_target"]
+        z_all = self.targets(h, batch["is_real"])  # (B, S, C)
+        z_pred, z_target = self.predict(h, batch["is_visible"], is_target), z_all[is_target]  # (N, C)
+        l1 = (z_pred - z_target).abs().mean(-1)  # (N,)
+        parts = {"l1": l1.mean()}
+        parts["variance"] = F.relu(1 - z_pred.var(0, correction=0).add(1e-4).sqrt()).mean()
+        wrong, has_wrong = None, torch.zeros_like(l1, dtype=torch.bool)
+        if "wrong_h" in batch:
+            wrong_h, has_wrong = self.standardize(batch["wrong_h"]), batch["is_wrong"][is_target]
+            wrong = self.targets(wrong_h, batch["is_real"])[is_target]
+        p, t = F.normalize(z_pred, dim=-1), F.normalize(z_target, dim=-1)
+        logits = p @ t.T / cfg.tau  # (N, N)
+        if wrong is not None and cfg.hard_negatives:
+            hard = (p * F.normalize(wrong, dim=-1)).sum(-1, keepdim=True) / cfg.tau
+            logits = torch.cat((logits, hard.masked_fill(~has_wrong[:, None], float("-inf"))), dim=1)
+        parts["infonce"] = F.cross_entropy(logits, torch.arange(len(p), device=p.device))
+        chain, step = is_target.nonzero(as_tuple=True)
+        own = (F.normalize(z_all, dim=-1)[chain] @ p[:, :, None])[..., 0] / cfg.tau  # (N, S)
+        is_step = batch["is_real"] & (self.positions(h) > 0)
+        parts["own"] = F.cross_entropy(own.masked_fill(~is_step[chain], float("-inf")), step)
+        parts["reconstruction"] = (self.w_out(z_pred.to(h.dtype)) - h[is_target]).abs().mean()
+        parts["margin"] = l1.new_zeros(())
+        if wrong is not None and cfg.lambda_margin > 0 and has_wrong.any():
+            # the counterfactual chain under the same mask: its error should exceed the true chain's
+            wrong_l1 = (self.predict(wrong_h, batch["is_visible"], is_target) - wrong).abs().mean(-1)
+            parts["margin"] = F.relu(cfg.margin + l1 - wrong_l1)[has_wrong].mean()
+        loss = parts["l1"] + sum(getattr(cfg, f"lambda_{k}") * v for k, v in parts.items() if k != "l1")
+        return {"loss": loss, **parts}
+
+    @torch.no_grad()
+    def hidden_steps(self, h, is_real, mode: str = "leave_one_out", max_rows: int = 2048):
+        """Every step of every chain hidden in turn -> (chain [M], step [M], z_pred [M, C], z_target [B, S, C]).
+
+        h [B, S, D] as extracted, is_real [B, S]. leave_one_out hides the step alone, next_step all from it on.
+        """
+        if mode not in self.ENERGIES:
+            raise ValueError(f"mode '{mode}': must be one of {', '.join(self.ENERGIES)}")
+        if h.shape[-1] != self.config.dim:
+            raise ValueError(f"latents of width {h.shape[-1]}; this run reads {self.config.dim} ({self.config.llm})")
+        h, position = self.standardize(h), self.positions(h)
+        chain, step = (is_real & (position > 0)).nonzero(as_tuple=True)
+        out = []
+        for c, s in zip(chain.split(max_rows), step.split(max_rows), strict=True):
+            is_target = position[c] == s[:, None]
+            seen = position[c] < s[:, None] if mode == "next_step" else ~is_target
+            out.append(self.predict(h[c], is_real[c] & seen, is_target))
+        z_pred = torch.cat(out) if out else h.new_zeros(0, self.config.n_embd)
+        return chain, step, z_pred, self.targets(h, is_real)
+
+    def energy(self, h, is_real, mode: str = "leave_one_out"):
+        """Energy [B, S] of every step: its L1 error in target space. NaN at position 0 and at padding.
+
+        h [B, S, D] latents as extracted, is_real bool [B, S]. Deterministic: nothing is drawn.
+        """
+        was_training = self.training
+        self.eval()
+        chain, step, z_pred, z_target = self.hidden_steps(h, is_real, mode)
+        out = torch.full(is_real.shape, float("nan"), device=h.device)
+        out[chain, step] = (z_pred - z_target[chain, step]).abs().mean(-1)
+        self.train(was_training)
+        return out
+
+    def coherence(self, energy, mode: str = "leave_one_out"):
+        """Share of verified steps whose energy is higher, in [0, 1]; from the quantiles that training stored."""
+        q = self.quantiles[self.ENERGIES.index(mode)].contiguous()
+        return (1 - torch.searchsorted(q, energy.contiguous()).float() / (len(q) - 1)).clamp(0, 1)
+
+    def update_target(self, momentum: float):
+        self.jepa.update_target(momentum if self.config.target_encoder == "ema" else 0.0)
+
+    def flops_per_token(self, T: float) -> float:
+        """Forward and backward of encoder, predictor and adapters, and the target encoder's forward, a latent."""
+        cfg = self.config
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        encoder = sum(p.numel() for p in self.jepa.target_encoder.parameters())
+        attention = 16 * cfg.n_layer * cfg.n_embd + 12 * cfg.predictor_n_layer * cfg.predictor_n_embd
+        return 6 * trained + 2 * encoder + attention * T
+
+
+def latent_figures(z_pred, z_target, z_copy) -> dict:
+    """Learning or collapse? z_pred, z_target, z_copy (a neighbour's target) [N, C].
+
+    l1 beside that of the best constant (the targets' median: what minimises L1) and of copying; of the predictions
+    effective_rank, mean per-dimension std and mean cosine of different pairs; effective_rank and std of the targets.
+    """
+    p, n = F.normalize(z_pred.double(), dim=-1), len(z_pred)
+    l1 = float((z_pred - z_target).abs().mean())
+    return {
+        "l1": l1, "l1_predict_mean": float((z_target - z_target.median(0).values).abs().mean()),
+        "l1_copy": float((z_copy - z_target).abs().mean()), "effective_rank": effective_rank(z_pred),
+        "std": float(z_pred.std(0).mean()), "mean_cos": float((p.sum(0).square().sum() - n) / (n * (n - 1))),
+        "target_effective_rank": effective_rank(z_target), "target_std": float(z_target.std(0).mean()), "n": n,
+    }  # fmt: skip
 
 
 # ----------------------------------------------------------------------------- optimiser, MFU

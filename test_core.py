@@ -23,9 +23,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import tyro
 
 import config as cfg
 import data
+import eval_alignment
+import evaluate_accuracy
+import infer
+import latents
 import model as m
 import train
 import verify
@@ -474,10 +479,14 @@ def test_a_problem_longer_than_the_block_is_named():
 # ----------------------------------------------------------------------------- config, training
 
 
+LOSS_WEIGHTS = {f"lambda_{k}" for k in "variance infonce own reconstruction".split()}  # RJEPA.forward: by name
+
+
 def test_every_config_field_is_read_somewhere():
     code = "".join(p.read_text() for p in ROOT.glob("*.py") if p.name not in ("config.py", "test_core.py"))
     read = {node.attr for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Attribute)}
-    assert {f.name for f in dataclasses.fields(cfg.NanoJEPAConfig)} <= read
+    for job in (cfg.NanoJEPAConfig, cfg.RJEPAConfig):
+        assert {f.name for f in dataclasses.fields(job)} - LOSS_WEIGHTS <= read
 
 
 def test_an_unknown_preset_shows_the_nearest():
@@ -522,7 +531,7 @@ def finished(tmp_path_factory):
 
 def test_a_run_folder_and_its_figures(finished):
     folder, result = finished
-    assert {p.name for p in folder.iterdir()} == set(train.RUN_FILES)
+    assert {p.name for p in folder.iterdir()} == set(train.RUN_FILES) - {"l1_curve.png"}
     assert result["steps"] == 12 and result["params"] > 0 and set(result["val"]) >= {"cos_matched", "retrieval_top1"}
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in log if r["split"] == "train"] == list(range(1, 13))
@@ -734,8 +743,8 @@ def test_importing_a_script_runs_nothing():
 
 
 def test_imports_run_one_way():
-    level = {"config": 0, "model": 1, "verify": 1, "data": 2, "train": 3, "eval_alignment": 4, "evaluate_accuracy": 5,
-             "bench": 6}  # fmt: skip
+    level = {"config": 0, "model": 1, "verify": 1, "data": 2, "latents": 3, "train": 4, "extract": 5, "infer": 6,
+             "eval_alignment": 7, "evaluate_accuracy": 8, "bench": 9}  # fmt: skip
     for name, own in level.items():
         for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else (
@@ -1086,3 +1095,237 @@ def test_check_step_does_not_flag_before_the_labelled_error():
         early += bool(flagged) and flagged[0] < row["first_error_step"]
         found += bool(flagged) and flagged[0] == row["first_error_step"]
     assert early <= 2 and found >= 30
+
+
+# ----------------------------------------------------------------------------- R-JEPA
+
+
+def rjepa_config(**fields):
+    base = dict(dim=12, n_layer=2, n_head=2, n_embd=16, predictor_n_layer=1, predictor_n_embd=8, batch_size=8,
+                max_steps=12, val_problems=8, eval_every=6, save_every=2, log_every=1, threads=1, dtype="fp32",
+                device="cpu")  # fmt: skip
+    return cfg.RJEPAConfig(**(base | fields))
+
+
+def rjepa_model(**fields):
+    torch.manual_seed(0)
+    return m.RJEPA(rjepa_config(**fields)).eval()
+
+
+def latent_chains(n=40, dim=12, seed=0, wrong=True):
+    """Chains with made-up latents, as latents.training_chains gives them."""
+    g, chains = torch.Generator().manual_seed(seed), []
+    for i in range(n):
+        h, step = torch.randn(2 + i % 6, dim, generator=g), 1 + i % (1 + i % 6)
+        chain = {"id": str(i), "h": h.bfloat16(), "steps": ["s"] * (len(h) - 1), "n_steps": len(h) - 1}
+        if wrong:
+            other = torch.cat((h[:step], torch.randn(len(h) - step, dim, generator=g)))
+            chain |= {"wrong_h": other.bfloat16(), "wrong_step": step}
+        chains.append(chain)
+    return chains
+
+
+def latents_folder(folder, n=60, split="train", dim=12):
+    """A folder of latents as extract.py writes it, from made-up vectors; every 5th chain is of `val`."""
+    header = {"schema": latents.SCHEMA, "llm": "made-up", "layer": 2, "pooling": "last", "dim": dim, "dtype": "float32",
+              "logprobs": False, "dataset": "gsm8k", "split": split}  # fmt: skip
+    records, parts, at = [], [], 0
+    for chain in latent_chains(n, dim):
+        for suffix, z, step in (("", chain["h"], None), ("+wrong", chain["wrong_h"], chain["wrong_step"])):
+            part = {"id": chain["id"] + suffix, "question": "q", "steps": chain["steps"], "is_valid": step is None}
+            where = {"train": "val" if int(chain["id"]) % 5 == 0 else "train"}.get(split, split)
+            records.append(latents.record(part, chain["id"], where, step) | {
+                "n_tokens": [1] * len(z), "shard": 0, "start": at, "end": at + len(z)})
+            parts.append(z)
+            at += len(z)
+    folder.mkdir()
+    latents.write_shard(folder / latents.shard_name(0), parts, [], header, train.write_atomic)
+    latents.write_index(folder, records, header, train.write_atomic)
+    return folder
+
+
+@pytest.mark.parametrize("fields", [{}, {"mask": "random"}, {"suffix_share": 1.0, "single_share": 0.0}])
+def test_masks_reach_every_step_and_hide_at_least_one(fields):
+    rng, config = np.random.default_rng(0), rjepa_config(**fields)
+    for n in (1, 2, 3, 7):
+        drawn = [latents.draw_mask(n, config, rng) for _ in range(400)]
+        assert {s for _, asked in drawn for s in asked} == set(range(1, n + 1))
+        for hidden, asked in drawn:
+            assert asked and set(asked) <= set(hidden) <= set(range(1, n + 1)) and len(set(hidden)) == len(hidden)
+            if config.mask == "contiguous":
+                assert hidden == list(range(hidden[0], hidden[-1] + 1))
+            if config.suffix_share == 1:
+                assert hidden[-1] == n
+    block = dict(suffix_share=0.0, single_share=0.0)
+    sizes = [len(latents.draw_mask(10, rjepa_config(**block), rng)[0]) for _ in range(300)]
+    assert min(sizes) == 3 and max(sizes) == 7
+
+
+def test_batches_of_latents_follow_from_seed_and_index():
+    a, b = (latents.Batches(latent_chains(), rjepa_config()) for _ in range(2))
+    a(7)
+    for index in (3, 0, 9):
+        x, y = a(index), b(index)
+        assert all(torch.equal(x[k], y[k]) if torch.is_tensor(x[k]) else x[k] == y[k] for k in x)
+    batch = a(0)
+    assert not (batch["is_visible"] & batch["is_target"]).any() and batch["is_visible"][:, 0].all()
+    assert not (batch["is_target"] & ~batch["is_real"]).any() and batch["is_target"].any(1).all()
+
+
+def test_a_prediction_never_sees_what_is_hidden():
+    model, g = rjepa_model(), torch.Generator().manual_seed(1)
+    h, is_real = torch.randn(3, 6, 12, generator=g), torch.ones(3, 6, dtype=torch.bool)
+    is_target = torch.zeros_like(is_real)
+    is_target[:, 3] = True
+    is_visible = is_real & (torch.arange(6) < 3)
+    other = h.clone()
+    other[:, 3:] = 100.0
+    assert torch.equal(model.predict(h, is_visible, is_target), model.predict(other, is_visible, is_target))
+    other[:, 2] += 1
+    assert not torch.equal(model.predict(h, is_visible, is_target), model.predict(other, is_visible, is_target))
+
+
+@pytest.mark.parametrize("mode", m.RJEPA.ENERGIES)
+def test_energy_is_what_hiding_each_step_by_hand_gives(mode):
+    model = rjepa_model()
+    model.fit_standardize(torch.randn(50, 12) * 3 + 1)
+    chains = [c["h"].float() for c in latent_chains(9)]
+    h, is_real = latents.pad_latents(chains)
+    energy = model.energy(h, is_real, mode)
+    assert torch.equal(energy.nan_to_num(-1), model.energy(h, is_real, mode).nan_to_num(-1))
+    assert energy[:, 0].isnan().all() and torch.equal(energy.isnan(), ~is_real | (torch.arange(h.shape[1]) == 0))
+    for i, z in enumerate(chains):
+        x, real = model.standardize(z)[None], torch.ones(1, len(z), dtype=torch.bool)
+        target = model.targets(x, real)[0]
+        for k in range(1, len(z)):
+            is_target = torch.arange(len(z))[None] == k
+            visible = torch.arange(len(z))[None] < k if mode == "next_step" else ~is_target
+            with torch.no_grad():
+                by_hand = (model.predict(x, visible, is_target)[0] - target[k]).abs().mean()
+            assert torch.isclose(by_hand, energy[i, k], atol=1e-5)  # also: padding and company change nothing
+    with pytest.raises(ValueError, match="mode 'sideways'"):
+        model.energy(h, is_real, "sideways")
+    with pytest.raises(ValueError, match="width 5"):
+        model.energy(h[..., :5], is_real)
+
+
+def test_coherence_is_the_rank_among_verified_energies():
+    model = rjepa_model()
+    model.quantiles[0] = torch.linspace(1, 2, 101)
+    assert torch.allclose(model.coherence(torch.tensor([0.5, 1.25, 1.5, 3.0])), torch.tensor([1.0, 0.75, 0.5, 0.0]),
+                          atol=0.011)
+
+
+def test_rjepa_losses_equal_hand_values():
+    model = rjepa_model(lambda_margin=0.5).train()
+    batch = latents.collate(latent_chains(12), model.config, np.random.default_rng(3))
+    losses = model(train.strip(batch))
+    h, t = model.standardize(batch["h"]), batch["is_target"]
+    z_all = model.targets(h, batch["is_real"])
+    z, p = z_all[t], model.predict(h, batch["is_visible"], t)
+    assert torch.isclose(losses["l1"], (p - z).abs().mean())
+    assert torch.isclose(losses["variance"], (1 - (p.var(0, correction=0) + 1e-4).sqrt()).clamp_min(0).mean())
+    wrong = model.targets(model.standardize(batch["wrong_h"]), batch["is_real"])
+    rows, chains, steps = [], *t.nonzero(as_tuple=True)
+    own = []
+    for n, (c, s) in enumerate(zip(chains.tolist(), steps.tolist(), strict=True)):
+        logits = F.cosine_similarity(p[n][None], z) / 0.07
+        if batch["is_wrong"][c, s]:
+            logits = torch.cat((logits, F.cosine_similarity(p[n], wrong[c, s], dim=0)[None] / 0.07))
+        rows.append(torch.logsumexp(logits, 0) - logits[n])
+        same = F.cosine_similarity(p[n][None], z_all[c, 1 : int(batch["is_real"][c].sum())]) / 0.07
+        own.append(torch.logsumexp(same, 0) - same[s - 1])
+    assert torch.isclose(losses["infonce"], torch.stack(rows).mean(), atol=1e-4)
+    assert torch.isclose(losses["own"], torch.stack(own).mean(), atol=1e-4)
+    parts = sum(getattr(model.config, f"lambda_{k}") * losses[k]
+                for k in "variance infonce own reconstruction margin".split())
+    assert torch.isclose(losses["loss"], losses["l1"] + parts) and losses["margin"] > 0
+
+
+@pytest.mark.parametrize("kind, has_gradient", [("ema", False), ("copy", False), ("online", True)])
+def test_target_encoders_of_the_ablations(kind, has_gradient):
+    model = rjepa_model(target_encoder=kind).train()
+    h, is_real = latents.pad_latents([c["h"] for c in latent_chains(4)])
+    assert model.targets(h, is_real).requires_grad == has_gradient
+    online = next(model.jepa.context_encoder.parameters())
+    with torch.no_grad():
+        online.add_(1)
+    model.update_target(0.9)
+    same = torch.equal(next(model.jepa.target_encoder.parameters()), online)
+    assert same == (kind != "ema")
+
+
+def test_the_full_size_has_678_million_parameters():
+    with torch.device("meta"):
+        n = m.RJEPA(cfg.PRESETS["rjepa"]).n_params()
+    assert abs(n / 678e6 - 1) < 0.01
+
+
+def test_an_rjepa_run_resumes_to_the_same_weights_and_scores(tmp_path, monkeypatch):
+    folder = latents_folder(tmp_path / "latents")
+
+    def go(out):
+        return train.train("rjepa-small", rjepa_config(dim=0, latents=str(folder), out_dir=str(out)))
+
+    result = go(tmp_path / "whole")
+    assert {"l1", "l1_predict_mean", "l1_copy", "effective_rank", "std"} <= set(result["val"])
+    real, calls = torch.nn.utils.clip_grad_norm_, itertools.count()
+
+    def stop(*args):
+        if next(calls) == 6:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", stop)
+        with pytest.raises(KeyboardInterrupt):
+            go(tmp_path / "cut")
+    go(tmp_path / "cut")
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    model, config = infer.load_world_model(str(tmp_path / "whole"), "cpu")
+    assert (config.llm, config.layer, config.pooling, config.dim) == ("made-up", 2, "last", 12)
+    assert (model.quantiles.diff(dim=1) >= 0).all() and (model.quantiles[:, -1] > 0).all()
+    chains = [c["h"] for c in latent_chains(7, seed=5)]
+    alone, together = [infer.energies(model, [c])[0] for c in chains], infer.energies(model, chains)
+    for a, b, c in zip(alone, together, chains, strict=True):
+        assert len(a["next_step"]) == len(c) - 1 and torch.allclose(a["leave_one_out"], b["leave_one_out"], atol=1e-5)
+    figures = eval_alignment.evaluate_rjepa(str(tmp_path / "whole"), tyro.cli(
+        eval_alignment.Args, args=[str(tmp_path / "whole"), "--latents", str(folder), "--device", "cpu"]))
+    assert figures["n"] == 120 and 0 <= figures["auroc_correct"] <= 1 and figures["auroc_logprob"] is None
+    json.dumps(figures, allow_nan=False)
+
+
+def test_training_refuses_latents_of_a_test_split(tmp_path):
+    folder = latents_folder(tmp_path / "latents", split="test")
+    with pytest.raises(ValueError, match="test split"):
+        train.train("rjepa-small", rjepa_config(latents=str(folder), out_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_takes_verified_chains_alone(tmp_path):
+    rows, manifest = latents.load_latents(latents_folder(tmp_path / "latents"))
+    for row in rows[:20]:
+        row["is_valid"] = False
+    chains, val = latents.training_chains(rows, manifest, "here")
+    names = {r["id"] for r in chains + val}
+    assert names == {r["id"] for r in rows[20:] if "+wrong" not in r["id"]}
+    assert all(torch.equal(r["wrong_h"][: r["wrong_step"]], r["h"][: r["wrong_step"]]) for r in chains)
+
+
+def test_pairs_are_balanced_over_both_directions_of_two_sources():
+    right = [np.array([True, False])] * 3 + [np.array([False, True])]
+    scores = [np.array([1.0, 0.0])] * 3 + [np.array([1.0, 0.0])]  # always the first: source a
+    sources = [["a", "b"]] * 4
+    assert evaluate_accuracy.balanced_pairwise(scores, right, sources) == 0.5
+    assert evaluate_accuracy.pairwise(scores, np.array(right)) == 0.75
+
+
+def test_cross_validation_never_fits_on_the_question_it_scores():
+    rng = np.random.default_rng(0)
+    question, right = np.repeat(np.arange(60), 4), rng.random(240) < 0.4
+    useful = right[:, None] + rng.normal(0, 0.5, (240, 1))
+    fitted = evaluate_accuracy.cross_validated(useful, right, question, 5, 0, 1.0)
+    assert evaluate_accuracy.pairwise(fitted.reshape(60, 4), right.reshape(60, 4)) > 0.8
+    noise = rng.normal(size=(240, 100))  # would be fitted perfectly on its own labels
+    held_out = evaluate_accuracy.cross_validated(noise, right, question, 5, 0, 1.0)
+    assert abs(evaluate_accuracy.pairwise(held_out.reshape(60, 4), right.reshape(60, 4)) - 0.5) < 0.15

@@ -3,6 +3,7 @@
     python train.py                                         # quickstart: synthetic problems, any machine, minutes
     python train.py nanojepa                                # 45 M parameters on GSM8K, one GPU
     python train.py nanojepa-small --data_dir DATA/gsm8k    # about 3 M on a CPU, from a local folder
+    python train.py rjepa-small --data_dir DATA/gsm8k       # R-JEPA over SmolLM2's hidden states, on a CPU
     torchrun --standalone --nproc_per_node 2 train.py quickstart
     python train.py nanojepa --help                         # every field
 
@@ -20,17 +21,19 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 import config as cfg
 import data
-from model import NanoJEPA, alignment, configure_optimizers, estimate_mfu
+import latents
+from model import RJEPA, NanoJEPA, alignment, configure_optimizers, estimate_mfu, latent_figures
 
 # ----------------------------------------------------------------------------- devices
 
 RUN_FILES = ["model.safetensors", "config.json", "state.pt", "log.jsonl", "tokenizer.tiktoken", "token_loss_curve.png",
-             "jepa_loss_curve.png"]  # fmt: skip
+             "jepa_loss_curve.png", "l1_curve.png", "rank_curve.png"]  # fmt: skip
 
 
 def pick_device(name: str = "auto") -> str:
@@ -83,7 +86,7 @@ def write_atomic(path: Path, write):
 
 def build_model(config) -> torch.nn.Module:
     """The model that a config describes, with fresh weights."""
-    return {cfg.NanoJEPAConfig: NanoJEPA}[type(config)](config)
+    return {cfg.NanoJEPAConfig: NanoJEPA, cfg.RJEPAConfig: RJEPA}[type(config)](config)
 
 
 def load_run(folder, device: str = "auto"):
@@ -118,7 +121,8 @@ def load_tokenizer(folder, config) -> data.Tokenizer:
     return tokenizer
 
 
-FREE_ON_RESUME = {"out_dir", "overwrite", "device", "threads", "log_every", "save_every", "data_dir", "vocab_size"}
+FREE_ON_RESUME = set("""out_dir overwrite device threads log_every save_every data_dir vocab_size
+                        latents llm layer pooling dim""".split())  # the second line follows from a job's identity
 
 
 def open_run(folder: Path, preset: str, config) -> dict | None:
@@ -166,40 +170,37 @@ def refuse_changes(folder: Path, changed: dict):
         raise SystemExit(f"{folder} is a run with other settings ({what}). Choose another --out_dir, or --overwrite")
 
 
-def run_identity(config, asked_vocab_size: int, world: int, tokenizer, examples) -> dict:
-    """What decides every batch, kept in state.pt: a state is continued only where all of it is the same."""
-    text = json.dumps([[e["question"], e["answer"], e["target"]] for e in examples])
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_ON_RESUME}
-    return {"config": digest(json.dumps(settings)), "vocab_size": asked_vocab_size, "processes": world,
-            "tokenizer": digest(repr(sorted(tokenizer.ranks.items()))), "training problems": digest(text)}
-
-
 def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def save_plots(folder: Path):
-    """token_loss_curve.png and jepa_loss_curve.png from log.jsonl."""
+    """A picture of each loss that log.jsonl has, over the steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    for name, key, title in (("token_loss_curve.png", "lm_loss", "token loss (nats)"),
-                             ("jepa_loss_curve.png", "jepa_loss", "1 - cos(pred, answer)")):
+    plots = [
+        ("token_loss_curve.png", "lm_loss", "token loss (nats)", {}),
+        ("jepa_loss_curve.png", "jepa_loss", "1 - cos(pred, answer)", {"predict_mean_loss": "best constant"}),
+        ("l1_curve.png", "l1", "L1 of hidden steps", {"l1_predict_mean": "constant", "l1_copy": "copy a neighbour"}),
+        ("rank_curve.png", "effective_rank", "effective rank", {"target_effective_rank": "targets"}),
+    ]
+    for name, key, title, controls in plots:
+        if not any(key in row for row in log):
+            continue
         fig, ax = plt.subplots(figsize=(7, 4))
-        for split in ("train", "val"):
-            points = [(r["step"], r[key]) for r in log if r["split"] == split and key in r]
+        for split, k, label in [("train", key, "train"), ("val", key, "val"),
+                                *(("val", k, f"val, {label}") for k, label in controls.items())]:
+            points = [(r["step"], r[k]) for r in log if r["split"] == split and k in r]
             if points:
-                ax.plot(*zip(*points, strict=True), label=split, marker="." if split == "val" else None)
-        flat = [(r["step"], 1 - r["predict_mean_cos"]) for r in log if r["split"] == "val" and "predict_mean_cos" in r]
-        if key == "jepa_loss" and flat:
-            ax.plot(*zip(*flat, strict=True), label="val, best constant prediction", linestyle=":")
+                ax.plot(*zip(*points, strict=True), label=label, linestyle=":" if k != key else None,
+                        marker="." if split == "val" and k == key else None)
         ax.set(xlabel="step", ylabel=title)
         ax.grid(alpha=0.3)
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend()
+        ax.legend()
         fig.tight_layout()
         fig.savefig(folder / name, dpi=110)
         plt.close(fig)
@@ -209,49 +210,150 @@ def save_plots(folder: Path):
 
 FIT_ON = 1024  # training problems from which an evaluation takes the latents' mean and std
 
-def load_examples(config, out: Path):
-    """(train, val) examples and the tokenizer: the run folder's own, else GPT-2's or a BPE trained here.
 
-    Sets config.vocab_size to the true size.
+class TextJob:
+    """What the loop needs to train NanoJEPA: its data, its batches, its evaluation.
+
+    The tokenizer is the run folder's own, else GPT-2's or a BPE trained here; sets config.vocab_size to the true size.
     """
-    n = config.limit or (config.n_synthetic if config.dataset == "synthetic" else 0)
-    common = dict(data_dir=config.data_dir, seed=config.seed, max_steps=config.max_problem_steps)
-    train = data.load_problems(config.dataset, "train", limit=n, **common)
-    val = data.load_problems(config.dataset, "val", limit=config.val_problems, **common)
-    if len(val) < 2:
-        raise ValueError(f"{len(val)} validation problem of {config.dataset}: two are needed, from "
-                         f"{2 * data.VAL_EVERY} training problems on")
-    if config.tokenizer == "gpt2":
-        tokenizer = data.gpt2_tokenizer()
-    elif (out / "tokenizer.tiktoken").is_file() and not config.overwrite:
-        tokenizer = data.load_bpe(out / "tokenizer.tiktoken")
-    else:
-        texts = [t for p in train for t in (p["question"], data.answer_text(p, "solution"))]
-        tokenizer = data.train_bpe(texts, config.vocab_size)
-    config.vocab_size = tokenizer.vocab_size
-    return *(data.encode_problems(p, tokenizer, config) for p in (train, val)), tokenizer
 
+    unit = "problems"
 
-@torch.no_grad()
-def evaluate(model, examples, fit_on, config, device, autocast) -> dict:
-    """Held-out lm_loss, jepa_loss and the collapse diagnostics of model.alignment; draws no random number.
+    def __init__(self, config, out: Path):
+        self.config, asked_vocab_size = config, config.vocab_size
+        n = config.limit or (config.n_synthetic if config.dataset == "synthetic" else 0)
+        common = dict(data_dir=config.data_dir, seed=config.seed, max_steps=config.max_problem_steps)
+        train = data.load_problems(config.dataset, "train", limit=n, **common)
+        val = data.load_problems(config.dataset, "val", limit=config.val_problems, **common)
+        if len(val) < 2:
+            raise ValueError(f"{len(val)} validation problem of {config.dataset}: two are needed, from "
+                             f"{2 * data.VAL_EVERY} training problems on")
+        if config.tokenizer == "gpt2":
+            tokenizer = data.gpt2_tokenizer()
+        elif (out / "tokenizer.tiktoken").is_file() and not config.overwrite:
+            tokenizer = data.load_bpe(out / "tokenizer.tiktoken")
+        else:
+            texts = [t for p in train for t in (p["question"], data.answer_text(p, "solution"))]
+            tokenizer = data.train_bpe(texts, config.vocab_size)
+        config.vocab_size, self.tokenizer = tokenizer.vocab_size, tokenizer
+        self.train, self.val = (data.encode_problems(p, tokenizer, config) for p in (train, val))
+        self.batches = data.Batches(self.train, config)
+        text = json.dumps([[e["question"], e["answer"], e["target"]] for e in self.train])
+        self.identity = {"vocab_size": asked_vocab_size, "training problems": digest(text),
+                         "tokenizer": digest(repr(sorted(tokenizer.ranks.items())))}
 
-    First takes the latents' statistics from the training examples fit_on.
-    """
-    model.eval()
-    total, n = 0.0, 0
-    by_length = sorted(examples, key=lambda e: len(e["question"]) + len(e["answer"]))
-    for start in range(0, len(by_length), config.batch_size):
-        part = by_length[start : start + config.batch_size]
+    def batch(self, index: int, device) -> dict:
+        return data.collate(self.batches(index), self.config, device)
+
+    def fit(self, model):
+        """Nothing is taken from the data before the first step."""
+
+    def write(self, out: Path):
+        write_atomic(out / "tokenizer.tiktoken", self.tokenizer.save)
+
+    @torch.no_grad()
+    def evaluate(self, model, device, autocast) -> dict:
+        """Held-out lm_loss, jepa_loss and the collapse diagnostics of model.alignment; draws no random number.
+
+        First takes the latents' statistics from training examples.
+        """
+        model.eval()
+        config, total, n = self.config, 0.0, 0
+        by_length = sorted(self.val, key=lambda e: len(e["question"]) + len(e["answer"]))
+        for start in range(0, len(by_length), config.batch_size):
+            part = by_length[start : start + config.batch_size]
+            with autocast():
+                total += float(model(data.collate(part, config, device))["lm_loss"]) * len(part)
+            n += len(part)
         with autocast():
-            total += float(model(data.collate(part, config, device))["lm_loss"]) * len(part)
-        n += len(part)
-    with autocast():
-        model.fit_standardize([e["target"] for e in fit_on])
-        pred, target = model.encode([e["question"] for e in examples], [e["target"] for e in examples])
-    figures = alignment(pred, target)
-    model.train()
-    return {"lm_loss": total / n, "jepa_loss": 1 - figures["cos_matched"], **figures}
+            model.fit_standardize([e["target"] for e in self.train[:FIT_ON]])
+            pred, target = model.encode([e["question"] for e in self.val], [e["target"] for e in self.val])
+        figures = alignment(pred, target)
+        model.train()
+        return {"lm_loss": total / n, "jepa_loss": 1 - figures["cos_matched"],
+                "predict_mean_loss": 1 - figures["predict_mean_cos"], **figures}
+
+
+class LatentJob:
+    """What the loop needs to train RJEPA: verified chains' latents, extracted first where they are missing.
+
+    Sets config's llm, layer, pooling and dim to what the latents say.
+    """
+
+    unit = "chains"
+
+    def __init__(self, config, out: Path):
+        self.config, folder = config, Path(config.latents or default_latents(config))
+        if not (folder / "manifest.json").is_file() and not config.latents:
+            extract_latents(config, folder)
+        rows, manifest = latents.load_latents(folder, config.where)
+        config.llm, config.layer = manifest["llm"], manifest["layer"]
+        config.pooling, config.dim = manifest["pooling"], manifest["dim"]
+        self.train, self.val = latents.training_chains(rows, manifest, folder)
+        self.train, self.val = self.train[: config.limit or None], self.val[: config.val_problems]
+        if len(self.val) < 2:
+            raise ValueError(f"{folder}: {len(self.val)} chain to validate on: two are needed")
+        self.batches = latents.Batches(self.train, config)
+        parts = [[r["id"], r["steps"], r.get("wrong_step")] for r in self.train]
+        self.identity = {"latents": digest(json.dumps([parts, manifest], sort_keys=True))}
+
+    def batch(self, index: int, device) -> dict:
+        return self.batches(index, device)
+
+    def fit(self, model):
+        """The latents' mean and std, from the training chains."""
+        model.fit_standardize(torch.cat([r["h"] for r in self.train]))
+
+    def write(self, out: Path):
+        """The index and the shards stay where they are; config.json names them."""
+
+    @torch.no_grad()
+    def evaluate(self, model, device, autocast) -> dict:
+        """Figures of model.latent_figures on held-out chains under fixed masks; stores the energies' quantiles."""
+        model.eval()
+        clean = dataclasses.replace(self.config, shuffle_steps=False)
+        z_pred, z_target, z_copy, sums = [], [], [], {}
+        energies = [[] for _ in model.ENERGIES]
+        for start in range(0, len(self.val), self.config.batch_size):
+            part = self.val[start : start + self.config.batch_size]
+            batch = latents.collate(part, clean, np.random.default_rng([0, start]), device)
+            with autocast():
+                losses = model(batch)
+                h, is_target = model.standardize(batch["h"]), batch["is_target"]
+                z = model.targets(h, batch["is_real"])
+                z_pred.append(model.predict(h, batch["is_visible"], is_target).cpu())
+            z_target.append(z[is_target].cpu())
+            z_copy.append(z[:, :-1][is_target[:, 1:]].cpu())  # the step before, or the question
+            for k, v in losses.items():
+                sums[k] = sums.get(k, 0.0) + float(v) * len(part) / len(self.val)
+            for mode, values in zip(model.ENERGIES, energies, strict=True):
+                e = model.energy(batch["h"], batch["is_real"], mode)
+                values.append(e[~e.isnan()].cpu())
+        for row, values in zip(model.quantiles, energies, strict=True):
+            row.copy_(torch.quantile(torch.cat(values), torch.linspace(0, 1, len(row))))
+        model.train()
+        return {**sums, **latent_figures(torch.cat(z_pred), torch.cat(z_target), torch.cat(z_copy))}
+
+
+def default_latents(config) -> Path:
+    """Where the latents of a job lie unless --latents names a folder."""
+    llm = "".join(c if c.isalnum() or c in "-." else "-" for c in config.llm)
+    return Path("out/latents") / f"{config.dataset}-{llm}-layer{config.layer}-{config.pooling}"
+
+
+def extract_latents(config, folder: Path):
+    """Runs extract.py for a job's training chains and counterfactuals; says so."""
+    import subprocess
+
+    command = [sys.executable, str(Path(__file__).with_name("extract.py")), "--llm", config.llm, "--dataset",
+               config.dataset, "--layer", str(config.layer), "--pooling", config.pooling, "--counterfactual",
+               "--out", str(folder), "--seed", str(config.seed), "--max_problem_steps", str(config.max_problem_steps),
+               "--threads", str(config.threads), "--device", config.device]  # fmt: skip
+    limit = config.n_synthetic if config.dataset == "synthetic" else config.limit
+    command += ["--limit", str(limit), *(["--data_dir", config.data_dir] if config.data_dir else [])]
+    say(f"{folder} holds no finished latents: extracting them first\n  {' '.join(command)}")
+    if subprocess.run(command, stdout=sys.stderr).returncode:
+        raise ValueError(f"{folder}: extraction failed (see above); the same command continues it")
 
 
 def learning_rate(step: int, n_steps: int, config) -> float:
@@ -284,17 +386,17 @@ def train(preset: str, config) -> dict:
     out = Path(config.out_dir or f"out/{preset}")
     config.out_dir = str(out)
     state = open_run(out, preset, config)
-    asked_vocab_size = config.vocab_size
-    train_examples, val_examples, tokenizer = load_examples(config, out)
-    identity = run_identity(config, asked_vocab_size, world, tokenizer, train_examples)
+    job = (LatentJob if isinstance(config, cfg.RJEPAConfig) else TextJob)(config, out)
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_ON_RESUME}
+    identity = {"config": digest(json.dumps(settings)), "processes": world, **job.identity}
     if state:
         theirs = state["identity"]
         refuse_changes(out, {k: (theirs.get(k), v) for k, v in identity.items() if theirs.get(k) != v})
-    batches = data.Batches(train_examples, config)
     micro_steps = config.grad_accum * world
-    n_steps = config.max_steps or max(1, round(config.epochs * batches.per_epoch / micro_steps))
+    n_steps = config.max_steps or max(1, round(config.epochs * job.batches.per_epoch / micro_steps))
     torch.manual_seed(config.seed)
     model = build_model(config)
+    job.fit(model)
     model.to(device)
     optimizer = configure_optimizers(model, config)
     first = 0
@@ -306,15 +408,14 @@ def train(preset: str, config) -> dict:
             raise SystemExit(f"{out / 'state.pt'} does not fit this run: {str(error)[:300]}") from None
         first, n_steps = state["step"], state["n_steps"]
         say(f"continuing {out} at step {first} of {n_steps}")
-    say(f"{preset}: {model.n_params():,} parameters on {device} in {str(dtype)[6:]}, {len(train_examples):,} problems, "
-        f"vocabulary {config.vocab_size}, {n_steps} steps of {config.batch_size * micro_steps} problems -> {out}")
+    say(f"{preset}: {model.n_params():,} parameters on {device} in {str(dtype)[6:]}, {len(job.train):,} {job.unit}, "
+        f"{n_steps} steps of {config.batch_size * micro_steps} -> {out}")
 
     run_model = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     if pick_compile(config.compile, device):
         run_model = torch.compile(run_model, dynamic=True)
         with autocast():  # always on the same batch: the kernels must not depend on where a run is resumed
-            warm = data.collate(batches(0), config, device)
-            run_model(strip(warm))["loss"].backward()
+            run_model(strip(job.batch(0, device)))["loss"].backward()
             optimizer.zero_grad(set_to_none=True)
 
     if world > 1:
@@ -324,7 +425,7 @@ def train(preset: str, config) -> dict:
         if config.overwrite:
             for path in [out / name for name in RUN_FILES] + list(out.glob("generations-*.jsonl")):
                 path.unlink(missing_ok=True)
-        write_atomic(out / "tokenizer.tiktoken", tokenizer.save)
+        job.write(out)
         write_atomic(out / "config.json", lambda path: path.write_text(cfg.to_json(config, preset) + "\n"))
         keep_log_until(out / "log.jsonl", first)
 
@@ -365,7 +466,7 @@ def train(preset: str, config) -> dict:
         sums = {}
         for micro in range(config.grad_accum):
             index = (step * config.grad_accum + micro) * world + rank
-            batch = data.collate(batches(index), config, device)
+            batch = job.batch(index, device)
             tokens, window_tokens = tokens + batch["n_tokens"], window_tokens + batch["n_tokens"]
             filled, slots = filled + batch["n_filled"], slots + batch["n_slots"]
             last = micro == config.grad_accum - 1
@@ -392,7 +493,7 @@ def train(preset: str, config) -> dict:
             row = {"step": done, "split": "train", **figures, "lr": lr, "grad_norm": float(grad_norm),
                    "tokens_per_s": round(rate), "real_share": round(filled / slots, 4)}
             name = torch.cuda.get_device_name() if device.startswith("cuda") else device
-            mfu = estimate_mfu(rate / world * model.flops_per_token(batch["idx"].shape[1]), name)
+            mfu = estimate_mfu(rate / world * model.flops_per_token(batch["n_slots"] / config.batch_size), name)
             log(row | ({"mfu": mfu} if mfu else {}))
             if progress:
                 progress.set_postfix({k: f"{v:.3f}" for k, v in figures.items() if k != "loss"})
@@ -400,7 +501,7 @@ def train(preset: str, config) -> dict:
             window, window_tokens = time.time(), 0
         if done % config.eval_every == 0 or done == n_steps:
             if rank == 0:
-                val = evaluate(model, val_examples, train_examples[:FIT_ON], config, device, autocast)
+                val = job.evaluate(model, device, autocast)
                 log({"step": done, "split": "val", **val})
                 say(f"step {done}/{n_steps}: train {short(figures)} | val {short(val)}")
             window, window_tokens = time.time(), 0
@@ -423,7 +524,8 @@ def strip(batch: dict) -> dict:
 
 
 def short(figures: dict) -> str:
-    names = "lm_loss jepa_loss cos_matched cos_mismatched retrieval_top1 effective_rank".split()
+    names = "lm_loss jepa_loss l1 l1_predict_mean l1_copy infonce own cos_matched cos_mismatched retrieval_top1 "
+    names = (names + "effective_rank").split()
     return " ".join(f"{k} {figures[k]:.3f}" for k in names if k in figures)
 
 

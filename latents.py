@@ -1,0 +1,333 @@
+"""A folder of latents: one vector per reasoning step of many chains. Written by extract.py, read by all that follow.
+
+    shard-00000.safetensors   h [N, D] bf16, offsets int64 [chains + 1], logprobs fp32 [N] where asked for; the header
+                              says which LLM, layer, pooling, dtype, quantisation, tokenizer, schema, and h's sha256
+    index.parquet             a row a chain: text, labels, logprobs, and shard, start, end of its latents
+    manifest.json             written last: without it the folder is not complete
+
+Row 0 of a chain is its question, rows 1 … S its steps.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import verify
+from config import check
+
+SCHEMA = 1
+SAME_LLM = ("llm", "layer", "pooling", "dim")  # what a model and the latents it reads must agree on
+
+# ----------------------------------------------------------------------------- which chains
+
+
+def gold_chains(problems: list[dict], split: str, counterfactual: bool, seed: int) -> list[dict]:
+    """Chains of the problems' own solutions, validated by the gate, each with its counterfactual after it if wanted."""
+    chains = []
+    for problem in problems:
+        chain = data.make_chain(problem)
+        truth = {"id": problem["id"], "answer": chain["answer"]}
+        chain["is_valid"] = verify.answer_value(truth["answer"]) is not None and verify.validate(truth, chain).is_valid
+        chains.append(record(chain, problem["id"], split))
+        if counterfactual and chain["is_valid"]:
+            try:
+                wrong, step = data.counterfactual(problem, chain, seed)
+            except ValueError:
+                continue  # no unambiguous one
+            chains.append(record(wrong | {"id": f"{problem['id']}+wrong"}, problem["id"], split, step))
+    return chains
+
+
+def record(chain: dict, problem_id: str, split: str, wrong_step: int | None = None) -> dict:
+    """The columns of index.parquet that describe a chain."""
+    return {"id": chain["id"], "problem_id": problem_id, "question": chain["question"], "steps": chain["steps"],
+            "answer": str(chain.get("answer") or ""), "is_valid": chain["is_valid"],
+            "source": chain.get("source") or "", "split": split, "wrong_step": wrong_step}  # fmt: skip
+
+
+DECLARED = ("A:", "The answer is", "Answer:")
+
+
+def common_ending(steps: list[str]) -> list[str]:
+    """Steps with the last one, where it only declares the answer ('A: 21'), written as GSM8K does: '#### 21'."""
+    if len(steps) > 1 and steps[-1].startswith(DECLARED) and (value := verify.extract_answer(steps[-1])):
+        return [*steps[:-1], f"#### {value}"]
+    return steps
+
+
+def chains_of_file(path: str, kind: str, limit: int = 0) -> list[dict]:
+    """Records of a jsonl file of `chains`, `candidates` or `step_errors`. Raises ValueError naming file and field.
+
+    The file does not say which split it is from; ids that name a test problem mark it so.
+    """
+    fields = {"chains": ["id", "question", "steps", "is_valid"], "candidates": ["id", "question", "candidates"],
+              "step_errors": ["id", "question", "steps", "is_correct", "first_error_step"]}[kind]
+    records = []
+    for row in verify.read_jsonl(path, fields, limit):
+        where = f"{path}, {row['id']}"
+        if kind == "candidates":
+            parts = [(f"{row['id']}/{k}", c, "is_correct") for k, c in enumerate(row["candidates"])]
+        else:
+            parts = [(str(row["id"]), row, "is_correct" if kind == "step_errors" else "is_valid")]
+        for name, part, label in parts:
+            steps = part.get("steps") if isinstance(part, dict) else None
+            if not isinstance(steps, list) or not all(isinstance(s, str) for s in steps):
+                raise ValueError(f"{where}: field 'steps' must be a list of texts")
+            if not isinstance(part.get(label), bool):
+                raise ValueError(f"{where}: field '{label}' must be true or false")
+            if not isinstance(row["question"], str) or not row["question"].strip():
+                raise ValueError(f"{where}: field 'question' must be a text that is not empty")
+            steps = [s for s in common_ending(steps) if s.strip()]
+            chain = {"id": name, "question": row["question"].strip(), "steps": steps, "answer": row.get("answer"),
+                     "is_valid": part[label], "source": part.get("source")}
+            split = "train" if kind == "chains" and "-test-" not in str(row["id"]) else "test"
+            problem_id = str(row.get("problem_id", row["id"]))
+            records.append(record(chain, problem_id, split, row.get("first_error_step")))
+    return records
+
+
+def chains_to_extract(args) -> tuple[list[dict], dict]:
+    """(records, description) of what extract.Args asks for; the description is kept with the latents."""
+    for kind in ("chains", "candidates", "step_errors"):
+        if path := getattr(args, kind):
+            return chains_of_file(path, kind, args.limit), {"dataset": kind, "split": "test", "seed": args.seed}
+    if args.dataset == "synthetic":
+        check(args, "limit", args.limit > 0, "must say how many synthetic problems to make")
+    records = []
+    for split in ("train", "val") if args.split == "train" else (args.split,):
+        limit = args.limit
+        if args.dataset == "synthetic" and split != args.split:
+            limit = -(-limit // data.VAL_EVERY)
+        problems = data.load_problems(args.dataset, split, args.data_dir, limit, args.seed, args.max_problem_steps)
+        records += gold_chains(problems, split, args.counterfactual, args.seed)
+    return records, {"dataset": args.dataset, "split": args.split, "seed": args.seed}
+
+
+# ----------------------------------------------------------------------------- writing and reading
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+def digest(h: torch.Tensor) -> str:
+    return hashlib.sha256(h.contiguous().view(torch.uint8).numpy()).hexdigest()
+
+
+def write_shard(path: Path, latents: list[torch.Tensor], logprobs: list[list[float] | None], header: dict, write):
+    """One shard from its chains' latents [1 + S, D]; `write` is train.write_atomic."""
+    from safetensors.torch import save_file
+
+    h = torch.cat(latents).bfloat16()
+    ends = torch.tensor([0] + [len(z) for z in latents]).cumsum(0)
+    tensors = {"h": h, "offsets": ends}
+    if header["logprobs"]:
+        tensors["logprobs"] = torch.tensor([v for values in logprobs for v in values])
+    metadata = {k: str(v) for k, v in header.items()} | {"sha256": digest(h)}
+    write(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def read_shard(path: Path) -> tuple[dict, dict]:
+    """(tensors, header) of a shard. Raises ValueError naming the file where it is damaged or of another schema."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as f:
+            header, tensors = f.metadata() or {}, {key: f.get_tensor(key) for key in f.keys()}
+        h, offsets = tensors["h"], tensors["offsets"]
+        intact = digest(h) == header["sha256"] and h.dim() == 2 and int(offsets[-1]) == len(h)
+    except (SafetensorError, OSError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({str(error)[:120]}): delete it, and the manifest.json beside it, and run "
+                         "extract.py again") from None
+    if header.get("schema") != str(SCHEMA):
+        raise ValueError(f"{path} is of schema {header.get('schema')}, this version reads {SCHEMA}: extract again")
+    if not intact:
+        raise ValueError(f"{path} is damaged (its latents do not have the checksum of its header): delete it, and the "
+                         "manifest.json beside it, and run extract.py again")
+    if not torch.isfinite(h).all():
+        raise ValueError(f"{path} holds values that are not finite: extract again with --dtype fp32")
+    return tensors, header
+
+
+def write_index(folder: Path, records: list[dict], header: dict, write):
+    """index.parquet from the records (with n_tokens, shard, start, end), then manifest.json."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    n_shards, logprobs = 1 + max(r["shard"] for r in records), [None] * len(records)
+    if header["logprobs"]:
+        by_shard = [read_shard(folder / shard_name(i))[0]["logprobs"] for i in range(n_shards)]
+        logprobs = [by_shard[r["shard"]][r["start"] : r["end"]].tolist() for r in records]
+    text, texts, ints = pa.string(), pa.list_(pa.string()), pa.list_(pa.int32())
+    schema = pa.schema({
+        "id": text, "problem_id": text, "question": text, "steps": texts, "answer": text, "is_valid": pa.bool_(),
+        "source": text, "split": text, "wrong_step": pa.int32(), "n_steps": pa.int32(), "n_tokens": ints,
+        "logprobs": pa.list_(pa.float32()), "shard": pa.int32(), "start": pa.int64(), "end": pa.int64()})  # fmt: skip
+    rows = [{**r, "n_steps": len(r["steps"]), "logprobs": lp} for r, lp in zip(records, logprobs, strict=True)]
+    table = pa.Table.from_pylist(rows, schema)
+    write(folder / "index.parquet", lambda path: pq.write_table(table, path, compression="zstd"))
+    manifest = {**header, "chains": len(records), "rows": sum(r["end"] - r["start"] for r in records),
+                "tokens": sum(sum(r["n_tokens"]) for r in records), "shards": n_shards}
+    write(folder / "manifest.json", lambda path: path.write_text(json.dumps(manifest, indent=2) + "\n"))
+
+
+def read_manifest(folder) -> dict:
+    """Raises FileNotFoundError or ValueError that says what to do."""
+    path = Path(folder) / "manifest.json"
+    if not path.is_file():
+        unfinished = any(Path(folder).glob("shard-*")) if Path(folder).is_dir() else False
+        raise FileNotFoundError(f"{folder} " + ("is an unfinished extraction: run the same extract.py command again"
+                                                if unfinished else "holds no latents (no manifest.json)"))
+    try:
+        manifest = json.loads(path.read_text())
+        missing = {"schema", "shards", "split", *SAME_LLM} - set(manifest)
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+    if missing or manifest["schema"] != SCHEMA:
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing)) or 'this schema'}: extract again")
+    return manifest
+
+
+def check_same_llm(theirs: dict, ours: dict, what: str):
+    """Raises ValueError where two descriptions differ in LLM, layer, pooling or width."""
+    if wrong := {k: (theirs[k], ours[k]) for k in SAME_LLM if theirs[k] != ours[k]}:
+        text = ", ".join(f"{k}: {a} there, {b} here" for k, (a, b) in wrong.items())
+        raise ValueError(f"{what} does not fit ({text})")
+
+
+def select(folder, where: str = "") -> list[dict]:
+    """Rows of index.parquet, all or those for which the SQL condition `where` holds, in their order.
+
+    where: DuckDB SQL over the columns, such as "n_steps >= 4 and is_valid". Raises ValueError with DuckDB's words.
+    """
+    path = Path(folder) / "index.parquet"
+    if not where:
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(path).to_pylist()
+    try:
+        import duckdb
+    except ImportError:
+        raise ValueError("--where needs DuckDB: pip install duckdb") from None
+    connection = duckdb.connect(config={"threads": 1})
+    try:
+        relation = connection.read_parquet(str(path)).filter(where).order("shard, start")
+        rows = relation.fetchall()
+    except duckdb.Error as error:
+        raise ValueError(f"--where {where}: {str(error).splitlines()[0]}") from None
+    return [dict(zip(relation.columns, row, strict=True)) for row in rows]
+
+
+def load_latents(folder, where: str = "") -> tuple[list[dict], dict]:
+    """(rows of the index, each with its latents "h" [1 + S, D] bf16, manifest). Checks every shard against it."""
+    folder, manifest = Path(folder), read_manifest(folder)
+    rows = select(folder, where)
+    shards = {}
+    for row in rows:
+        if row["shard"] not in shards:
+            path = folder / shard_name(row["shard"])
+            tensors, header = read_shard(path)
+            if wrong := [k for k in SAME_LLM if header.get(k) != str(manifest[k])]:
+                raise ValueError(f"{path} is of another extraction than manifest.json ({', '.join(wrong)} differ)")
+            if tensors["h"].shape[1] != manifest["dim"]:
+                raise ValueError(f"{path} has width {tensors['h'].shape[1]}, manifest.json says {manifest['dim']}")
+            shards[row["shard"]] = tensors["h"]
+        row["h"] = shards[row["shard"]][row["start"] : row["end"]]
+        if len(row["h"]) != 1 + row["n_steps"]:
+            raise ValueError(f"{folder}: chain {row['id']} has {len(row['h'])} latents for {row['n_steps']} steps")
+    return rows, manifest
+
+
+# ----------------------------------------------------------------------------- masks and batches
+
+
+def draw_mask(n: int, config, rng) -> tuple[list[int], list[int]]:
+    """Which of the steps 1 … n are (hidden, asked for): one suffix, one step, or a block of them (or any of them).
+
+    Half of the suffixes ask for their first step alone, without telling how many follow: what decoding needs.
+    """
+    u = rng.random()
+    if u < config.suffix_share:
+        first = int(rng.integers(1, n + 1))
+        hidden = list(range(first, n + 1))
+        return hidden, hidden[:1] if rng.random() < 0.5 else hidden
+    size = 1
+    if u >= config.suffix_share + config.single_share:
+        size = max(1, round(n * rng.uniform(config.mask_min, config.mask_max)))
+    if config.mask == "random":
+        hidden = sorted(int(i) for i in 1 + rng.permutation(n)[:size])
+    else:
+        first = int(rng.integers(1, n - size + 2))
+        hidden = list(range(first, first + size))
+    return hidden, hidden
+
+
+def pad_latents(parts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """[1 + S, D] each -> h [B, S_max, D] fp32, zero-padded, and is_real bool [B, S_max]."""
+    h = torch.nn.utils.rnn.pad_sequence([p.float() for p in parts], batch_first=True)
+    lengths = torch.tensor([len(p) for p in parts])
+    return h, torch.arange(h.shape[1]) < lengths[:, None]
+
+
+def collate(chains: list[dict], config, rng, device=None) -> dict:
+    """Chains with latents "h" (and "wrong_h", "wrong_step") -> the batch that RJEPA.forward documents."""
+    latents = [c["h"] for c in chains]
+    if config.shuffle_steps:
+        latents = [torch.cat((z[:1], z[1:][torch.from_numpy(rng.permutation(len(z) - 1))])) for z in latents]
+    h, is_real = pad_latents(latents)
+    is_hidden, is_target = torch.zeros_like(is_real), torch.zeros_like(is_real)
+    for i, z in enumerate(latents):
+        hidden, asked = draw_mask(len(z) - 1, config, rng)
+        is_hidden[i, hidden], is_target[i, asked] = True, True
+    batch = {"h": h, "is_real": is_real, "is_visible": is_real & ~is_hidden, "is_target": is_target}
+    if (config.hard_negatives or config.lambda_margin > 0) and any("wrong_h" in c for c in chains):
+        wrong = [c.get("wrong_h", c["h"]) for c in chains]
+        first = torch.tensor([c.get("wrong_step", h.shape[1]) for c in chains])
+        batch["wrong_h"] = pad_latents(wrong)[0]
+        batch["is_wrong"] = is_real & (torch.arange(h.shape[1]) >= first[:, None])
+    batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+    n = int(is_real.sum())
+    return {**batch, "n_tokens": n, "n_filled": n, "n_slots": is_real.numel()}
+
+
+class Batches:
+    """Deterministic batches of chains of like length: a pure function of (seed, index)."""
+
+    def __init__(self, chains: list[dict], config):
+        if len(chains) < config.batch_size:
+            raise ValueError(f"{len(chains)} chains do not fill one batch: lower --batch_size {config.batch_size}")
+        self.chains, self.config = chains, config
+        self.lengths = torch.tensor([len(c["h"]) for c in chains]).numpy()
+        self.per_epoch = len(chains) // config.batch_size
+
+    def __call__(self, index: int, device=None) -> dict:
+        epoch, i = divmod(index, self.per_epoch)
+        size, rng = self.config.batch_size, np.random.default_rng([self.config.seed, epoch])
+        kept = rng.permutation(len(self.chains))[: self.per_epoch * size]
+        order = kept[np.argsort(self.lengths[kept] + rng.uniform(0, 2, len(kept)))].reshape(self.per_epoch, size)
+        part = [self.chains[j] for j in order[rng.permutation(self.per_epoch)[i]]]
+        return collate(part, self.config, np.random.default_rng([self.config.seed, 1, index]), device)
+
+
+def training_chains(rows: list[dict], manifest: dict, folder) -> tuple[list[dict], list[dict]]:
+    """(train, val): verified chains, each with its counterfactual's latents where there is one.
+
+    Raises ValueError for latents of a test split.
+    """
+    if manifest["split"] == "test" or any(r["split"] == "test" for r in rows):
+        raise ValueError(f"{folder} holds latents of a test split: training refuses them (extract --split train)")
+    wrong = {r["problem_id"]: r for r in rows if r["wrong_step"] is not None}
+    chains = {"train": [], "val": []}
+    for r in rows:
+        if r["is_valid"]:
+            other = wrong.get(r["problem_id"])
+            if other is not None and len(other["h"]) == len(r["h"]):
+                r = r | {"wrong_h": other["h"], "wrong_step": other["wrong_step"]}
+            else:
+                r = {k: v for k, v in r.items() if k != "wrong_step"}
+            chains[r["split"]].append(r)
+    return chains["train"], chains["val"]
