@@ -80,6 +80,8 @@ class LLM:
     layer (index into hidden_states, never negative) and pooling are those that `step_latents` uses.
     """
 
+    unwritten = -100  # a token that is read and never written: it has no logprob
+
     def choose(self, layer: int, pooling: str):
         self.layer, self.pooling = self.layer_index(layer), pooling
         return self
@@ -93,7 +95,8 @@ class LLM:
     def latents(self, rows, spans, wanted, logprobs=False):
         """Token rows and their unit spans -> ({(layer, pooling): [rows' units, D] fp32 a row}, [mean logprob a unit]).
 
-        wanted: (layer, pooling) pairs. A unit's logprob is the mean over its tokens of log p(token | all before it).
+        wanted: (layer, pooling) pairs. A unit's logprob is the mean over its tokens of log p(token | all before it),
+        [PRED] left out.
         """
         idx = pad_rows(rows, 0, self.device)
         states, final = self.states(idx, {layer for layer, _ in wanted}, logprobs)
@@ -106,8 +109,11 @@ class LLM:
         for i, (row, units) in enumerate(zip(rows, spans, strict=True) if logprobs else ()):
             begin, end = units[0][0], units[-1][1]  # one row at a time: all logits at once would fill the memory
             targets = torch.tensor(row[begin:end], device=self.device)
-            lp = -F.cross_entropy(self.logits(final[i, begin - 1 : end - 1]).float(), targets, reduction="none")
-            means.append([float(lp[b - begin : e - begin].mean()) for b, e in units])
+            lp = -F.cross_entropy(self.logits(final[i, begin - 1 : end - 1]).float(), targets, reduction="none",
+                                  ignore_index=self.unwritten)
+            counted = targets != self.unwritten
+            inside = [slice(b - begin, e - begin) for b, e in units]
+            means.append([float(lp[at].sum() / counted[at].sum()) for at in inside])
         return out, means
 
     def step_latents(self, question: str, steps: list[str]) -> torch.Tensor:
@@ -125,6 +131,8 @@ class HuggingFaceLLM(LLM):
         self.dim, self.n_layer = config.hidden_size, config.num_hidden_layers
         self.context = getattr(config, "max_position_embeddings", None) or 2**31
         self.softcap = getattr(config, "final_logit_softcapping", None)
+        # Cohere, Granite
+        self.logit_scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
         self.device, self.dtype = model.device, str(model.dtype)[6:]
         if not tokenizer.is_fast:
             raise ValueError(f"{name}: its tokenizer gives no offsets (not a fast one); steps cannot be located")
@@ -171,7 +179,7 @@ class HuggingFaceLLM(LLM):
         return seen, final
 
     def logits(self, h):
-        logits = self.model.get_output_embeddings()(h)
+        logits = self.model.get_output_embeddings()(h) * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
@@ -185,7 +193,7 @@ class RunLLM(LLM):
         self.tokenizer = load_tokenizer(folder, config)
         self.name, self.quantization, self.dtype = str(folder), "none", "float32"
         self.dim, self.n_layer, self.context = config.n_embd, config.n_layer, config.block_size
-        self.device = self.model.embed.weight.device
+        self.device, self.unwritten = self.model.embed.weight.device, self.model.pred_id
         self.tokenizer_hash = hashlib.sha256(repr(sorted(self.tokenizer.ranks.items())).encode()).hexdigest()[:16]
 
     def encode(self, question, steps):
@@ -312,11 +320,12 @@ def convert_gguf(path: Path) -> str:
 
 
 def extract(llm: LLM, chains: list[dict], out: Path, description: dict, wanted: list[tuple[int, str]],
-            logprobs: bool, shard_size: int, token_budget: int) -> dict:
+            logprobs: bool, shard_size: int, token_budget: int, overwrite: bool = False) -> dict:
     """Writes the latents of chains under `out` -> {"chains", "steps", "tokens", "tokens_per_s"}.
 
     One (layer, pooling) goes to `out` itself, several to out/layer29-last and so on. All chains are tokenised before
-    the first is run: an empty chain or one longer than the context is named while nothing has been written.
+    the first is run: an empty chain or one longer than the context is named while nothing has been written or, with
+    overwrite, deleted.
     """
     coded, tokens = [], 0
     for chain in chains:
@@ -338,9 +347,13 @@ def extract(llm: LLM, chains: list[dict], out: Path, description: dict, wanted: 
     for layer, pooling in wanted:
         folder = out if len(wanted) == 1 else out / f"layer{layer}-{pooling}"
         folders[layer, pooling] = folder, common | {"layer": layer, "pooling": pooling}
-        inspect_folder(folder, folders[layer, pooling][1])
+    if not overwrite and all([inspect_folder(folder, header) for folder, header in folders.values()]):
+        raise SystemExit(f"{out} is finished. Choose another --out, or --overwrite")
     for folder, _ in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            for path in [folder / "manifest.json", folder / "index.parquet", *folder.glob("shard-*.safetensors")]:
+                path.unlink(missing_ok=True)
 
     progress = None
     if sys.stderr.isatty():
@@ -396,22 +409,27 @@ def run_shard(llm, coded, ids, wanted, logprobs, token_budget):
     return h, means
 
 
-def inspect_folder(folder: Path, header: dict):
-    """Changes nothing. Raises SystemExit for a finished folder, another extraction's, or one with foreign files."""
+def inspect_folder(folder: Path, header: dict) -> bool:
+    """Whether this very extraction is finished there (of several folders some may be). Changes nothing.
+
+    Raises SystemExit for a folder of another extraction or with foreign files.
+    """
     if not folder.exists():
-        return
+        return False
     if not folder.is_dir():
         raise SystemExit(f"--out {folder} is a file: choose a folder")
-    if (folder / "manifest.json").is_file():
-        raise SystemExit(f"{folder} is finished. Choose another --out, or --overwrite")
+    is_finished = (folder / "manifest.json").is_file()
+    if is_finished and header != {k: v for k, v in latents.read_manifest(folder).items() if k in header}:
+        raise SystemExit(f"{folder} is finished, by another command. Choose another --out, or --overwrite")
     shards = sorted(folder.glob("shard-*.safetensors"))
     if not shards and any(p.suffix != ".tmp" and not p.is_dir() for p in folder.iterdir()):
         raise SystemExit(f"{folder} holds other files: choose another --out")
     for path in shards:
         _, there = latents.read_shard(path)
-        if wrong := {k: (there.get(k), str(v)) for k, v in header.items() if there.get(k) != str(v)}:
+        if wrong := {k: (there.get(k), v) for k, v in header.items() if there.get(k) != v}:
             what = ", ".join(f"{k}: {a} there, {b} here" for k, (a, b) in wrong.items())
             raise SystemExit(f"{path} is of another extraction ({what}). Choose another --out, or --overwrite")
+    return is_finished
 
 
 @dataclass
@@ -475,13 +493,10 @@ def main(argv=None):
         llm = load_llm(args.llm, args.device, args.dtype, args.quantize)
         wanted = sorted({(llm.layer_index(layer), pooling) for layer in args.layer for pooling in args.pooling})
         out = Path(args.out)
-        if args.overwrite:
-            for folder in [out, *(out / f"layer{layer}-{pooling}" for layer, pooling in wanted)]:
-                for path in [folder / "manifest.json", folder / "index.parquet", *folder.glob("shard-*.safetensors")]:
-                    path.unlink(missing_ok=True)
         say(f"{len(chains):,} chains, {llm.name} ({llm.dtype}, {llm.quantization}) on {llm.device}, "
             + ", ".join(f"layer {layer} {pooling}" for layer, pooling in wanted) + f" -> {out}")
-        result = extract(llm, chains, out, description, wanted, args.logprobs, args.shard_size, args.token_budget)
+        result = extract(llm, chains, out, description, wanted, args.logprobs, args.shard_size, args.token_budget,
+                         args.overwrite)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     layers = sorted({layer for layer, _ in wanted})

@@ -1,7 +1,7 @@
 """A folder of latents: one vector per reasoning step of many chains. Written by extract.py, read by all that follow.
 
     shard-00000.safetensors   h [N, D] bf16, offsets int64 [chains + 1], logprobs fp32 [N] where asked for; the header
-                              says which LLM, layer, pooling, dtype, quantisation, tokenizer, schema, and h's sha256
+                              says which LLM, layer, pooling, dtype, quantisation, tokenizer, schema, and their sha256
     index.parquet             a row a chain: text, labels, logprobs, and shard, start, end of its latents
     manifest.json             written last: without it the folder is not complete
 
@@ -10,6 +10,7 @@ Row 0 of a chain is its question, rows 1 … S its steps.
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -45,16 +46,16 @@ def gold_chains(problems: list[dict], split: str, counterfactual: bool, seed: in
 def record(chain: dict, problem_id: str, split: str, wrong_step: int | None = None) -> dict:
     """The columns of index.parquet that describe a chain."""
     return {"id": chain["id"], "problem_id": problem_id, "question": chain["question"], "steps": chain["steps"],
-            "answer": str(chain.get("answer") or ""), "is_valid": chain["is_valid"],
-            "source": chain.get("source") or "", "split": split, "wrong_step": wrong_step}  # fmt: skip
+            "answer": "" if chain.get("answer") is None else str(chain["answer"]), "is_valid": chain["is_valid"],
+            "source": str(chain.get("source") or ""), "split": split, "wrong_step": wrong_step}  # fmt: skip
 
 
-DECLARED = ("A:", "The answer is", "Answer:")
+DECLARED = re.compile(r"(?:A|Answer|The answer is):?[\s$]*-?[\d.,/]*\d[.\s%]*")
 
 
 def common_ending(steps: list[str]) -> list[str]:
-    """Steps with the last one, where it only declares the answer ('A: 21'), written as GSM8K does: '#### 21'."""
-    if len(steps) > 1 and steps[-1].startswith(DECLARED) and (value := verify.extract_answer(steps[-1])):
+    """Steps with the last one, where it declares the answer and no more ('A: 21'), written as GSM8K does: '#### 21'."""
+    if len(steps) > 1 and DECLARED.fullmatch(steps[-1]) and (value := verify.extract_answer(steps[-1])):
         return [*steps[:-1], f"#### {value}"]
     return steps
 
@@ -70,6 +71,8 @@ def chains_of_file(path: str, kind: str, limit: int = 0) -> list[dict]:
     for row in verify.read_jsonl(path, fields, limit):
         where = f"{path}, {row['id']}"
         if kind == "candidates":
+            if not isinstance(row["candidates"], list):
+                raise ValueError(f"{where}: field 'candidates' must be a list")
             parts = [(f"{row['id']}/{k}", c, "is_correct") for k, c in enumerate(row["candidates"])]
         else:
             parts = [(str(row["id"]), row, "is_correct" if kind == "step_errors" else "is_valid")]
@@ -81,12 +84,18 @@ def chains_of_file(path: str, kind: str, limit: int = 0) -> list[dict]:
                 raise ValueError(f"{where}: field '{label}' must be true or false")
             if not isinstance(row["question"], str) or not row["question"].strip():
                 raise ValueError(f"{where}: field 'question' must be a text that is not empty")
-            steps = [s for s in common_ending(steps) if s.strip()]
+            wrong_step = None if part[label] else row.get("first_error_step")
+            if wrong_step is not None:
+                if type(wrong_step) is not int or not 1 <= wrong_step <= len(steps):
+                    raise ValueError(f"{where}: field 'first_error_step' must be a step's number, 1 to {len(steps)}")
+                if not all(s.strip() for s in steps):
+                    raise ValueError(f"{where}: field 'steps' has an empty one; first_error_step would lose its step")
+            steps = common_ending([s for s in steps if s.strip()])
             chain = {"id": name, "question": row["question"].strip(), "steps": steps, "answer": row.get("answer"),
                      "is_valid": part[label], "source": part.get("source")}
             split = "train" if kind == "chains" and "-test-" not in str(row["id"]) else "test"
             problem_id = str(row.get("problem_id", row["id"]))
-            records.append(record(chain, problem_id, split, row.get("first_error_step")))
+            records.append(record(chain, problem_id, split, wrong_step))
     return records
 
 
@@ -94,7 +103,9 @@ def chains_to_extract(args) -> tuple[list[dict], dict]:
     """(records, description) of what extract.Args asks for; the description is kept with the latents."""
     for kind in ("chains", "candidates", "step_errors"):
         if path := getattr(args, kind):
-            return chains_of_file(path, kind, args.limit), {"dataset": kind, "split": "test", "seed": args.seed}
+            records = chains_of_file(path, kind, args.limit)
+            split = "test" if any(r["split"] == "test" for r in records) else "train"
+            return records, {"dataset": kind, "split": split, "seed": args.seed}
     if args.dataset == "synthetic":
         check(args, "limit", args.limit > 0, "must say how many synthetic problems to make")
     records = []
@@ -114,8 +125,11 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-def digest(h: torch.Tensor) -> str:
-    return hashlib.sha256(h.contiguous().view(torch.uint8).numpy()).hexdigest()
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(tensors[name].contiguous().view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
 def write_shard(path: Path, latents: list[torch.Tensor], logprobs: list[list[float] | None], header: dict, write):
@@ -127,7 +141,8 @@ def write_shard(path: Path, latents: list[torch.Tensor], logprobs: list[list[flo
     tensors = {"h": h, "offsets": ends}
     if header["logprobs"]:
         tensors["logprobs"] = torch.tensor([v for values in logprobs for v in values])
-    metadata = {k: str(v) for k, v in header.items()} | {"sha256": digest(h)}
+    # one entry: safetensors writes several in an order that differs from process to process
+    metadata = {"header": json.dumps(header | {"sha256": digest(tensors)})}
     write(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
@@ -137,16 +152,16 @@ def read_shard(path: Path) -> tuple[dict, dict]:
 
     try:
         with safe_open(path, "pt") as f:
-            header, tensors = f.metadata() or {}, {key: f.get_tensor(key) for key in f.keys()}
+            header, tensors = json.loads(f.metadata()["header"]), {key: f.get_tensor(key) for key in f.keys()}
         h, offsets = tensors["h"], tensors["offsets"]
-        intact = digest(h) == header["sha256"] and h.dim() == 2 and int(offsets[-1]) == len(h)
-    except (SafetensorError, OSError, KeyError) as error:
+        intact = digest(tensors) == header["sha256"] and h.dim() == 2 and int(offsets[-1]) == len(h)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({str(error)[:120]}): delete it, and the manifest.json beside it, and run "
                          "extract.py again") from None
-    if header.get("schema") != str(SCHEMA):
+    if header.get("schema") != SCHEMA:
         raise ValueError(f"{path} is of schema {header.get('schema')}, this version reads {SCHEMA}: extract again")
     if not intact:
-        raise ValueError(f"{path} is damaged (its latents do not have the checksum of its header): delete it, and the "
+        raise ValueError(f"{path} is damaged (its tensors do not have the checksum of its header): delete it, and the "
                          "manifest.json beside it, and run extract.py again")
     if not torch.isfinite(h).all():
         raise ValueError(f"{path} holds values that are not finite: extract again with --dtype fp32")
@@ -171,7 +186,8 @@ def write_index(folder: Path, records: list[dict], header: dict, write):
     table = pa.Table.from_pylist(rows, schema)
     write(folder / "index.parquet", lambda path: pq.write_table(table, path, compression="zstd"))
     manifest = {**header, "chains": len(records), "rows": sum(r["end"] - r["start"] for r in records),
-                "tokens": sum(sum(r["n_tokens"]) for r in records), "shards": n_shards}
+                "tokens": sum(sum(r["n_tokens"]) for r in records), "shards": n_shards,
+                "index": hashlib.sha256((folder / "index.parquet").read_bytes()).hexdigest()}
     write(folder / "manifest.json", lambda path: path.write_text(json.dumps(manifest, indent=2) + "\n"))
 
 
@@ -184,7 +200,7 @@ def read_manifest(folder) -> dict:
                                                 if unfinished else "holds no latents (no manifest.json)"))
     try:
         manifest = json.loads(path.read_text())
-        missing = {"schema", "shards", "split", *SAME_LLM} - set(manifest)
+        missing = {"schema", "shards", "split", "index", *SAME_LLM} - set(manifest)
     except (json.JSONDecodeError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error})") from None
     if missing or manifest["schema"] != SCHEMA:
@@ -225,13 +241,16 @@ def select(folder, where: str = "") -> list[dict]:
 def load_latents(folder, where: str = "") -> tuple[list[dict], dict]:
     """(rows of the index, each with its latents "h" [1 + S, D] bf16, manifest). Checks every shard against it."""
     folder, manifest = Path(folder), read_manifest(folder)
+    index = folder / "index.parquet"
+    if not index.is_file() or hashlib.sha256(index.read_bytes()).hexdigest() != manifest["index"]:
+        raise ValueError(f"{index} is missing or damaged: delete manifest.json beside it and run extract.py again")
     rows = select(folder, where)
     shards = {}
     for row in rows:
         if row["shard"] not in shards:
             path = folder / shard_name(row["shard"])
             tensors, header = read_shard(path)
-            if wrong := [k for k in SAME_LLM if header.get(k) != str(manifest[k])]:
+            if wrong := [k for k in sorted({*header, *SAME_LLM} - {"sha256"}) if header.get(k) != manifest.get(k)]:
                 raise ValueError(f"{path} is of another extraction than manifest.json ({', '.join(wrong)} differ)")
             if tensors["h"].shape[1] != manifest["dim"]:
                 raise ValueError(f"{path} has width {tensors['h'].shape[1]}, manifest.json says {manifest['dim']}")

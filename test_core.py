@@ -5,6 +5,7 @@
 
 import ast
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import json
@@ -18,6 +19,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +31,7 @@ import config as cfg
 import data
 import eval_alignment
 import evaluate_accuracy
+import extract
 import infer
 import latents
 import model as m
@@ -1329,3 +1332,308 @@ def test_cross_validation_never_fits_on_the_question_it_scores():
     noise = rng.normal(size=(240, 100))  # would be fitted perfectly on its own labels
     held_out = evaluate_accuracy.cross_validated(noise, right, question, 5, 0, 1.0)
     assert abs(evaluate_accuracy.pairwise(held_out.reshape(60, 4), right.reshape(60, 4)) - 0.5) < 0.15
+
+
+# ----------------------------------------------------------------------------- extraction
+
+SIZES = dict(vocab_size=300, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=256,
+             initializer_range=0.2, pad_token_id=0, bos_token_id=0, eos_token_id=1)  # fmt: skip
+GROUPED = dict(intermediate_size=48, num_key_value_heads=1)
+FAMILIES = {  # fields beyond SIZES
+    "Qwen3": GROUPED | dict(head_dim=16), "Llama": GROUPED, "Mistral": GROUPED | dict(sliding_window=8),
+    "DeepseekV3": dict(intermediate_size=48, num_key_value_heads=2, moe_intermediate_size=16, n_routed_experts=3,
+                       num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1, q_lora_rank=16,
+                       kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16),
+    "Phi": GROUPED, "Phi3": GROUPED, "Granite": GROUPED | dict(logits_scaling=2.0), "GPT2": {},
+    "Gemma3": GROUPED | dict(head_dim=16, sliding_window=8, final_logit_softcapping=5.0)}  # fmt: skip
+CHAINS = [("Mia has 3 pears. How many?", ["Mia has 3.", "#### 3"]), ("Café? 日本", ["Ω ≠ 4 → so", "Tom has 4."]),
+          ("Tom has twice as many pears as Mia has, who has 4.", ["So 2*4 = 8.", "Tom has 8.", "#### 8"])]  # fmt: skip
+
+
+@functools.cache
+def tiny_llm(family="Llama"):
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = byte_level(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    bpe.train_from_iterator(["Mia has 3 pears.\nTom has 4."], tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=byte_level.alphabet(), show_progress=False))
+    bpe.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    config = getattr(transformers, {"Gemma3": "Gemma3Text"}.get(family, family) + "Config")
+    net = getattr(transformers, family + {"GPT2": "LMHeadModel"}.get(family, "ForCausalLM"))
+    torch.manual_seed(0)
+    net = net(config(**SIZES | FAMILIES[family])).eval().requires_grad_(False)
+    return extract.HuggingFaceLLM(net, tokenizer, f"tiny {family}", "none").choose(-2, "last")
+
+
+def check_logprobs(means, ids, spans, logits, unwritten=None):
+    lp = logits.log_softmax(-1)
+    hand = [[float(lp[t - 1, ids[t]]) for t in range(b, e) if ids[t] != unwritten] for b, e in spans]
+    assert means == pytest.approx([sum(x) / len(x) for x in hand], abs=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llm_families_give_their_hidden_states_and_logprobs(family):
+    llm, close = tiny_llm(family), functools.partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
+    rows, spans = zip(*(llm.encode(*chain) for chain in CHAINS), strict=True)
+    whole = [llm.model(torch.tensor([row]), output_hidden_states=True) for row in rows]
+    assert [llm.layer_index(layer) for layer in (-2, 0, 1, -1)] == [2, 0, 1, 3]
+    for wanted in ({0, 1, 2, 3}, {0}, {2}):  # together, and each stopping as early as it can
+        states, _ = llm.states(m.pad_rows(rows, 0), wanted, False)
+        for layer, (i, row) in ((a, b) for a in wanted for b in enumerate(rows)):
+            close(states[layer][i, : len(row)], whole[i].hidden_states[layer][0])
+    out, means = llm.latents(rows, spans, [(2, "mean"), (2, "last")], logprobs=True)
+    for i, (row, units) in enumerate(zip(rows, spans, strict=True)):
+        close(out[2, "mean"][i], torch.stack([whole[i].hidden_states[-2][0, b:e].mean(0) for b, e in units]))
+        close(out[2, "last"][i], llm.step_latents(*CHAINS[i]))  # alone, without padding
+        check_logprobs(means[i], row, units, whole[i].logits[0])
+    with pytest.raises(ValueError, match="--layer 4: .* -4 to 3"):
+        llm.choose(4, "last")
+
+
+def test_unit_spans_follow_the_last_visible_character():
+    tokens = ["<s>", "Q", "?", "\nShe", " has", ".\n", " ", "\n", "Don", "e\n"]
+    for text in ("".join(tokens), "".join(tokens).encode()):
+        ends = torch.tensor([len(t) for t in tokens]).cumsum(0).tolist()
+        pieces, units = list(zip([0, *ends], ends, strict=False)), [(0, 5), (6, 14), (17, 21)]
+        assert extract.unit_spans(pieces, text, units) == [(1, 3), (3, 6), (8, 10)]
+        for bad in [(pieces, text, [*units, (15, 17)]), ([(0, 5), *pieces[3:]], text, units)]:  # blank; first token
+            with pytest.raises(ValueError, match="no token of its own"):
+                extract.unit_spans(*bad)
+    for question, steps in CHAINS:
+        ids, spans = tiny_llm().encode(question, steps)
+        assert [tiny_llm().tokenizer.decode(ids[b:e]).strip() for b, e in spans] == [question, *steps] and ids[0] == 0
+
+
+@pytest.fixture(scope="module")
+def run_llm(tmp_path_factory):
+    run(folder := tmp_path_factory.mktemp("llm") / "run", answer_context="question", max_steps=1)
+    return extract.load_llm(str(folder), "cpu", layer=-1, pooling="mean")
+
+
+def test_a_run_as_llm_reads_question_pred_steps(run_llm, finished):
+    decode, net, pred = run_llm.tokenizer.decode, run_llm.model, run_llm.model.pred_id
+    for question, steps in CHAINS:
+        ids, spans = run_llm.encode(question, steps)
+        (begin, end), *others = spans
+        assert ids[end - 1] == pred and ids.count(pred) == begin == 1 and decode(ids[: end - 1]) == question
+        assert [decode(ids[b:e]).strip("\n") for b, e in others] == steps and decode(ids[end:]) == "\n".join(steps)
+        h = run_llm.step_latents(question, steps)
+        full = net.transformer(net.embed(torch.tensor([ids])), is_causal=True).detach()
+        assert h.shape == (1 + len(steps), 32) and h.dtype == torch.float32
+        torch.testing.assert_close(h, torch.stack([full[0, b:e].mean(0) for b, e in spans]), atol=1e-5, rtol=1e-5)
+        _, [means] = run_llm.latents([ids], [spans], [(2, "last")], logprobs=True)
+        check_logprobs(means, ids, spans, F.linear(full[0], net.embed.weight[:pred].detach()), pred)
+    with pytest.raises(ValueError, match="answer_context = question"):
+        extract.load_llm(str(finished[0]), "cpu")
+
+
+@functools.cache
+def some_chains():
+    return latents.gold_chains(data.synthetic_problems(4, "train", 1, 3), "train", True, 1)
+
+
+def extract_to(folder, llm=None, chains=None, wanted=((2, "last"),), **fields):
+    chains = chains or some_chains()
+    about = {"dataset": "synthetic", "split": "train", "seed": 1}
+    extract.extract(llm or tiny_llm(), chains, folder, about, list(wanted), True, 2, 200, **fields)
+    return chains
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_extraction_round_trip(tmp_path):
+    llm, chains = tiny_llm(), extract_to(tmp_path / "a")
+    rows, manifest = latents.load_latents(tmp_path / "a")
+    assert manifest["chains"] == len(rows) == len(chains) and manifest["layer"] == 2
+    assert manifest["shards"] == -(-len(chains) // 2) and manifest["rows"] == sum(len(r["h"]) for r in rows)
+    for i, (row, chain) in enumerate(zip(rows, chains, strict=True)):
+        ids, spans = llm.encode(chain["question"], chain["steps"])
+        assert {k: row[k] for k in chain} == chain and row["shard"] == i // 2 and row["n_steps"] == len(chain["steps"])
+        assert row["n_tokens"] == [e - b for b, e in spans] and row["end"] - row["start"] == len(spans)
+        (out, [means]), h = llm.latents([ids], [spans], [(2, "last")], logprobs=True), row["h"]
+        torch.testing.assert_close(h.float(), out[2, "last"][0], atol=1e-5, rtol=2**-7)  # bf16
+        assert h.dtype == torch.bfloat16 and row["logprobs"] == pytest.approx(means, abs=1e-4)
+    offsets = latents.read_shard(tmp_path / "a" / "shard-00000.safetensors")[0]["offsets"]
+    assert offsets.tolist() == [0, rows[0]["end"], rows[1]["end"]] and rows[1]["start"] == rows[0]["end"]
+    extract_to(tmp_path / "b", wanted=[(0, "last"), (2, "last"), (2, "mean")])
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["layer0-last", "layer2-last", "layer2-mean"]
+    assert contents(tmp_path / "b" / "layer2-last") == contents(tmp_path / "a")
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = {path!r}
+import pyarrow.parquet, safetensors.torch
+import extract, {module} as t
+llm, chains = extract.load_llm({llm!r}, "cpu"), t.some_chains()[:3]
+real, nth, status = os.replace, -1, signal.SIGKILL
+def replace(a, b):
+    if len(done) == nth:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(a, b); done.append(b)
+def go(n):
+    t.extract_to(t.Path({out!r}) / str(n), llm, chains, wanted=[(0, "last"), (1, "mean")])
+while status == signal.SIGKILL:
+    nth, done = nth + 1, []
+    if not (pid := os.fork()):
+        try:
+            os.replace = replace; go(nth); os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True); os._exit(1)
+    status = os.waitpid(pid, 0)[1]
+for n in range(nth):
+    go(n)
+sys.exit(status)
+"""
+
+
+def test_an_extraction_killed_at_any_write_ends_in_the_same_bytes(tmp_path, run_llm):
+    """Two folders of one pass, killed before the n-th file is put in its place, for every n, then run again."""
+    path = [str(ROOT), str(Path(__file__).parent)]
+    code = KILLED.format(path=path, module=__name__, llm=run_llm.name, out=str(tmp_path))
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    extract_to(tmp_path / "whole", run_llm, some_chains()[:3], wanted=[(0, "last"), (1, "mean")])
+    whole, *others = [contents(folder) for folder in sorted(tmp_path.iterdir(), reverse=True)]
+    assert len(others) == len(whole) + 1 and all(other == whole for other in others)
+
+
+def test_finished_foreign_and_other_extractions_are_refused(tmp_path):
+    chains = extract_to(tmp_path / "a")
+    before = contents(tmp_path / "a")
+    with pytest.raises(SystemExit, match="is finished.*--overwrite"):
+        extract_to(tmp_path / "a")
+    (tmp_path / "a" / "manifest.json").unlink()
+    for change, message in [(dict(wanted=[(1, "last")]), "layer: 2 there, 1 here"), (dict(chains=chains[1:]), "_hash")]:
+        with pytest.raises(SystemExit, match=message):
+            extract_to(tmp_path / "a", **change)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "notes").write_text("mine")
+    for name, message in [("b", "other files"), ("b/notes", "is a file")]:
+        with pytest.raises(SystemExit, match=message):
+            extract_to(tmp_path / name)
+    extract_to(tmp_path / "b", overwrite=True)
+    assert contents(tmp_path / "b") == before | {"notes": b"mine"}
+    extract_to(tmp_path / "a")
+    assert contents(tmp_path / "a") == before
+
+
+def test_bad_chains_and_states_change_nothing(tmp_path, monkeypatch):
+    good, *_ = extract_to(tmp_path / "old")
+    before = contents(tmp_path)
+    for steps, message in [([], "no steps"), (["a", " "], "an empty one"), (["1 + 1 = 2."] * 60, "tokens are .* 256")]:
+        for out, overwrite in [("new", False), ("old", True)]:
+            with pytest.raises(ValueError, match="chain x: .*" + message):
+                extract_to(tmp_path / out, chains=[good, good | {"id": "x", "steps": steps}], overwrite=overwrite)
+    assert contents(tmp_path) == before and not (tmp_path / "new").exists()
+    norm = tiny_llm().model.model.layers[1].input_layernorm.weight
+    monkeypatch.setattr(norm, "data", norm * torch.nan)
+    with pytest.raises(ValueError, match=f"chain {good['id']}: .*not finite at layer 2"):
+        extract_to(tmp_path / "new", chains=[good])
+    path = write_jsonl(tmp_path / "new" / "c.jsonl", [{"id": 1, "question": "q", "steps": [], "is_valid": True}])
+    monkeypatch.setattr(extract, "load_llm", lambda *args: tiny_llm())
+    with pytest.raises(SystemExit, match="error: chain 1: "):
+        extract.main(["--chains", path, "--out", str(tmp_path / "old"), "--overwrite"])
+    assert set(contents(tmp_path)) == {*before, "new/c.jsonl"}
+
+
+def test_damaged_latents_are_named(tmp_path):
+    extract_to(tmp_path)
+    path, manifest = tmp_path / "shard-00001.safetensors", tmp_path / "manifest.json"
+    whole, about = path.read_bytes(), json.loads(manifest.read_text())
+    for at in (12, 60, 8 + int.from_bytes(whole[:8], "little"), len(whole) - 2, len(whole)):
+        path.write_bytes(broken := whole[:at] + bytes(b ^ 4 for b in whole[at : at + 1]) + whole[at + 1 :])
+        if at == len(whole):
+            path.write_bytes(broken := whole[: at // 2])
+        with pytest.raises(ValueError, match="shard-00001.safetensors is "):
+            latents.load_latents(tmp_path)
+    path.write_bytes(whole)
+    index = tmp_path / "index.parquet"
+    rows = index.read_bytes()
+    index.write_bytes(rows[:400] + bytes([rows[400] ^ 4]) + rows[401:])
+    with pytest.raises(ValueError, match="index.parquet is missing or damaged"):
+        latents.load_latents(tmp_path)
+    index.write_bytes(rows)
+    path.write_bytes(broken)
+    manifest.unlink()
+    with pytest.raises(ValueError, match="shard-00001.safetensors is damaged"):
+        extract_to(tmp_path)
+    assert path.read_bytes() == broken and path.write_bytes(whole)
+    with pytest.raises(FileNotFoundError, match="run the same extract.py command again"):
+        latents.load_latents(tmp_path)
+    for change, message in [({"llm": "other"}, "shard-0.* another .*llm"), ({"dim": 16}, "shard-0.*dim"),
+                            ({"chains_hash": "0"}, "shard-0.*chains_hash"), ({"schema": 9}, "manifest")]:
+        manifest.write_text(json.dumps(about | change))
+        with pytest.raises(ValueError, match=message):
+            latents.load_latents(tmp_path)
+    manifest.write_text("{")
+    with pytest.raises(ValueError, match="manifest.json is damaged"):
+        latents.load_latents(tmp_path)
+    latents.check_same_llm(about, about | {"seed": 2}, "x")
+    with pytest.raises(ValueError, match="x does not fit .layer: 2 there, 1 here, dim: 32 there, 16 here"):
+        latents.check_same_llm(about, about | {"layer": 1, "dim": 16}, "x")
+
+
+def test_select_reads_what_sql_asks_for(tmp_path):
+    pytest.importorskip("duckdb")
+    extract_to(tmp_path)
+    every = latents.select(tmp_path)
+    wrong, _ = latents.load_latents(tmp_path, "not is_valid and wrong_step >= 1 and split = 'train'")
+    assert latents.select(tmp_path, "true") == every and latents.select(tmp_path, "n_steps > 99") == []
+    assert [r["id"] for r in wrong] == [r["id"] for r in every if not r["is_valid"]] != []
+    for where in ("no_column > 1", "n_steps >", "drop table x"):
+        with pytest.raises(ValueError, match="--where " + where):
+            latents.select(tmp_path, where)
+
+
+def test_gold_chains_and_their_counterfactuals():
+    problems = data.synthetic_problems(30, "train", 2)
+    chains = latents.gold_chains(problems, "train", True, 1)
+    pairs = [(chains[i - 1], c) for i, c in enumerate(chains) if not c["is_valid"]]
+    assert len(pairs) >= 20 and len(chains) == 30 + len(pairs)
+    for gold, c in pairs:
+        at = c["wrong_step"] - 1
+        assert c["id"] == f"{gold['id']}+wrong" and c["problem_id"] == gold["id"] and gold["wrong_step"] is None
+        assert c["steps"][:at] == gold["steps"][:at] and c["steps"][at] != gold["steps"][at] and gold["is_valid"]
+    assert latents.gold_chains(problems, "train", False, 1) == [c for c in chains if c["is_valid"]]
+
+
+def test_chains_of_files(tmp_path):
+    for steps, last in [(["So 21.", "A: 21"], "#### 21"), (["a", "The answer is 1,200."], "#### 1200"),
+                        (["A: 21"], "A: 21"), (["a", "A: 3 + 4 = 7 apples"], "A: 3 + 4 = 7 apples"),
+                        (["a", "#### 5"], "#### 5")]:
+        assert latents.common_ending(steps) == [*steps[:-1], last]
+    chain = {"id": "p", "question": " q ", "steps": ["a", "A: 21", " "], "is_valid": True, "answer": 0}
+
+    def read(kind, **fields):
+        return latents.chains_of_file(write_jsonl(tmp_path / "c.jsonl", [chain | fields]), kind)
+
+    [record] = read("chains")
+    assert record["steps"] == ["a", "#### 21"] and record["question"] == "q" and record["answer"] == "0"
+    assert record["split"] == "train" and read("chains", id="gsm8k-test-3")[0]["split"] == "test"
+    both = [{"steps": ["a"], "is_correct": True, "source": "x"}, {"steps": ["b"], "is_correct": False}]
+    first, second = read("candidates", id="gsm8k-train-3", candidates=both)
+    assert (first["id"], first["problem_id"], first["source"]) == ("gsm8k-train-3/0", "gsm8k-train-3", "x")
+    assert first["split"] == second["split"] == "test" and first["is_valid"] and not second["is_valid"]
+    errors = dict(is_correct=False, first_error_step=2, steps=["a", "b"])
+    assert read("step_errors", **errors)[0]["wrong_step"] == 2
+    for kind, fields, field in [
+            ("chains", {"steps": "a"}, "p: field 'steps'"), ("chains", {"steps": [1]}, "p: field 'steps'"),
+            ("chains", {"is_valid": 1}, "p: field 'is_valid'"), ("chains", {"question": " "}, "p: field 'question'"),
+            ("candidates", {}, "line 1: field 'candidates'"), ("candidates", {"candidates": None}, "p: field 'cand"),
+            ("candidates", {"candidates": [{"steps": ["a"]}]}, "p: field 'is_correct'"),
+            ("step_errors", errors | {"first_error_step": "2"}, "p: field 'first_error_step'"),
+            ("step_errors", errors | {"first_error_step": 3}, "p: field 'first_error_step'"),
+            ("step_errors", errors | {"steps": ["", "b"]}, "p: field 'steps'")]:  # which step would be the wrong one?
+        with pytest.raises(ValueError, match=rf"c.jsonl, {field}"):
+            read(kind, **fields)
+    args = SimpleNamespace(chains="", candidates="", step_errors="", dataset="synthetic", limit=0)
+    with pytest.raises(ValueError, match="--limit 0"):
+        latents.chains_to_extract(args)
+    rows = latents.chains_of_file(str(shared_data("step_errors/dev.jsonl")), "step_errors")
+    assert all(1 <= r["wrong_step"] <= len(r["steps"]) and r["split"] == "test" for r in rows)
