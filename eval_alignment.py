@@ -244,8 +244,10 @@ def plot_energies(run: Path, model, rows: list[dict], found: list[dict]):
 def evaluate_step_errors(run: str, args) -> dict:
     """How often the step with the highest energy is the first wrong one -> {"top1", its controls, "n"}."""
     model, config = infer.load_world_model(run, args.device)
-    folder = extract.latents_of_file(config, "step_errors", args.step_errors, device=args.device, limit=args.limit)
-    rows, manifest = latents.load_latents(args.latents or folder, "wrong_step is not null")
+    folder = args.latents or extract.latents_of_file(config, "step_errors", args.step_errors, device=args.device,
+                                                     limit=args.limit)
+    rows, manifest = latents.load_latents(folder)
+    rows = [r for r in rows if r["wrong_step"] is not None]
     latents.check_same_llm({k: getattr(config, k) for k in latents.SAME_LLM}, manifest, f"{run} and {folder}")
     if not rows:
         raise ValueError(f"{args.step_errors}: no chain with a first wrong step")

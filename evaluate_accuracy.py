@@ -180,7 +180,9 @@ def balanced_pairwise(scores, right, sources) -> float | None:
 def evaluate_candidates(run: str, args) -> dict:
     """Ways of picking one of the labelled candidates of each question -> {"n", "k", "random", "oracle", "methods"}.
 
-    The probe and the weights of `combined` are fitted on the labels of other questions of the same file.
+    `energy` is the mean leave-one-out energy, `energy_last` that of the last step alone, which with nothing after it
+    is its next-step energy too; `combined` adds it to the mean logprob. The probe and the weights of `combined` are
+    fitted on the labels of other questions of the same file.
     """
     model, config = infer.load_world_model(run, args.device)
     folder = Path(args.latents) if args.latents else extract.latents_of_file(
@@ -196,27 +198,28 @@ def evaluate_candidates(run: str, args) -> dict:
 
     def energy_scores(world_model):
         found = infer.energies(world_model, h)
-        return {mode: -np.array([float(e[mode].mean()) for e in found]) for mode in world_model.ENERGIES}
+        by_mode = {mode: -np.array([float(e[mode].mean()) for e in found]) for mode in world_model.ENERGIES}
+        return by_mode | {"last": -np.array([float(e["leave_one_out"][-1]) for e in found])}
 
     ours = energy_scores(model)
     logprob = np.array([eval_alignment.mean_logprob(r) for r in rows])
     shortest = -np.array([sum(r["n_tokens"][1:]) for r in rows], dtype=float)
     pooled = np.stack([torch.cat((z[-1], z[1:].mean(0))).float().numpy() for z in h])
     scores = {"shortest": shortest, "logprob": logprob, "energy": ours["leave_one_out"],
-              "energy_next_step": ours["next_step"], "energy_both": sum(ours.values()),
-              "combined": cross_validated(np.stack((logprob, sum(ours.values())), 1), right, question, args.folds,
-                                          args.seed, 1.0),
+              "energy_next_step": ours["next_step"], "energy_last": ours["last"],
+              "combined": cross_validated(np.stack((logprob, ours["last"]), 1), right, question, args.folds, args.seed,
+                                          1.0),
               "probe": cross_validated(pooled, right, question, args.folds, args.seed, 1e-3)}
     torch.manual_seed(args.seed)
     untrained = build_model(config).to(model.h_mean.device).eval()
     untrained.fit_standardize(torch.cat(h))
-    scores["untrained"] = energy_scores(untrained)["leave_one_out"]
+    scores["untrained"], scores["untrained_last"] = (energy_scores(untrained)[k] for k in ("leave_one_out", "last"))
     for other in args.also:
         theirs, their_config = infer.load_world_model(other, args.device)
         latents_of.check_same_llm({k: getattr(their_config, k) for k in latents_of.SAME_LLM}, manifest, other)
         found = energy_scores(theirs)
-        scores[f"energy {Path(other).name}"] = found["leave_one_out"]
-        scores[f"energy_next_step {Path(other).name}"] = found["next_step"]
+        for name, mode in (("energy", "leave_one_out"), ("energy_next_step", "next_step"), ("energy_last", "last")):
+            scores[f"{name} {Path(other).name}"] = found[mode]
 
     sources = [[rows[i]["source"] for i in m] for m in members]
     truth = [right[m] for m in members]
