@@ -121,7 +121,7 @@ class RJEPAConfig(RunConfig):
     """R-JEPA: predicts the latents of hidden reasoning steps from those of the visible ones."""
 
     # latents: from a folder of extract.py, which is run first where the folder is missing
-    latents: str = ""  # the folder; empty: out/latents/DATASET-LLM-LAYER-POOLING
+    latents: str = ""  # the folder; empty: one in out/latents named after all that follows from
     where: str = ""  # only chains for which this SQL condition holds ("n_steps >= 4"; needs DuckDB)
     llm: str = "smollm2"  # as in extract.py; the run stores what the latents say
     layer: int = -2  # index into hidden_states; the run stores it without a sign

@@ -29,7 +29,7 @@ import infer
 import latents
 from config import RJEPAConfig, check
 from model import alignment, latent_figures, wilson
-from train import build_model, default_latents, load_run, load_tokenizer
+from train import build_model, load_run, load_tokenizer
 
 
 @dataclass
@@ -147,11 +147,13 @@ def mean_logprob(row: dict) -> float:
 def step_retrieval(model, rows: list[dict], seed: int, n_candidates: int = 100) -> dict:
     """A hidden middle step among n_candidates, the chain's other steps among them: is it the step or the topic?
 
+    A baseline made from the neighbours cannot pick them. At most 2,000 chains are looked at.
+
     In target space by cosine to z_pred, and in the LLM's standardised space by L1 to W_out(z_pred); baselines in
     target space: the step before (copy), the mean of both neighbours, and the mean target of that position.
     """
     rng = np.random.default_rng(seed)
-    rows = [r for r in rows if r["is_valid"] and r["n_steps"] >= 3]
+    rows = [r for r in rows if r["is_valid"] and 3 <= r["n_steps"] < n_candidates][:2000]
     if len(rows) < 2:
         return {"n": 0}
     h, is_real = latents.pad_latents([r["h"] for r in rows])
@@ -159,7 +161,7 @@ def step_retrieval(model, rows: list[dict], seed: int, n_candidates: int = 100) 
     chain, step, z_pred, z_all = model.hidden_steps(h, is_real)
     x_all, x_pred = model.standardize(h), model.w_out(z_pred)
     mean_of = torch.stack([z_all[:, s][is_real[:, s]].mean(0) for s in range(h.shape[1])])
-    at = {(int(c), int(s)): i for i, (c, s) in enumerate(zip(chain, step, strict=True))}
+    at = {(int(c), int(s)): i for i, (c, s) in enumerate(zip(chain.tolist(), step.tolist(), strict=True))}
     ranks = {name: [] for name in ("z_pred", "W_out", "copy", "neighbours", "position")}
     for c, row in enumerate(rows):
         k = int(rng.integers(2, row["n_steps"]))  # a middle step
@@ -172,6 +174,8 @@ def step_retrieval(model, rows: list[dict], seed: int, n_candidates: int = 100) 
                    "position": mean_of[k]}
         scores = {name: F.cosine_similarity(guess[None], z) for name, guess in guesses.items()}
         scores["W_out"] = -(x_pred[i][None] - x).abs().mean(-1)
+        near = (where[0] == c) & ((where[1] - k).abs() == 1)
+        scores |= {name: scores[name].masked_fill(near, -2.0) for name in ("copy", "neighbours")}
         for name, s in scores.items():
             ranks[name].append(1 + int((s[1:] >= s[0]).sum()))
     figures = {name: {"top1": float(np.mean(np.array(r) == 1)), "mrr": float(np.mean(1 / np.array(r)))}
@@ -183,7 +187,10 @@ def step_retrieval(model, rows: list[dict], seed: int, n_candidates: int = 100) 
 def evaluate_rjepa(run: str, args) -> dict:
     """Error, collapse, and where the latents hold right and wrong chains, energy against correctness."""
     model, config = infer.load_world_model(run, args.device)
-    folder = args.latents or config.latents or default_latents(config)
+    if (args.dataset or args.split != "test") and not args.latents:
+        raise ValueError("an R-JEPA run is evaluated on its own held-out chains, or on --latents FOLDER "
+                         "(extract.py --dataset X --split S --out FOLDER)")
+    folder = args.latents or config.latents
     rows, manifest = latents.load_latents(folder)
     latents.check_same_llm({k: getattr(config, k) for k in latents.SAME_LLM}, manifest, f"{run} and {folder}")
     if not args.latents:
@@ -193,8 +200,10 @@ def evaluate_rjepa(run: str, args) -> dict:
         raise ValueError(f"{folder}: {len(rows)} chain to look at")
     found = infer.energies(model, [r["h"] for r in rows])
     z_pred, z_target, z_copy = [], [], []
-    for start in range(0, len(rows), 64):
-        h, is_real = latents.pad_latents([r["h"] for r in rows[start : start + 64]])
+    valid = [r for r in rows if r["is_valid"]]  # what training evaluates on, too
+    valid = valid if len(valid) > 1 else rows
+    for start in range(0, len(valid), 64):
+        h, is_real = latents.pad_latents([r["h"] for r in valid[start : start + 64]])
         h, is_real = h.to(model.h_mean.device), is_real.to(model.h_mean.device)
         chain, step, z, z_all = model.hidden_steps(h, is_real)
         z_pred.append(z.cpu()), z_target.append(z_all[chain, step].cpu()), z_copy.append(z_all[chain, step - 1].cpu())
@@ -210,7 +219,7 @@ def evaluate_rjepa(run: str, args) -> dict:
     loo = result["leave_one_out"]
     result |= {"logprob": by_logprob, "auroc_correct": loo["auroc"], "auroc_logprob": by_logprob.get("auroc")}
     plot_energies(Path(run), model, rows, found)
-    return result | {"n": len(rows)}
+    return result | {"n": len(rows), "n_valid": int(is_valid.sum())}
 
 
 def plot_energies(run: Path, model, rows: list[dict], found: list[dict]):
@@ -248,6 +257,8 @@ def evaluate_step_errors(run: str, args) -> dict:
                                                      limit=args.limit)
     rows, manifest = latents.load_latents(folder)
     rows = [r for r in rows if r["wrong_step"] is not None]
+    if any(r["logprobs"] is None for r in rows):
+        raise ValueError(f"{folder} holds no logprobs: extract with --logprobs")
     latents.check_same_llm({k: getattr(config, k) for k in latents.SAME_LLM}, manifest, f"{run} and {folder}")
     if not rows:
         raise ValueError(f"{args.step_errors}: no chain with a first wrong step")

@@ -151,10 +151,14 @@ def cross_validated(x: np.ndarray, right: np.ndarray, question: np.ndarray, fold
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
-    x, scores = centred(x, question), np.zeros(len(x))
+    x, scores, folds = centred(x, question), np.zeros(len(x)), min(folds, int(question.max()) + 1)
+    if folds < 2:
+        raise ValueError("candidates of at least two questions are needed: raise --limit")
     fold_of = np.random.default_rng(seed).permutation(question.max() + 1) % folds
     for fold in range(folds):
         held_out = fold_of[question] == fold
+        if right[~held_out].all() or not right[~held_out].any():
+            continue  # one label alone: nothing to fit, all scores stay equal
         scale = StandardScaler().fit(x[~held_out])
         fitted = LogisticRegression(C=C, max_iter=500).fit(scale.transform(x[~held_out]), right[~held_out])
         scores[held_out] = fitted.decision_function(scale.transform(x[held_out]))
@@ -189,6 +193,8 @@ def evaluate_candidates(run: str, args) -> dict:
         config, "candidates", args.candidates, device=args.device, limit=args.limit)
     rows, manifest = latents_of.load_latents(folder)
     latents_of.check_same_llm({k: getattr(config, k) for k in latents_of.SAME_LLM}, manifest, f"{run} and {folder}")
+    # a tie goes to the first of a question's candidates: their order in the file must not decide
+    rows = [rows[i] for i in np.random.default_rng(args.seed).permutation(len(rows))]
     if any(r["logprobs"] is None for r in rows):
         raise ValueError(f"{folder} holds no logprobs: extract with --logprobs")
     ids = list(dict.fromkeys(r["problem_id"] for r in rows))

@@ -4,7 +4,8 @@
     python infer.py score out/rjepa-small --chains FILE      # one JSON object a line for each chain, then a summary
 
 A step's energy is the L1 error of its latent when it is hidden and predicted from the others (leave-one-out) or from
-what comes before it alone (next-step). Its coherence is the share of verified steps whose energy is higher.
+what comes before it alone (next-step). Two things to know: its target is encoded from the whole chain, and the LLM's
+states of later steps have read the hidden one. Its coherence is the share of verified steps whose energy is higher.
 """
 
 import json
@@ -31,11 +32,15 @@ def load_world_model(run: str, device: str = "auto"):
 
 
 def llm_of(config, llm: str = "", device: str = "auto") -> extract.LLM:
-    """The LLM whose latents a run reads, at its layer and pooling. Raises ValueError where another one is named."""
+    """The LLM whose latents a run reads, at its layer and pooling; `llm` says where it lies, if not under its name.
+
+    Raises ValueError where its depth or width is another.
+    """
     loaded = extract.load_llm(llm or config.llm, device, layer=config.layer, pooling=config.pooling)
     theirs = {k: getattr(config, k) for k in latents.SAME_LLM}
-    latents.check_same_llm(theirs, {"llm": loaded.name, "layer": loaded.layer, "pooling": loaded.pooling,
-                                    "dim": loaded.dim}, f"the run's LLM and --llm {llm or config.llm}")
+    ours = {k: getattr(loaded, k) for k in ("layer", "pooling", "dim")}
+    ours["llm"] = config.llm if llm else loaded.name
+    latents.check_same_llm(theirs, ours, f"the run's LLM and --llm {llm or config.llm}")
     return loaded
 
 
@@ -101,6 +106,8 @@ def run_score(args: Score) -> dict:
     for chain in latents.chains_of_file(args.chains, "chains", args.limit):
         found.append(score(model, llm, chain["question"], chain["steps"]))
         print(json.dumps({"id": chain["id"], **found[-1]}))
+    if not found:
+        raise ValueError(f"{args.chains}: no chain")
     return {"n": len(found), **{k: sum(f[k] for f in found) / len(found) for k in ("energy", "coherence")}}
 
 

@@ -93,8 +93,10 @@ def chains_of_file(path: str, kind: str, limit: int = 0) -> list[dict]:
             steps = common_ending([s for s in steps if s.strip()])
             chain = {"id": name, "question": row["question"].strip(), "steps": steps, "answer": row.get("answer"),
                      "is_valid": part[label], "source": part.get("source")}
-            split = "train" if kind == "chains" and "-test-" not in str(row["id"]) else "test"
             problem_id = str(row.get("problem_id", row["id"]))
+            is_val = int(hashlib.sha256(problem_id.encode()).hexdigest(), 16) % data.VAL_EVERY == 0
+            is_test = kind != "chains" or "-test-" in problem_id or "-test-" in str(row["id"])
+            split = "test" if is_test else "val" if is_val else "train"
             records.append(record(chain, problem_id, split, wrong_step))
     return records
 
@@ -294,9 +296,11 @@ def pad_latents(parts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def collate(chains: list[dict], config, rng, device=None) -> dict:
     """Chains with latents "h" (and "wrong_h", "wrong_step") -> the batch that RJEPA.forward documents."""
-    latents = [c["h"] for c in chains]
+    orders = [np.arange(len(c["h"])) for c in chains]
     if config.shuffle_steps:
-        latents = [torch.cat((z[:1], z[1:][torch.from_numpy(rng.permutation(len(z) - 1))])) for z in latents]
+        orders = [np.append(0, 1 + rng.permutation(len(o) - 1)) for o in orders]
+    orders = [torch.from_numpy(o) for o in orders]
+    latents = [c["h"][o] for c, o in zip(chains, orders, strict=True)]
     h, is_real = pad_latents(latents)
     is_hidden, is_target = torch.zeros_like(is_real), torch.zeros_like(is_real)
     for i, z in enumerate(latents):
@@ -304,10 +308,10 @@ def collate(chains: list[dict], config, rng, device=None) -> dict:
         is_hidden[i, hidden], is_target[i, asked] = True, True
     batch = {"h": h, "is_real": is_real, "is_visible": is_real & ~is_hidden, "is_target": is_target}
     if (config.hard_negatives or config.lambda_margin > 0) and any("wrong_h" in c for c in chains):
-        wrong = [c.get("wrong_h", c["h"]) for c in chains]
-        first = torch.tensor([c.get("wrong_step", h.shape[1]) for c in chains])
-        batch["wrong_h"] = pad_latents(wrong)[0]
-        batch["is_wrong"] = is_real & (torch.arange(h.shape[1]) >= first[:, None])
+        batch["wrong_h"], _ = pad_latents([c.get("wrong_h", c["h"])[o] for c, o in zip(chains, orders, strict=True)])
+        batch["is_wrong"] = torch.zeros_like(is_real)
+        for i, (c, o) in enumerate(zip(chains, orders, strict=True)):
+            batch["is_wrong"][i, : len(o)] = o >= c.get("wrong_step", len(o))
     batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
     n = int(is_real.sum())
     return {**batch, "n_tokens": n, "n_filled": n, "n_slots": is_real.numel()}

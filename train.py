@@ -285,8 +285,11 @@ class LatentJob:
     def __init__(self, config, out: Path):
         self.config, folder = config, Path(config.latents or default_latents(config))
         if not (folder / "manifest.json").is_file() and not config.latents:
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                raise ValueError(f"{folder} holds no finished latents: run extract.py, then torchrun with --latents")
             extract_latents(config, folder)
         rows, manifest = latents.load_latents(folder, config.where)
+        config.latents = str(folder)
         config.llm, config.layer = manifest["llm"], manifest["layer"]
         config.pooling, config.dim = manifest["pooling"], manifest["dim"]
         self.train, self.val = latents.training_chains(rows, manifest, folder)
@@ -305,7 +308,7 @@ class LatentJob:
         model.fit_standardize(torch.cat([r["h"] for r in self.train]))
 
     def write(self, out: Path):
-        """The index and the shards stay where they are; config.json names them."""
+        """The latents stay where they are; config.json names the folder."""
 
     @torch.no_grad()
     def evaluate(self, model, device, autocast) -> dict:
@@ -336,9 +339,13 @@ class LatentJob:
 
 
 def default_latents(config) -> Path:
-    """Where the latents of a job lie unless --latents names a folder."""
+    """Where the latents of a job lie unless --latents names a folder: the name follows from what is extracted."""
+    which = [config.limit, config.data_dir, config.seed]
+    if config.dataset == "synthetic":
+        which = [config.n_synthetic, config.max_problem_steps, config.seed]
     llm = "".join(c if c.isalnum() or c in "-." else "-" for c in config.llm)
-    return Path("out/latents") / f"{config.dataset}-{llm}-layer{config.layer}-{config.pooling}"
+    name = f"{config.dataset}-{llm}-layer{config.layer}-{config.pooling}-{digest(json.dumps(which))[:6]}"
+    return Path("out/latents") / name
 
 
 def extract_latents(config, folder: Path):
