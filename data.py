@@ -571,18 +571,23 @@ class Batches:
     the first length, inside a strip by the second, so that rows of a batch need little padding in either view.
     """
 
+    unit = "problems"
+
     def __init__(self, examples: list[dict], config):
-        batch_size, seed = config.batch_size, config.seed
-        if len(examples) < batch_size:
-            raise ValueError(f"{len(examples)} problems do not fill one batch: lower --batch_size {batch_size}")
-        self.examples, self.batch_size, self.seed = examples, batch_size, seed
-        q, a, t = np.array([[len(e[k]) for k in ("question", "answer", "target")] for e in examples], dtype=float).T
-        if config.answer_context != "question":
-            self.lengths = np.stack([q, a], axis=1)
-        else:  # one row, and the target's; without one (lambda_jepa = 0) the batches stay the same
-            self.lengths = np.stack([q + a, t], axis=1)
-        self.per_epoch = len(examples) // batch_size
+        if len(examples) < config.batch_size:
+            raise ValueError(f"{len(examples)} {self.unit} do not fill one batch: lower --batch_size "
+                             f"{config.batch_size}")
+        self.examples, self.config, self.batch_size, self.seed = examples, config, config.batch_size, config.seed
+        self.lengths = self.measure(config)
+        self.per_epoch = len(examples) // self.batch_size
         self.epoch, self.order = -1, None
+
+    def measure(self, config) -> np.ndarray:
+        """The lengths [n, 2] by which examples are grouped."""
+        q, a, t = np.array([[len(e[k]) for k in ("question", "answer", "target")] for e in self.examples],
+                           dtype=float).T
+        # with `question` one row, and the target's; without one (lambda_jepa = 0) the batches stay the same
+        return np.stack([q, a] if config.answer_context != "question" else [q + a, t], axis=1)
 
     def __call__(self, index: int) -> list[dict]:
         epoch, i = divmod(index, self.per_epoch)
@@ -596,10 +601,9 @@ class Batches:
         kept = rng.permutation(len(self.examples))[: self.per_epoch * self.batch_size]
         noisy = self.lengths[kept] * rng.uniform(0.97, 1.03, self.lengths[kept].shape)  # other neighbours every epoch
         order = np.argsort(noisy[:, 0])
-        if noisy.shape[1] == 2:
-            strip = self.batch_size * max(1, round(self.per_epoch**0.5))
-            parts = [order[s : s + strip] for s in range(0, len(order), strip)]
-            order = np.concatenate([part[np.argsort(noisy[part, 1])] for part in parts])
+        strip = self.batch_size * max(1, round(self.per_epoch**0.5))
+        parts = [order[s : s + strip] for s in range(0, len(order), strip)]
+        order = np.concatenate([part[np.argsort(noisy[part, 1])] for part in parts])
         return rng.permutation(kept[order].reshape(self.per_epoch, self.batch_size))
 
 

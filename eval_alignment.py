@@ -29,7 +29,7 @@ import infer
 import latents
 from config import RJEPAConfig, check
 from model import alignment, latent_figures, wilson
-from train import build_model, load_run, load_tokenizer
+from train import build_model, load_config, load_run, load_tokenizer
 
 
 @dataclass
@@ -147,21 +147,19 @@ def mean_logprob(row: dict) -> float:
 def step_retrieval(model, rows: list[dict], seed: int, n_candidates: int = 100) -> dict:
     """A hidden middle step among n_candidates, the chain's other steps among them: is it the step or the topic?
 
-    A baseline made from the neighbours cannot pick them. At most 2,000 chains are looked at.
-
     In target space by cosine to z_pred, and in the LLM's standardised space by L1 to W_out(z_pred); baselines in
-    target space: the step before (copy), the mean of both neighbours, and the mean target of that position.
+    target space: the step before (copy), the mean of both neighbours (neither of these two can pick a neighbour
+    itself), and the mean target of that position. At most 2,000 chains are looked at.
     """
     rng = np.random.default_rng(seed)
     rows = [r for r in rows if r["is_valid"] and 3 <= r["n_steps"] < n_candidates][:2000]
     if len(rows) < 2:
         return {"n": 0}
-    h, is_real = latents.pad_latents([r["h"] for r in rows])
-    h, is_real = h.to(model.h_mean.device), is_real.to(model.h_mean.device)
+    h, is_real = latents.pad_latents([r["h"] for r in rows], model.h_mean.device)
     chain, step, z_pred, z_all = model.hidden_steps(h, is_real)
     x_all, x_pred = model.standardize(h), model.w_out(z_pred)
     mean_of = torch.stack([z_all[:, s][is_real[:, s]].mean(0) for s in range(h.shape[1])])
-    at = {(int(c), int(s)): i for i, (c, s) in enumerate(zip(chain.tolist(), step.tolist(), strict=True))}
+    at = {pair: i for i, pair in enumerate(zip(chain.tolist(), step.tolist(), strict=True))}
     ranks = {name: [] for name in ("z_pred", "W_out", "copy", "neighbours", "position")}
     for c, row in enumerate(rows):
         k = int(rng.integers(2, row["n_steps"]))  # a middle step
@@ -192,7 +190,7 @@ def evaluate_rjepa(run: str, args) -> dict:
                          "(extract.py --dataset X --split S --out FOLDER)")
     folder = args.latents or config.latents
     rows, manifest = latents.load_latents(folder)
-    latents.check_same_llm({k: getattr(config, k) for k in latents.SAME_LLM}, manifest, f"{run} and {folder}")
+    latents.check_same_llm(config, manifest, f"{run} and {folder}")
     if not args.latents:
         rows = [r for r in rows if r["split"] == "val"]
     rows = rows[: args.limit or None]
@@ -203,8 +201,7 @@ def evaluate_rjepa(run: str, args) -> dict:
     valid = [r for r in rows if r["is_valid"]]  # what training evaluates on, too
     valid = valid if len(valid) > 1 else rows
     for start in range(0, len(valid), 64):
-        h, is_real = latents.pad_latents([r["h"] for r in valid[start : start + 64]])
-        h, is_real = h.to(model.h_mean.device), is_real.to(model.h_mean.device)
+        h, is_real = latents.pad_latents([r["h"] for r in valid[start : start + 64]], model.h_mean.device)
         chain, step, z, z_all = model.hidden_steps(h, is_real)
         z_pred.append(z.cpu()), z_target.append(z_all[chain, step].cpu()), z_copy.append(z_all[chain, step - 1].cpu())
     result = latent_figures(torch.cat(z_pred), torch.cat(z_target), torch.cat(z_copy))
@@ -259,7 +256,7 @@ def evaluate_step_errors(run: str, args) -> dict:
     rows = [r for r in rows if r["wrong_step"] is not None]
     if any(r["logprobs"] is None for r in rows):
         raise ValueError(f"{folder} holds no logprobs: extract with --logprobs")
-    latents.check_same_llm({k: getattr(config, k) for k in latents.SAME_LLM}, manifest, f"{run} and {folder}")
+    latents.check_same_llm(config, manifest, f"{run} and {folder}")
     if not rows:
         raise ValueError(f"{args.step_errors}: no chain with a first wrong step")
     found, hits = infer.energies(model, [r["h"] for r in rows]), {}
@@ -286,7 +283,7 @@ def print_figures(result: dict, name: str = ""):
 def main():
     args = tyro.cli(Args)
     try:
-        is_rjepa = isinstance(load_run(args.run, "cpu")[1], RJEPAConfig)
+        is_rjepa = isinstance(load_config(args.run)[1], RJEPAConfig)
         if (args.latents or args.step_errors) and not is_rjepa:
             raise ValueError(f"--latents and --step_errors are for R-JEPA runs; {args.run} is none")
         if is_rjepa:

@@ -9,6 +9,7 @@ Every generation is written to RUN/generations-*.jsonl. An answer counts where v
 by value (18 = 18.00 = $18); text without `#### n` counts by its last number and is reported apart as `strict`.
 """
 
+import functools
 import json
 import statistics
 import sys
@@ -24,11 +25,11 @@ import data
 import eval_alignment
 import extract
 import infer
-import latents as latents_of
+import latents
 import verify
 from config import RJEPAConfig, check
 from model import wilson
-from train import build_model, load_run, load_tokenizer, write_atomic
+from train import build_model, load_config, load_run, load_tokenizer, write_atomic
 
 
 @dataclass
@@ -89,6 +90,13 @@ def pairwise(scores: np.ndarray, right: np.ndarray) -> float | None:
     return float(np.mean(wins)) if wins else None
 
 
+def method_figures(correct, random: float, oracle: float, seed: int, recovered: bool = True, pairs=None) -> dict:
+    """What is reported of one way of answering, from whether (or how often) each problem came out right, [n]."""
+    correct = np.asarray(correct, dtype=float)
+    gained = (correct.mean() - random) / (oracle - random) if recovered and oracle > random else None
+    return {"accuracy": float(correct.mean()), "ci95": interval(correct, seed), "recovered": gained, "pairwise": pairs}
+
+
 def evaluate_run(run: str, args) -> dict:
     """Generates, saves and scores -> {"n", "k", "random", "oracle", "methods": {NAME: figures}}."""
     model, config = load_run(run, args.device)
@@ -105,14 +113,9 @@ def evaluate_run(run: str, args) -> dict:
     write_atomic(Path(run) / name, lambda path: path.write_text("\n".join(lines) + "\n"))
     print(f"generations: {Path(run) / name}")
 
-    def figures(scores_of_problems, recovered=True, pairs=None):
-        correct = np.asarray(scores_of_problems, dtype=float)
-        gained = (correct.mean() - random) / (oracle - random) if recovered and oracle > random else None
-        return {"accuracy": float(correct.mean()), "ci95": interval(correct, args.seed), "recovered": gained,
-                "pairwise": pairs}
-
     n, first = len(problems), np.arange(len(problems))
     random, oracle = float(right.mean()), float(right.any(1).mean())
+    figures = functools.partial(method_figures, random=random, oracle=oracle, seed=args.seed)
     methods = {}
     if args.k == 1:
         methods["greedy"] = figures(right[:, 0], recovered=False)
@@ -191,8 +194,8 @@ def evaluate_candidates(run: str, args) -> dict:
     model, config = infer.load_world_model(run, args.device)
     folder = Path(args.latents) if args.latents else extract.latents_of_file(
         config, "candidates", args.candidates, device=args.device, limit=args.limit)
-    rows, manifest = latents_of.load_latents(folder)
-    latents_of.check_same_llm({k: getattr(config, k) for k in latents_of.SAME_LLM}, manifest, f"{run} and {folder}")
+    rows, manifest = latents.load_latents(folder)
+    latents.check_same_llm(config, manifest, f"{run} and {folder}")
     # a tie goes to the first of a question's candidates: their order in the file must not decide
     rows = [rows[i] for i in np.random.default_rng(args.seed).permutation(len(rows))]
     if any(r["logprobs"] is None for r in rows):
@@ -222,7 +225,7 @@ def evaluate_candidates(run: str, args) -> dict:
     scores["untrained"], scores["untrained_last"] = (energy_scores(untrained)[k] for k in ("leave_one_out", "last"))
     for other in args.also:
         theirs, their_config = infer.load_world_model(other, args.device)
-        latents_of.check_same_llm({k: getattr(their_config, k) for k in latents_of.SAME_LLM}, manifest, other)
+        latents.check_same_llm(their_config, manifest, other)
         found = energy_scores(theirs)
         for name, mode in (("energy", "leave_one_out"), ("energy_next_step", "next_step"), ("energy_last", "last")):
             scores[f"{name} {Path(other).name}"] = found[mode]
@@ -236,18 +239,12 @@ def evaluate_candidates(run: str, args) -> dict:
     votes = [majority([rows[i]["steps"][-1] for i in m]) for m in members]
     picks["majority"] = np.array([m[v] for m, v in zip(members, votes, strict=True)])
 
-    def figures(correct, pairs=None, picked=None):
-        correct = np.asarray(correct, dtype=float)
-        return {"accuracy": float(correct.mean()), "ci95": interval(correct, args.seed),
-                "recovered": (correct.mean() - random) / (oracle - random) if oracle > random else None,
-                "pairwise": pairs,
-                "by_source_alone": None if picked is None else float(np.mean([by_source[rows[i]["source"]]
-                                                                              for i in picked]))}
-
+    figures = functools.partial(method_figures, random=random, oracle=oracle, seed=args.seed)
     methods = {"random": figures([t.mean() for t in truth])}
     for name, picked in picks.items():
         pairs = balanced_pairwise([scores[name][m] for m in members], truth, sources) if name in scores else None
-        methods[name] = figures(right[picked], pairs, picked)
+        alone = float(np.mean([by_source[rows[i]["source"]] for i in picked]))
+        methods[name] = figures(right[picked], pairs=pairs) | {"by_source_alone": alone}
     methods["oracle"] = figures([t.any() for t in truth])
     return {"n": len(ids), "k": max(map(len, members)), "random": random, "oracle": oracle, "methods": methods}
 
@@ -255,7 +252,7 @@ def evaluate_candidates(run: str, args) -> dict:
 def main():
     args = tyro.cli(Args)
     try:
-        is_rjepa = isinstance(load_run(args.run, "cpu")[1], RJEPAConfig)
+        is_rjepa = isinstance(load_config(args.run)[1], RJEPAConfig)
         if is_rjepa and not args.candidates and not args.latents:
             raise ValueError(f"{args.run} is an R-JEPA run: name --candidates FILE")
         if (args.candidates or args.latents) and not is_rjepa:

@@ -29,7 +29,7 @@ import tyro
 import latents
 from config import check
 from model import pad_rows
-from train import load_run, load_tokenizer, pick_device, pick_dtype, say, write_atomic
+from train import digest, load_run, load_tokenizer, pick_device, pick_dtype, say, tokenizer_digest, write_atomic
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nano-jepa"
@@ -136,7 +136,7 @@ class HuggingFaceLLM(LLM):
         self.device, self.dtype = model.device, str(model.dtype)[6:]
         if not tokenizer.is_fast:
             raise ValueError(f"{name}: its tokenizer gives no offsets (not a fast one); steps cannot be located")
-        self.tokenizer_hash = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+        self.tokenizer_hash = digest(tokenizer.backend_tokenizer.to_str())
         lists = [m for m in model.base_model.modules()
                  if isinstance(m, torch.nn.ModuleList) and len(m) == self.n_layer]
         if len(lists) != 1:
@@ -194,7 +194,7 @@ class RunLLM(LLM):
         self.name, self.quantization, self.dtype = str(folder), "none", "float32"
         self.dim, self.n_layer, self.context = config.n_embd, config.n_layer, config.block_size
         self.device, self.unwritten = self.model.embed.weight.device, self.model.pred_id
-        self.tokenizer_hash = hashlib.sha256(repr(sorted(self.tokenizer.ranks.items())).encode()).hexdigest()[:16]
+        self.tokenizer_hash = tokenizer_digest(self.tokenizer)
 
     def encode(self, question, steps):
         text, units = chain_text(question, steps)
@@ -250,7 +250,7 @@ def load_llm(name: str = "smollm2", device: str = "auto", dtype: str = "auto", q
         source, quantization = convert_gguf(path), f"{path.stem}, dequantised"
     elif name in ("smollm2", SMOLLM2):
         name, source, quantization = smollm2()
-    precision = {"torch_dtype" if transformers.__version__ < "5" else "dtype": pick_dtype(dtype, device)}
+    precision = {"dtype": pick_dtype(dtype, device)}
     if quantize == "nf4":
         if not device.startswith("cuda"):
             raise ValueError(f"--quantize nf4 needs a CUDA GPU, this is {device}")
@@ -298,8 +298,8 @@ def convert_gguf(path: Path) -> str:
     """The folder with a GGUF file's dequantised weights (bf16) and tokenizer, made at the first use."""
     import transformers
 
-    digest = hashlib.sha256(f"{path.stat().st_size}".encode() + path.open("rb").read(2**20)).hexdigest()[:12]
-    folder = CACHE / f"{path.stem}-{digest}"
+    key = hashlib.sha256(f"{path.stat().st_size}".encode() + path.open("rb").read(2**20)).hexdigest()[:12]
+    folder = CACHE / f"{path.stem}-{key}"
     if not (folder / "config.json").is_file():
         say(f"dequantising {path.name} into {folder}, once")
         common = dict(pretrained_model_name_or_path=str(path.parent), gguf_file=path.name)
@@ -339,10 +339,10 @@ def extract(llm: LLM, chains: list[dict], out: Path, description: dict, wanted: 
             raise ValueError(f"chain {chain['id']}: {error}") from None
         coded.append((ids, spans))
         tokens += len(ids)
-    text = json.dumps([[c["id"], c["question"], c["steps"]] for c in chains]).encode()
+    text = json.dumps([[c["id"], c["question"], c["steps"]] for c in chains])
     common = {"schema": latents.SCHEMA, "llm": llm.name, "dtype": llm.dtype, "quantization": llm.quantization,
               "tokenizer": llm.tokenizer_hash, "dim": llm.dim, "logprobs": logprobs, "shard_size": shard_size,
-              "token_budget": token_budget, **description, "chains_hash": hashlib.sha256(text).hexdigest()[:16]}
+              "token_budget": token_budget, **description, "chains_hash": digest(text)}
     folders = {}
     for layer, pooling in wanted:
         folder = out if len(wanted) == 1 else out / f"layer{layer}-{pooling}"
@@ -470,16 +470,16 @@ class Args:
             raise ValueError("give one of --chains, --candidates, --step_errors")
 
 
-def latents_of_file(config, kind: str, path: str, llm: str = "", device: str = "auto", limit: int = 0) -> Path:
+def latents_of_file(config, kind: str, path: str, device: str = "auto", limit: int = 0) -> Path:
     """The folder with the latents and logprobs of a file of `candidates` or `step_errors` for an R-JEPA's config.
 
     Extracted where it is not there yet, into out/latents.
     """
-    data_hash = hashlib.sha256(Path(path).read_bytes() if Path(path).is_file() else b"").hexdigest()[:8]
+    data_hash = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
     name = config.llm.rsplit("/", 1)[-1]
     folder = Path("out/latents") / f"{kind}-{data_hash}-{limit}-{name}-layer{config.layer}-{config.pooling}"
     if not (folder / "manifest.json").is_file():
-        main(["--" + kind, path, "--llm", llm or config.llm, "--layer", str(config.layer), "--pooling", config.pooling,
+        main(["--" + kind, path, "--llm", config.llm, "--layer", str(config.layer), "--pooling", config.pooling,
               "--logprobs", "--limit", str(limit), "--device", device, "--out", str(folder)])
     return folder
 

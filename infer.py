@@ -37,10 +37,9 @@ def llm_of(config, llm: str = "", device: str = "auto") -> extract.LLM:
     Raises ValueError where its depth or width is another.
     """
     loaded = extract.load_llm(llm or config.llm, device, layer=config.layer, pooling=config.pooling)
-    theirs = {k: getattr(config, k) for k in latents.SAME_LLM}
     ours = {k: getattr(loaded, k) for k in ("layer", "pooling", "dim")}
     ours["llm"] = config.llm if llm else loaded.name
-    latents.check_same_llm(theirs, ours, f"the run's LLM and --llm {llm or config.llm}")
+    latents.check_same_llm(config, ours, f"the run's LLM and --llm {llm or config.llm}")
     return loaded
 
 
@@ -53,8 +52,7 @@ def energies(model, chains: list[torch.Tensor], batch_size: int = 64) -> list[di
     out, order = [{} for _ in chains], sorted(range(len(chains)), key=lambda i: len(chains[i]))
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
-        h, is_real = latents.pad_latents([chains[i] for i in part])
-        h, is_real = h.to(model.h_mean.device), is_real.to(model.h_mean.device)
+        h, is_real = latents.pad_latents([chains[i] for i in part], model.h_mean.device)
         for mode in model.ENERGIES:
             for i, row in zip(part, model.energy(h, is_real, mode).cpu(), strict=True):
                 out[i][mode] = row[1 : len(chains[i])]

@@ -210,9 +210,9 @@ def read_manifest(folder) -> dict:
     return manifest
 
 
-def check_same_llm(theirs: dict, ours: dict, what: str):
-    """Raises ValueError where two descriptions differ in LLM, layer, pooling or width."""
-    if wrong := {k: (theirs[k], ours[k]) for k in SAME_LLM if theirs[k] != ours[k]}:
+def check_same_llm(config, ours: dict, what: str):
+    """Raises ValueError where a run's config and a manifest differ in LLM, layer, pooling or width."""
+    if wrong := {k: (getattr(config, k), ours[k]) for k in SAME_LLM if getattr(config, k) != ours[k]}:
         text = ", ".join(f"{k}: {a} there, {b} here" for k, (a, b) in wrong.items())
         raise ValueError(f"{what} does not fit ({text})")
 
@@ -287,11 +287,11 @@ def draw_mask(n: int, config, rng) -> tuple[list[int], list[int]]:
     return hidden, hidden
 
 
-def pad_latents(parts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_latents(parts: list[torch.Tensor], device=None) -> tuple[torch.Tensor, torch.Tensor]:
     """[1 + S, D] each -> h [B, S_max, D] fp32, zero-padded, and is_real bool [B, S_max]."""
     h = torch.nn.utils.rnn.pad_sequence([p.float() for p in parts], batch_first=True)
     lengths = torch.tensor([len(p) for p in parts])
-    return h, torch.arange(h.shape[1]) < lengths[:, None]
+    return h.to(device), (torch.arange(h.shape[1]) < lengths[:, None]).to(device)
 
 
 def collate(chains: list[dict], config, rng, device=None) -> dict:
@@ -317,23 +317,23 @@ def collate(chains: list[dict], config, rng, device=None) -> dict:
     return {**batch, "n_tokens": n, "n_filled": n, "n_slots": is_real.numel()}
 
 
-class Batches:
+class Batches(data.Batches):
     """Deterministic batches of chains of like length: a pure function of (seed, index)."""
 
-    def __init__(self, chains: list[dict], config):
-        if len(chains) < config.batch_size:
-            raise ValueError(f"{len(chains)} chains do not fill one batch: lower --batch_size {config.batch_size}")
-        self.chains, self.config = chains, config
-        self.lengths = torch.tensor([len(c["h"]) for c in chains]).numpy()
-        self.per_epoch = len(chains) // config.batch_size
+    unit = "chains"
+
+    def measure(self, config) -> np.ndarray:
+        return np.array([len(c["h"]) for c in self.examples])
 
     def __call__(self, index: int, device=None) -> dict:
-        epoch, i = divmod(index, self.per_epoch)
-        size, rng = self.config.batch_size, np.random.default_rng([self.config.seed, epoch])
-        kept = rng.permutation(len(self.chains))[: self.per_epoch * size]
-        order = kept[np.argsort(self.lengths[kept] + rng.uniform(0, 2, len(kept)))].reshape(self.per_epoch, size)
-        part = [self.chains[j] for j in order[rng.permutation(self.per_epoch)[i]]]
-        return collate(part, self.config, np.random.default_rng([self.config.seed, 1, index]), device)
+        rng = np.random.default_rng([self.seed, 1, index])
+        return collate(super().__call__(index), self.config, rng, device)
+
+    def shuffle(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng([self.seed, epoch])
+        kept = rng.permutation(len(self.examples))[: self.per_epoch * self.batch_size]
+        order = kept[np.argsort(self.lengths[kept] + rng.uniform(0, 2, len(kept)))]
+        return order.reshape(self.per_epoch, self.batch_size)[rng.permutation(self.per_epoch)]
 
 
 def training_chains(rows: list[dict], manifest: dict, folder) -> tuple[list[dict], list[dict]]:

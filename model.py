@@ -505,6 +505,8 @@ class RJEPA(nn.Module):
     that is hidden and predicted from the others is its energy: how badly it follows from what stands around it.
     """
 
+    ENERGIES = ("leave_one_out", "next_step")
+
     def __init__(self, config):
         super().__init__()
         self.config, D, C = config, config.dim, config.n_embd
@@ -514,8 +516,6 @@ class RJEPA(nn.Module):
         self.w_in, self.w_out = nn.Linear(D, C), nn.Linear(C, D)
         encoder = Transformer(config.n_layer, config.n_head, C, config.dropout)
         self.jepa = JEPA(encoder, Predictor(C, config.predictor_n_layer, config.n_head, config.predictor_n_embd))
-
-    ENERGIES = ("leave_one_out", "next_step")
 
     def n_params(self) -> int:
         """All parameters, the EMA copy included."""

@@ -619,7 +619,7 @@ def test_bad_input_changes_nothing(finished, tmp_path):
         run(tmp_path / "file")
 
 
-def stopped(folder, monkeypatch, **fields):
+def stopped(folder, monkeypatch, start=run, **fields):
     """A run that ends in its seventh step, with a state of step 6."""
     real, calls = torch.nn.utils.clip_grad_norm_, itertools.count()
 
@@ -631,7 +631,7 @@ def stopped(folder, monkeypatch, **fields):
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", stop_in_the_seventh_step)
         with pytest.raises(KeyboardInterrupt):
-            run(folder, **fields)
+            start(folder, **fields)
 
 
 def test_another_runs_state_is_refused(tmp_path, monkeypatch):
@@ -1272,17 +1272,7 @@ def test_an_rjepa_run_resumes_to_the_same_weights_and_scores(tmp_path, monkeypat
 
     result = go(tmp_path / "whole")
     assert {"l1", "l1_predict_mean", "l1_copy", "effective_rank", "std"} <= set(result["val"])
-    real, calls = torch.nn.utils.clip_grad_norm_, itertools.count()
-
-    def stop(*args):
-        if next(calls) == 6:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", stop)
-        with pytest.raises(KeyboardInterrupt):
-            go(tmp_path / "cut")
+    stopped(tmp_path / "cut", monkeypatch, start=go)
     go(tmp_path / "cut")
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
     model, config = infer.load_world_model(str(tmp_path / "whole"), "cpu")
@@ -1574,9 +1564,9 @@ def test_damaged_latents_are_named(tmp_path):
     manifest.write_text("{")
     with pytest.raises(ValueError, match="manifest.json is damaged"):
         latents.load_latents(tmp_path)
-    latents.check_same_llm(about, about | {"seed": 2}, "x")
+    latents.check_same_llm(SimpleNamespace(**about), about | {"seed": 2}, "x")
     with pytest.raises(ValueError, match="x does not fit .layer: 2 there, 1 here, dim: 32 there, 16 here"):
-        latents.check_same_llm(about, about | {"layer": 1, "dim": 16}, "x")
+        latents.check_same_llm(SimpleNamespace(**about), about | {"layer": 1, "dim": 16}, "x")
 
 
 def test_select_reads_what_sql_asks_for(tmp_path):

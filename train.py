@@ -89,6 +89,16 @@ def build_model(config) -> torch.nn.Module:
     return {cfg.NanoJEPAConfig: NanoJEPA, cfg.RJEPAConfig: RJEPA}[type(config)](config)
 
 
+def load_config(folder) -> tuple:
+    """(preset, config) of a finished run folder, without its weights. Raises as load_run does."""
+    folder = Path(folder)
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} does not exist: {folder} is no finished run of train.py "
+                                    "(the command that started a run also finishes it)")
+    return cfg.from_json((folder / "config.json").read_text(), str(folder / "config.json"))
+
+
 def load_run(folder, device: str = "auto"):
     """(model in eval mode, config) of any run folder, strictly: every weight present, none left over.
 
@@ -98,11 +108,7 @@ def load_run(folder, device: str = "auto"):
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} does not exist: {folder} is no finished run of train.py "
-                                    "(the command that started a run also finishes it)")
-    preset, config = cfg.from_json((folder / "config.json").read_text(), str(folder / "config.json"))
+    preset, config = load_config(folder)
     model = build_model(config)
     try:
         model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
@@ -174,6 +180,10 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def tokenizer_digest(tokenizer) -> str:
+    return digest(repr(sorted(tokenizer.ranks.items())))
+
+
 def save_plots(folder: Path):
     """A picture of each loss that log.jsonl has, over the steps."""
     import matplotlib
@@ -240,7 +250,7 @@ class TextJob:
         self.batches = data.Batches(self.train, config)
         text = json.dumps([[e["question"], e["answer"], e["target"]] for e in self.train])
         self.identity = {"vocab_size": asked_vocab_size, "training problems": digest(text),
-                         "tokenizer": digest(repr(sorted(tokenizer.ranks.items())))}
+                         "tokenizer": tokenizer_digest(tokenizer)}
 
     def batch(self, index: int, device) -> dict:
         return data.collate(self.batches(index), self.config, device)
@@ -430,7 +440,7 @@ def train(preset: str, config) -> dict:
     if rank == 0:  # all is ready: only now does anything in the folder change
         out.mkdir(parents=True, exist_ok=True)
         if config.overwrite:
-            for path in [out / name for name in RUN_FILES] + list(out.glob("generations-*.jsonl")):
+            for path in [out / name for name in (*RUN_FILES, "energies.png")] + list(out.glob("generations-*.jsonl")):
                 path.unlink(missing_ok=True)
         job.write(out)
         write_atomic(out / "config.json", lambda path: path.write_text(cfg.to_json(config, preset) + "\n"))
