@@ -24,6 +24,7 @@ class RunConfig:
     out_dir: str = ""  # run folder; empty: out/PRESET
     seed: int = 1  # weights, batches, dropout, synthetic problems and tokenizer order follow from it
     overwrite: bool = False  # start again in a finished or foreign run folder (replaces this project's files only)
+    init_from: str = ""  # run folder to start from: its weights, its network fields, its tokenizer
 
     # data
     dataset: Literal["gsm8k", "synthetic"] = "gsm8k"  # where problems come from
@@ -155,6 +156,7 @@ class RJEPAConfig(RunConfig):
     target_encoder: Literal["ema", "copy", "online"] = "ema"  # EMA copy; plain copy; the encoder itself with gradient
     target_positions: bool = True  # off: targets are encoded without positions
     shuffle_steps: bool = False  # control: trains on chains whose steps are in random order
+    adapters_only: bool = False  # train W_in and W_out alone, from scratch: calibrates init_from to another LLM
 
     def __post_init__(self):
         super().__post_init__()
@@ -169,6 +171,15 @@ class RJEPAConfig(RunConfig):
         for name in ("suffix_share", "single_share"):
             check(self, name, 0 <= getattr(self, name) <= 1, "must lie in [0, 1]")
         check(self, "suffix_share", self.suffix_share + self.single_share <= 1, "and single_share make more than 1")
+        check(self, "adapters_only", not self.adapters_only or bool(self.init_from), "needs --init_from RUN")
+
+
+# fields that a run takes over from the one it starts from: they say which weights there are and what they mean
+NETWORK = {
+    NanoJEPAConfig: """tokenizer vocab_size block_size n_layer n_head n_embd answer_context pooling standardize_target
+                       target_encoder""".split(),
+    RJEPAConfig: """n_layer n_head n_embd predictor_n_layer predictor_n_embd target_positions""".split(),
+}
 
 
 def check(config, name: str, ok: bool, rule: str):
@@ -212,6 +223,11 @@ PRESETS = {
     ),
     # the same for SmolLM2-135M on a CPU
     "rjepa-small": RJEPAConfig(batch_size=128, epochs=15.0, weight_decay=0.05, eval_every=200, save_every=200),
+    # that world model for the latents of another LLM: new adapters, all else as it was
+    "rjepa-calibrate": RJEPAConfig(
+        init_from="out/rjepa-small", adapters_only=True, batch_size=128, epochs=15.0, weight_decay=0.05,
+        eval_every=200, save_every=200,
+    ),
     # the same for this project's own LLM, `python train.py student-small`
     "rjepa-student": RJEPAConfig(
         dataset="synthetic", n_synthetic=9000, max_problem_steps=4, llm="out/student-small", batch_size=128,

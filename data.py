@@ -376,9 +376,9 @@ def find_expression(text: str, equation: re.Match) -> re.Match | None:
         digits = token if len(token.partition(".")[0]) < 4 else f"{token[:-3]},?{token[-3:]}"
         padded = rf"{re.escape(token)}(?:\.?0+)?" if "." in token else rf"{digits}(?:\.0+)?"
         patterns.append(f"({padded if NUMBER.fullmatch(token) else spelled.get(token, re.escape(token))})")
-    between = r"[\s$]*(?:[A-WYZa-wyz/]+\s+){0,3}[\s$]*"  # units: '12 apples + 5 apples'
+    between = r"[\s$]*+(?:[A-WYZa-wyz/]++\s++){0,3}[\s$]*+"  # units: '12 apples + 5 apples'; never tries a space twice
     line_start = text.rfind("\n", 0, equation.start()) + 1
-    found = re.compile(rf"(?<![\d.,]){between.join(patterns)}[^=\d\n]*=[\s$]*$")
+    found = re.compile(rf"(?<![\d.,]){between.join(patterns)}[^=\d\n]*=[\s$]*+$")
     visible = found.search(text[line_start:equation.start()].rjust(equation.start(), "\n"))
     result = re.match(rf"[\s$]*({NUMBER.pattern})", text[equation.end():])
     return visible if result and number(result[1]) == number(equation[2]) else None

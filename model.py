@@ -516,6 +516,8 @@ class RJEPA(nn.Module):
         self.w_in, self.w_out = nn.Linear(D, C), nn.Linear(C, D)
         encoder = Transformer(config.n_layer, config.n_head, C, config.dropout)
         self.jepa = JEPA(encoder, Predictor(C, config.predictor_n_layer, config.n_head, config.predictor_n_embd))
+        if config.adapters_only:
+            self.jepa.requires_grad_(False)
 
     def n_params(self) -> int:
         """All parameters, the EMA copy included."""
@@ -620,7 +622,8 @@ class RJEPA(nn.Module):
         return (1 - torch.searchsorted(q, energy.contiguous()).float() / (len(q) - 1)).clamp(0, 1)
 
     def update_target(self, momentum: float):
-        self.jepa.update_target(momentum if self.config.target_encoder == "ema" else 0.0)
+        if not self.config.adapters_only:
+            self.jepa.update_target(momentum if self.config.target_encoder == "ema" else 0.0)
 
     def flops_per_token(self, T: float) -> float:
         """Forward and backward of encoder, predictor and adapters, and the target encoder's forward, a latent."""

@@ -834,6 +834,13 @@ def test_counterfactual_on_a_known_problem():
         data.counterfactual({**problem, "answer": "So 78.\n#### 78"}, data.make_chain(problem), 0)
 
 
+def test_an_annotation_that_repeats_many_terms_is_searched_once():
+    terms = [f"{i} * $10{i}" for i in range(2, 12)]
+    told = " + ".join(terms).replace("$", "").replace(" ", "")
+    text = f"It is {' + '.join(terms)} bills, or $5 = $<<{told}=5>>5."  # every space tried twice would take hours
+    assert data.find_expression(text, next(data.ANNOTATION.finditer(text))) is None
+
+
 def words_of(text):
     """A step without its numbers and operators."""
     return re.findall(r"[a-wyz]+", data.NUMBER.sub(" ", text.lower()))
@@ -1286,6 +1293,37 @@ def test_an_rjepa_run_resumes_to_the_same_weights_and_scores(tmp_path, monkeypat
         eval_alignment.Args, args=[str(tmp_path / "whole"), "--latents", str(folder), "--device", "cpu"]))
     assert figures["n"] == 120 and 0 <= figures["auroc_correct"] <= 1 and figures["auroc_logprob"] is None
     json.dumps(figures, allow_nan=False)
+
+
+def test_a_run_starts_from_another_and_calibration_trains_adapters_alone(tmp_path, finished):
+    here, wider = latents_folder(tmp_path / "here"), latents_folder(tmp_path / "wider", dim=20)
+    first, other, more = str(tmp_path / "first"), str(tmp_path / "other"), str(tmp_path / "more")
+    train.train("rjepa-small", rjepa_config(dim=0, latents=str(here), out_dir=first))
+    fields = dict(dim=0, latents=str(wider), init_from=first, n_embd=32, predictor_n_layer=3)  # the network is first's
+    train.train("rjepa-calibrate", rjepa_config(out_dir=other, adapters_only=True, **fields))
+    (a, _), (b, config) = train.load_run(first, "cpu"), train.load_run(other, "cpu")
+    assert (config.n_embd, config.predictor_n_layer, config.dim) == (16, 1, 20)
+    theirs = b.state_dict()
+    for k, v in a.state_dict().items():
+        assert k.startswith(train.ADAPTERS) or torch.equal(v, theirs[k]), k
+    torch.manual_seed(1)
+    assert (train.build_model(config).w_in.weight - b.w_in.weight).abs().min() > 0
+    with pytest.raises(ValueError, match="dim: 12 there, 20 here"):
+        train.train("rjepa-small", rjepa_config(out_dir=more, **fields))
+    with pytest.raises(ValueError, match="preset 'quickstart'"):
+        train.train("rjepa-small", rjepa_config(out_dir=more, **(fields | {"init_from": str(finished[0])})))
+    with pytest.raises(ValueError, match="needs --init_from"):
+        rjepa_config(adapters_only=True)
+    assert not Path(more).exists()
+    train.train("rjepa-small", rjepa_config(out_dir=more, **fields | {"latents": str(here), "lr": 1e-9}))
+    assert torch.allclose(train.load_run(more, "cpu")[0].w_in.weight, a.w_in.weight, atol=1e-6)
+
+
+def test_a_text_run_starts_from_another_with_its_tokenizer(tmp_path, finished):
+    run(tmp_path / "next", init_from=str(finished[0]), lr=1e-9, n_synthetic=48, n_embd=64)
+    (a, _), (b, config) = train.load_run(finished[0], "cpu"), train.load_run(tmp_path / "next", "cpu")
+    assert config.n_embd == 32 and torch.allclose(a.embed.weight, b.embed.weight, atol=1e-6)
+    assert (tmp_path / "next/tokenizer.tiktoken").read_bytes() == (finished[0] / "tokenizer.tiktoken").read_bytes()
 
 
 def test_training_refuses_latents_of_a_test_split(tmp_path):

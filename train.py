@@ -118,6 +118,31 @@ def load_run(folder, device: str = "auto"):
     return model.to(pick_device(device)).eval(), config
 
 
+ADAPTERS = ("w_in.", "w_out.", "h_mean", "h_std", "quantiles")  # what of an RJEPA belongs to one LLM
+
+
+def inherit(config):
+    """Takes over the network fields of the run that config.init_from names. Raises ValueError for another job's."""
+    preset, theirs = load_config(config.init_from)
+    if type(theirs) is not type(config):
+        raise ValueError(f"--init_from {config.init_from}: a run of preset '{preset}', which is another kind of model")
+    for name in cfg.NETWORK[type(config)]:
+        setattr(config, name, getattr(theirs, name))
+
+
+def start_from(model, config):
+    """Loads the weights of the run that config.init_from names; all but the adapters' with config.adapters_only."""
+    source, theirs = load_run(config.init_from, "cpu")
+    weights, adapters_only = source.state_dict(), getattr(config, "adapters_only", False)
+    if adapters_only:
+        weights = {k: v for k, v in weights.items() if not k.startswith(ADAPTERS)}
+    elif isinstance(config, cfg.RJEPAConfig):
+        ours = {k: getattr(config, k) for k in latents.SAME_LLM}
+        latents.check_same_llm(theirs, ours, f"--init_from {config.init_from} (rjepa-calibrate: another LLM)")
+    left = model.load_state_dict(weights, strict=not adapters_only)
+    assert all(k.startswith(ADAPTERS) for k in left.missing_keys) and not left.unexpected_keys
+
+
 def load_tokenizer(folder, config) -> data.Tokenizer:
     """The tokenizer of a run: its own BPE, or GPT-2's."""
     path = Path(folder) / "tokenizer.tiktoken"
@@ -242,6 +267,8 @@ class TextJob:
             tokenizer = data.gpt2_tokenizer()
         elif (out / "tokenizer.tiktoken").is_file() and not config.overwrite:
             tokenizer = data.load_bpe(out / "tokenizer.tiktoken")
+        elif config.init_from:
+            tokenizer = load_tokenizer(config.init_from, config)
         else:
             texts = [t for p in train for t in (p["question"], data.answer_text(p, "solution"))]
             tokenizer = data.train_bpe(texts, config.vocab_size)
@@ -402,6 +429,8 @@ def train(preset: str, config) -> dict:
     # data, model, optimizer
     out = Path(config.out_dir or f"out/{preset}")
     config.out_dir = str(out)
+    if config.init_from:
+        inherit(config)
     state = open_run(out, preset, config)
     job = (LatentJob if isinstance(config, cfg.RJEPAConfig) else TextJob)(config, out)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_ON_RESUME}
@@ -414,6 +443,8 @@ def train(preset: str, config) -> dict:
     torch.manual_seed(config.seed)
     model = build_model(config)
     job.fit(model)
+    if config.init_from:
+        start_from(model, config)
     model.to(device)
     optimizer = configure_optimizers(model, config)
     first = 0
