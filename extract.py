@@ -13,6 +13,7 @@ A folder holds shard-00000.safetensors (h [N, D] bf16, offsets int64, logprobs),
 manifest.json. The same command on an unfinished folder continues with the next shard, to the same bytes.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -37,8 +38,8 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nano-j
 # ----------------------------------------------------------------------------- where a step lies among the tokens
 
 
-def unit_spans(pieces: list[tuple[int, int]], text, units: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """First and last + 1 token of every unit (question or step).
+def unit_spans(pieces: list[tuple[int, int]], text, units: list[tuple[int, int]], skip: int = 1):
+    """First and last + 1 token of every unit (question or step): a list of pairs.
 
     pieces: begin and end of each token in `text` (str or bytes), units: the same of each unit. A token belongs to the
     unit in which its last character lies that is not white space: so '.\\n' closes a step, '\\nShe' opens the next,
@@ -50,7 +51,7 @@ def unit_spans(pieces: list[tuple[int, int]], text, units: list[tuple[int, int]]
         ends.append(begin + len(kept) - 1 if kept else -1)
     spans = []
     for begin, end in units:
-        inside = [t for t, at in enumerate(ends) if begin <= at < end and t > 0]
+        inside = [t for t, at in enumerate(ends) if begin <= at < end and t >= skip]
         if not inside:
             raise ValueError(f"'{text[begin:end]!s:.40}' has no token of its own")
         spans.append((inside[0], inside[-1] + 1))
@@ -73,14 +74,36 @@ class Stop(Exception):
     """Raised inside a forward pass once the last layer that is read has been reached."""
 
 
+class Memory:
+    """What an LLM keeps of the rows that it writes: their caches, the next token's position [B], slots in use."""
+
+    def __init__(self, caches, position, is_real=None):
+        self.caches, self.position, self.is_real = caches, position, is_real
+
+    def select(self, rows: torch.Tensor):
+        """Keeps these rows, in this order; a row may be named more than once."""
+        for cache in self.caches:
+            cache.batch_select_indices(rows)
+        self.position = self.position[rows]
+        self.is_real = None if self.is_real is None else self.is_real[rows]
+
+
 class LLM:
     """A causal LM as extraction sees it; see `load_llm`. Subclasses bring `encode`, `states`, `logits`.
 
     name, dim (width), n_layer, context (longest sequence in tokens), dtype, quantization, tokenizer_hash, device;
-    layer (index into hidden_states, never negative) and pooling are those that `step_latents` uses.
+    layer (index into hidden_states, never negative) and pooling are those that `step_latents` uses. To write, they
+    also bring `question_ids`, `decode`, `stop_ids`, `begin` and `advance`.
     """
 
     unwritten = -100  # a token that is read and never written: it has no logprob
+    prompt, prompt_ids = "", []  # text before every question, and its tokens
+
+    def check_room(self, rows, room: int):
+        """Raises ValueError where prompt, question and `room` new tokens are more than the context."""
+        if (longest := len(self.prompt_ids) + max(map(len, rows)) + room) > self.context:
+            raise ValueError(f"{longest} tokens (prompt, question, --max_new_tokens {room}) are more than the context "
+                             f"of {self.name}, {self.context}")
 
     def choose(self, layer: int, pooling: str):
         self.layer, self.pooling = self.layer_index(layer), pooling
@@ -90,6 +113,10 @@ class LLM:
         if not -self.n_layer - 1 <= layer <= self.n_layer:
             raise ValueError(f"--layer {layer}: {self.name} has hidden states {-self.n_layer - 1} to {self.n_layer}")
         return layer % (self.n_layer + 1)
+
+    def question_span(self, question: str) -> tuple[int, int]:
+        """Where the question's latent is taken from among `question_ids`, as `encode` does it with steps after it."""
+        return self.encode(question, ["#"])[1][0]
 
     @torch.no_grad()
     def latents(self, rows, spans, wanted, logprobs=False):
@@ -143,19 +170,87 @@ class HuggingFaceLLM(LLM):
             raise ValueError(f"{name}: {len(lists)} lists of {self.n_layer} layers found; this architecture is unknown")
         self.layers = lists[0]
 
-    def encode(self, question, steps):
-        text, units = chain_text(question, steps)
-        coded = self.tokenizer(text, return_offsets_mapping=True)
+    def tokens(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and offsets of a text that opens a sequence or, with a prompt, follows it."""
+        coded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not self.prompt)
         ids, pieces = coded["input_ids"], coded["offset_mapping"]
         if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
             ids, pieces = ids[:-1], pieces[:-1]
+        return ids, pieces
+
+    def encode(self, question, steps):
+        text, units = chain_text(question, steps)
+        ids, pieces = self.tokens(text)
         return ids, unit_spans(pieces, text, units)
 
-    def states(self, idx, layers: set[int], to_the_end: bool):
+    @torch.no_grad()
+    def set_prompt(self, prompt: str):
+        """A text that stands before every question from now on; it is read once and its cache shared."""
+        if prompt != self.prompt:
+            self.prompt = ""
+            self.prompt_ids = self.tokens(prompt)[0] if prompt else []
+            self.prompt, self.prompt_cache = prompt, self.new_cache()
+            if prompt:
+                self.model.base_model(torch.tensor([self.prompt_ids], device=self.device),
+                                      past_key_values=self.prompt_cache, use_cache=True)
+        return self
+
+    def new_cache(self):
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.config)
+
+    def question_ids(self, question: str) -> list[int]:
+        return self.tokens(question + "\n")[0]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    @property
+    def stop_ids(self) -> set[int]:
+        ends = self.model.generation_config.eos_token_id
+        return {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id} - {None}
+
+    @torch.no_grad()
+    def begin(self, rows: list[list[int]], k: int, room: int):
+        """Reads questions (token rows), each of them once, to be continued k times by up to `room` tokens.
+
+        -> (logits [B k, V] of the first new token, fp32; states [T, D] of each question's tokens at `layer`; Memory).
+        """
+        self.check_room(rows, room)
+        whole = [self.prompt_ids + row for row in rows]  # padding after a cached prompt would fill a sliding window
+        T = max(map(len, whole))
+        idx = torch.tensor([[0] * (T - len(row)) + row for row in whole], device=self.device)
+        lengths = torch.tensor([len(row) for row in whole], device=self.device)
+        is_real = torch.arange(T, device=self.device) >= T - lengths[:, None]
+        memory = Memory([self.new_cache()], lengths, is_real)
+        positions = (is_real.cumsum(1) - 1).clamp_min(0)
+        logits, h = self.read(idx, positions, memory)
+        memory.select(torch.arange(len(rows), device=self.device).repeat_interleave(k))
+        return logits.repeat_interleave(k, dim=0), [z[T - len(row) :] for z, row in zip(h, rows, strict=True)], memory
+
+    @torch.no_grad()
+    def advance(self, tokens: torch.Tensor, memory: Memory):
+        """The next token [B] of every row -> (logits [B, V] of the one after it, its state [B, D] at `layer`)."""
+        memory.is_real = F.pad(memory.is_real, (0, 1), value=True)
+        logits, h = self.read(tokens[:, None], memory.position[:, None], memory)
+        memory.position = memory.position + 1
+        return logits, h[:, 0]
+
+    def read(self, idx, positions, memory: Memory):
+        seen, final = self.states(idx, {self.layer}, True, attention_mask=memory.is_real.long(),
+                                  position_ids=positions, past_key_values=memory.caches[0], use_cache=True)
+        return self.logits(final[:, -1]).float(), seen[self.layer]
+
+    def states(self, idx, layers: set[int], to_the_end: bool, **cached):
         """idx [B, T], right-padded -> ({layer: [B, T, D]}, the last normed states or None). Stops after what is read.
 
-        Padding comes after all that is real, so causal attention needs no mask for it.
+        Padding comes after all that is real, so causal attention needs no mask for it. `cached`: what follows a cache
+        says so in transformers' words.
         """
+        if self.prompt and not cached:
+            cached = dict(past_key_values=copy.deepcopy(self.prompt_cache), use_cache=True)
+            cached["past_key_values"].batch_repeat_interleave(len(idx))
         seen, hooks, last = {}, [], max(layers)
 
         def reader(layer):
@@ -169,7 +264,7 @@ class HuggingFaceLLM(LLM):
         try:
             for layer in layers - {self.n_layer}:
                 hooks.append(self.layers[layer].register_forward_pre_hook(reader(layer), with_kwargs=True))
-            final = self.model.base_model(idx, use_cache=False).last_hidden_state
+            final = self.model.base_model(idx, **(cached or {"use_cache": False})).last_hidden_state
             seen[self.n_layer] = final
         except Stop:
             pass
@@ -209,13 +304,55 @@ class RunLLM(LLM):
         spans = [(spans[0][0], len(q) + 1)] + [(b + 1, e + 1) for b, e in spans[1:]]  # [PRED] closes the question
         return [*q, self.model.pred_id, *a], spans
 
-    def states(self, idx, layers, to_the_end):
+    def set_prompt(self, prompt: str):
+        if prompt:
+            raise ValueError(f"--prompt: {self.name} is a run of this project and reads a question as in its training")
+        return self
+
+    def question_ids(self, question: str) -> list[int]:
+        return [*self.tokenizer.encode(question), self.model.pred_id]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids)
+
+    @property
+    def stop_ids(self) -> set[int]:
+        return {self.model.eos_id}
+
+    @torch.no_grad()
+    def begin(self, rows, k, room):
+        self.check_room(rows, room)
+        T, n = max(map(len, rows)), len(rows)
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        caches = self.model.transformer.new_caches(n, T + room, self.device, self.model.embed.weight.dtype)
+        memory = Memory(caches, torch.zeros_like(lengths))
+        # a slot is a position: padding lies in later slots and is overwritten before it is seen
+        logits, h = self.read(pad_rows(rows, 0, self.device), memory, at=lengths - 1)
+        memory.position = lengths
+        memory.select(torch.arange(n, device=self.device).repeat_interleave(k))
+        return logits.repeat_interleave(k, dim=0), [z[: len(row)] for z, row in zip(h, rows, strict=True)], memory
+
+    @torch.no_grad()
+    def advance(self, tokens, memory):
+        logits, h = self.read(tokens[:, None], memory, at=torch.zeros_like(memory.position))
+        memory.position = memory.position + 1
+        return logits, h[:, 0]
+
+    def read(self, idx, memory: Memory, at):
+        positions = memory.position[:, None] + torch.arange(idx.shape[1], device=self.device)
+        slots = torch.arange(memory.caches[0].k.shape[2], device=self.device)
+        seen, final = self.states(idx, {self.layer}, True, positions=positions, caches=memory.caches,
+                                  attn_allowed=slots <= positions[..., None])
+        return self.logits(final[torch.arange(len(idx)), at]).float(), seen[self.layer]
+
+    def states(self, idx, layers, to_the_end, **cached):
         """idx [B, T], right-padded -> ({layer: [B, T, D]}, the last normed states)."""
         seen, hooks = {}, []
         for layer in layers - {self.n_layer}:
             block = self.model.transformer.blocks[layer]
             hooks.append(block.register_forward_pre_hook(lambda m, args, layer=layer: seen.update({layer: args[0]})))
-        final = seen[self.n_layer] = self.model.transformer(self.model.embed(idx), is_causal=True)
+        final = self.model.transformer(self.model.embed(idx), **(cached or {"is_causal": True}))
+        seen[self.n_layer] = final
         for hook in hooks:
             hook.remove()
         return seen, final

@@ -44,6 +44,10 @@ class KVCache:
         self.v.scatter_(2, slots, v.to(self.v.dtype))
         return self.k, self.v
 
+    def batch_select_indices(self, rows):
+        """Keeps these rows; the name is transformers'."""
+        self.k, self.v = self.k[rows], self.v[rows]
+
 
 def attend(q, k, v, attn_allowed=None, is_causal=False):
     """softmax(q k^T / sqrt(hs)) v for q, k, v [B, nh, T, hs]: SDPA, but on a CPU in bf16 plain matrix products.

@@ -1420,6 +1420,54 @@ def test_llm_families_give_their_hidden_states_and_logprobs(family):
         llm.choose(4, "last")
 
 
+class Dictation:
+    """Stands where a nudge does and makes an LLM write given tokens, one list a row, then stop."""
+
+    def __init__(self, rows, stop):
+        self.rows, self.stop = rows, stop
+
+    def begin(self, writing):
+        self.text = dict(zip(writing, self.rows, strict=True))
+
+    def logits(self, logits, h, active):
+        wanted = [(self.text[row] + [self.stop])[len(row.ids)] for row in active]
+        return torch.nn.functional.one_hot(torch.tensor(wanted), logits.shape[1]).float()
+
+    def blend(self, active):
+        return ()
+
+    def step_ended(self, row):
+        pass
+
+
+def check_written_latents(llm):
+    """Latents and logprobs taken while two questions are answered twice each, against reading the same texts."""
+    texts = [CHAINS[0][1], CHAINS[1][1], CHAINS[0][1], CHAINS[1][1][:1]]
+    questions, rows = [CHAINS[0][0], CHAINS[1][0]], []
+    for question, steps in zip([q for q in questions for _ in range(2)], texts, strict=True):
+        rows.append(llm.encode(question, steps)[0][len(llm.question_ids(question)):])
+    stop = min(llm.stop_ids)
+    found = infer.generate(llm, questions, k=2, temperature=0, max_new_tokens=60, nudge=Dictation(rows, stop))
+    for chain, steps, question in zip(found[0] + found[1], texts, [q for q in questions for _ in range(2)], strict=True):
+        assert chain["steps"] == steps and chain["is_over"] == steps[-1].startswith("####")
+        ids, spans = llm.encode(question, steps)
+        h, means = llm.latents([ids], [spans], [(llm.layer, llm.pooling)], logprobs=True)
+        assert torch.allclose(chain["h"], h[llm.layer, llm.pooling][0], atol=1e-4)
+        assert np.allclose(chain["logprobs"], means[0][1:], atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma3", "GPT2"])
+def test_latents_taken_while_writing_are_those_of_reading(family):
+    llm = tiny_llm(family)
+    for layer, pooling, prompt in [(-2, "last", ""), (-1, "mean", "Tom has 3 pears.\n#### 3\n\n")]:
+        check_written_latents(llm.choose(layer, pooling).set_prompt(prompt))
+
+
+def test_a_run_writes_with_the_latents_of_reading(run_llm):
+    for layer, pooling in [(-2, "last"), (1, "mean")]:
+        check_written_latents(run_llm.choose(layer, pooling))
+
+
 def test_unit_spans_follow_the_last_visible_character():
     tokens = ["<s>", "Q", "?", "\nShe", " has", ".\n", " ", "\n", "Don", "e\n"]
     for text in ("".join(tokens), "".join(tokens).encode()):
