@@ -58,13 +58,47 @@ def unit_spans(pieces: list[tuple[int, int]], text, units: list[tuple[int, int]]
     return spans
 
 
-def chain_text(question: str, steps: list[str]) -> tuple[str, list[tuple[int, int]]]:
-    """The text an LLM reads, question and steps a line each, and where each of them begins and ends in it."""
-    units, at = [], 0
-    for unit in (question, *steps):
-        units.append((at, at + len(unit)))
-        at += len(unit) + 1
-    return "\n".join((question, *steps)), units
+def chain_text(question: str, steps: list[str], after: str = "\n") -> tuple[str, list[tuple[int, int]]]:
+    """The text an LLM reads, question and steps a line each, and where each of them begins and ends in it.
+
+    after: what stands between the question and the first step.
+    """
+    units, text = [(0, len(question))], question + after
+    for step in steps:
+        units.append((len(text), len(text) + len(step)))
+        text += step + "\n"
+    return text[:-1], units
+
+
+def pool(h: torch.Tensor, pooling: str) -> torch.Tensor:
+    """States [T, D] of a unit's tokens -> its latent, fp32: [D], or [2 D] for `both` (mean, then last)."""
+    h = h.float()
+    return {"mean": lambda: h.mean(0), "last": lambda: h[-1], "both": lambda: torch.cat((h.mean(0), h[-1]))}[pooling]()
+
+
+# Worked examples for a small model to write one step a line after; made up for this purpose.
+SHOTS = [
+    ("Tom has 5 red pens and 3 blue pens. He gives 2 pens to Ann. How many pens does he have left?",
+     "Tom starts with 5 + 3 = 8 pens.\nAfter giving 2 away he has 8 - 2 = 6 pens.\n#### 6"),
+    ("A baker fills 3 boxes with 12 eggs each and sells every egg for $2. How much money does she make?",
+     "She has 3 * 12 = 36 eggs.\nShe makes 36 * 2 = $72.\n#### 72"),
+    ("Lily had 20 stickers. Now she has 14. How many stickers did she lose?",
+     "She lost 20 - 14 = 6 stickers.\n#### 6"),
+    ("24 nuts lie in 4 equal bags. Ben eats half of one bag. How many nuts are left in that bag?",
+     "Each bag holds 24 / 4 = 6 nuts.\nBen eats 6 / 2 = 3 nuts.\nThat leaves 6 - 3 = 3 nuts.\n#### 3"),
+]
+
+
+def few_shot(tokenizer) -> str:
+    """SHOTS before {question}: as a chat where the tokenizer has a template for it, else one after the other."""
+    if not tokenizer.chat_template:
+        return "".join(f"{question}\n{steps}\n\n" for question, steps in SHOTS) + "{question}\n"
+    talk = [{"role": role, "content": text} for question, steps in SHOTS
+            for role, text in (("user", question), ("assistant", steps))]
+    text = tokenizer.apply_chat_template([*talk, {"role": "user", "content": "{question}"}], tokenize=False,
+                                         add_generation_prompt=True)
+    adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return text.removeprefix(tokenizer.bos_token) if adds_bos else text
 
 
 # ----------------------------------------------------------------------------- LLMs
@@ -97,13 +131,16 @@ class LLM:
     """
 
     unwritten = -100  # a token that is read and never written: it has no logprob
-    prompt, prompt_ids = "", []  # text before every question, and its tokens
+    prompt, prompt_ids, after = "", [], "\n"  # `set_prompt`; tokens before every question, text after it
 
     def check_room(self, rows, room: int):
         """Raises ValueError where prompt, question and `room` new tokens are more than the context."""
         if (longest := len(self.prompt_ids) + max(map(len, rows)) + room) > self.context:
             raise ValueError(f"{longest} tokens (prompt, question, --max_new_tokens {room}) are more than the context "
                              f"of {self.name}, {self.context}")
+
+    def latent_dim(self, pooling: str) -> int:
+        return self.dim * (2 if pooling == "both" else 1)
 
     def choose(self, layer: int, pooling: str):
         self.layer, self.pooling = self.layer_index(layer), pooling
@@ -130,8 +167,7 @@ class LLM:
         out = {key: [] for key in wanted}
         for layer, pooling in wanted:
             for h, units in zip(states[layer], spans, strict=True):
-                parts = [h[b:e].float().mean(0) if pooling == "mean" else h[e - 1].float() for b, e in units]
-                out[layer, pooling].append(torch.stack(parts).cpu())
+                out[layer, pooling].append(torch.stack([pool(h[b:e], pooling) for b, e in units]).cpu())
         means = []
         for i, (row, units) in enumerate(zip(rows, spans, strict=True) if logprobs else ()):
             begin, end = units[0][0], units[-1][1]  # one row at a time: all logits at once would fill the memory
@@ -172,25 +208,37 @@ class HuggingFaceLLM(LLM):
 
     def tokens(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and offsets of a text that opens a sequence or, with a prompt, follows it."""
-        coded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not self.prompt)
+        coded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not self.prompt_ids)
         ids, pieces = coded["input_ids"], coded["offset_mapping"]
         if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
             ids, pieces = ids[:-1], pieces[:-1]
         return ids, pieces
 
     def encode(self, question, steps):
-        text, units = chain_text(question, steps)
+        text, units = chain_text(question, steps, self.after)
         ids, pieces = self.tokens(text)
         return ids, unit_spans(pieces, text, units)
 
     @torch.no_grad()
     def set_prompt(self, prompt: str):
-        """A text that stands before every question from now on; it is read once and its cache shared."""
+        """What stands around every question from now on: `few_shot`, a text with {question} in it, or a file of one.
+
+        What comes before the question is read once and its cache shared.
+        """
+        if prompt == "few_shot":
+            prompt = few_shot(self.tokenizer)
+        elif prompt and "{question}" not in prompt and Path(prompt).is_file():
+            prompt = Path(prompt).read_text()
+        before, found, after = (prompt or "{question}\n").partition("{question}")
+        if not found or not after:
+            raise ValueError(f"--prompt {prompt[:60]!r}: needs {{question}} where the question goes, and a line end or "
+                             "more after it (or few_shot, or a file with such a text)")
         if prompt != self.prompt:
-            self.prompt = ""
-            self.prompt_ids = self.tokens(prompt)[0] if prompt else []
+            self.prompt, self.after, self.prompt_ids = "", after, []
+            if before:
+                self.prompt_ids = self.tokens(before)[0]
             self.prompt, self.prompt_cache = prompt, self.new_cache()
-            if prompt:
+            if before:
                 self.model.base_model(torch.tensor([self.prompt_ids], device=self.device),
                                       past_key_values=self.prompt_cache, use_cache=True)
         return self
@@ -201,7 +249,7 @@ class HuggingFaceLLM(LLM):
         return DynamicCache(config=self.model.config)
 
     def question_ids(self, question: str) -> list[int]:
-        return self.tokens(question + "\n")[0]
+        return self.tokens(question + self.after)[0]
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -248,7 +296,7 @@ class HuggingFaceLLM(LLM):
         Padding comes after all that is real, so causal attention needs no mask for it. `cached`: what follows a cache
         says so in transformers' words.
         """
-        if self.prompt and not cached:
+        if self.prompt_ids and not cached:
             cached = dict(past_key_values=copy.deepcopy(self.prompt_cache), use_cache=True)
             cached["past_key_values"].batch_repeat_interleave(len(idx))
         seen, hooks, last = {}, [], max(layers)
@@ -478,12 +526,12 @@ def extract(llm: LLM, chains: list[dict], out: Path, description: dict, wanted: 
         tokens += len(ids)
     text = json.dumps([[c["id"], c["question"], c["steps"]] for c in chains])
     common = {"schema": latents.SCHEMA, "llm": llm.name, "dtype": llm.dtype, "quantization": llm.quantization,
-              "tokenizer": llm.tokenizer_hash, "dim": llm.dim, "logprobs": logprobs, "shard_size": shard_size,
+              "tokenizer": llm.tokenizer_hash, "prompt": llm.prompt, "logprobs": logprobs, "shard_size": shard_size,
               "token_budget": token_budget, **description, "chains_hash": digest(text)}
     folders = {}
     for layer, pooling in wanted:
         folder = out if len(wanted) == 1 else out / f"layer{layer}-{pooling}"
-        folders[layer, pooling] = folder, common | {"layer": layer, "pooling": pooling}
+        folders[layer, pooling] = folder, common | {"layer": layer, "pooling": pooling, "dim": llm.latent_dim(pooling)}
     if not overwrite and all([inspect_folder(folder, header) for folder, header in folders.values()]):
         raise SystemExit(f"{out} is finished. Choose another --out, or --overwrite")
     for folder, _ in folders.values():
@@ -583,7 +631,8 @@ class Args:
     candidates: str = ""  # a jsonl file of labelled candidates instead
     step_errors: str = ""  # a jsonl file of chains with the first wrong step known instead
     layer: tuple[int, ...] = (-2,)  # index into hidden_states; several: one folder each
-    pooling: tuple[Literal["mean", "last"], ...] = ("last",)  # over a step's tokens; several: one folder each
+    pooling: tuple[Literal["mean", "last", "both"], ...] = ("last",)  # over a step's tokens; several: one folder each
+    prompt: str = ""  # around every question: few_shot, a file or a text with {question} in it; empty: nothing
     logprobs: bool = False  # mean logprob of each step's tokens as well; runs all layers and the LM head
     quantize: Literal["none", "nf4"] = "none"  # load the LLM in 4 bits (CUDA, bitsandbytes)
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # the LLM's; auto: bf16 where the hardware computes in it
@@ -613,11 +662,11 @@ def latents_of_file(config, kind: str, path: str, device: str = "auto", limit: i
     Extracted where it is not there yet, into out/latents.
     """
     data_hash = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
-    name = config.llm.rsplit("/", 1)[-1]
+    name = config.llm.rsplit("/", 1)[-1] + (f"-{digest(config.prompt)[:6]}" if config.prompt else "")
     folder = Path("out/latents") / f"{kind}-{data_hash}-{limit}-{name}-layer{config.layer}-{config.pooling}"
     if not (folder / "manifest.json").is_file():
         main(["--" + kind, path, "--llm", config.llm, "--layer", str(config.layer), "--pooling", config.pooling,
-              "--logprobs", "--limit", str(limit), "--device", device, "--out", str(folder)])
+              "--prompt", config.prompt, "--logprobs", "--limit", str(limit), "--device", device, "--out", str(folder)])
     return folder
 
 
@@ -627,7 +676,7 @@ def main(argv=None):
         if args.threads:
             torch.set_num_threads(args.threads)
         chains, description = latents.chains_to_extract(args)
-        llm = load_llm(args.llm, args.device, args.dtype, args.quantize)
+        llm = load_llm(args.llm, args.device, args.dtype, args.quantize).set_prompt(args.prompt)
         wanted = sorted({(llm.layer_index(layer), pooling) for layer in args.layer for pooling in args.pooling})
         out = Path(args.out)
         say(f"{len(chains):,} chains, {llm.name} ({llm.dtype}, {llm.quantization}) on {llm.device}, "
@@ -637,7 +686,8 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     layers = sorted({layer for layer, _ in wanted})
-    print(json.dumps({"out": str(out), **result, "dim": llm.dim, "layer": layers[0] if len(layers) == 1 else layers}))
+    print(json.dumps({"out": str(out), **result, "dim": llm.latent_dim(args.pooling[0]),
+                      "layer": layers[0] if len(layers) == 1 else layers}))
 
 
 if __name__ == "__main__":

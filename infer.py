@@ -38,7 +38,9 @@ def llm_of(config, llm: str = "", device: str = "auto") -> extract.LLM:
     Raises ValueError where its depth or width is another.
     """
     loaded = extract.load_llm(llm or config.llm, device, layer=config.layer, pooling=config.pooling)
-    ours = {k: getattr(loaded, k) for k in ("layer", "pooling", "dim")}
+    loaded.set_prompt(config.prompt)
+    ours = {k: getattr(loaded, k) for k in ("layer", "pooling", "prompt")}
+    ours["dim"] = loaded.latent_dim(config.pooling)
     ours["llm"] = config.llm if llm else loaded.name
     latents.check_same_llm(config, ours, f"the run's LLM and --llm {llm or config.llm}")
     return loaded
@@ -128,8 +130,7 @@ class Row:
         pieces = list(zip([0, *ends], ends, strict=False))
         spans, pooled = extract.unit_spans(pieces, text, units, skip=0), [self.question_latent]
         for begin, end in spans:
-            h = torch.stack(self.states[begin:end]).float()
-            pooled.append(h.mean(0) if self.llm.pooling == "mean" else h[-1])
+            pooled.append(extract.pool(torch.stack(self.states[begin:end]), self.llm.pooling))
         means = [sum(self.logprobs[begin:end]) / (end - begin) for begin, end in spans]
         n = [end - begin for begin, end in spans]
         total = sum(m * c for m, c in zip(means, n, strict=True)) / max(1, sum(n))
@@ -150,7 +151,7 @@ def generate(llm: extract.LLM, questions: list[str], k: int = 1, temperature: fl
     writing, generators, current = [], [], []
     for question, row, h in zip(questions, rows, prompts, strict=True):
         begin, end = llm.question_span(question)
-        latent = h[begin:end].float().mean(0) if llm.pooling == "mean" else h[end - 1].float()
+        latent = extract.pool(h[begin:end], llm.pooling)
         for i in range(k):
             writing.append(Row(llm, latent))
             key = hashlib.sha256(f"{seed}:{i}:{question}".encode()).digest()[:7]

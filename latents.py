@@ -21,7 +21,7 @@ import verify
 from config import check
 
 SCHEMA = 1
-SAME_LLM = ("llm", "layer", "pooling", "dim")  # what a model and the latents it reads must agree on
+SAME_LLM = ("llm", "layer", "pooling", "prompt", "dim")  # what a model and the latents it reads must agree on
 
 # ----------------------------------------------------------------------------- which chains
 
@@ -201,7 +201,7 @@ def read_manifest(folder) -> dict:
         raise FileNotFoundError(f"{folder} " + ("is an unfinished extraction: run the same extract.py command again"
                                                 if unfinished else "holds no latents (no manifest.json)"))
     try:
-        manifest = json.loads(path.read_text())
+        manifest = {"prompt": ""} | json.loads(path.read_text())
         missing = {"schema", "shards", "split", "index", *SAME_LLM} - set(manifest)
     except (json.JSONDecodeError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error})") from None
@@ -211,7 +211,7 @@ def read_manifest(folder) -> dict:
 
 
 def check_same_llm(config, ours: dict, what: str):
-    """Raises ValueError where a run's config and a manifest differ in LLM, layer, pooling or width."""
+    """Raises ValueError where a run's config and a manifest differ in LLM, layer, pooling, prompt or width."""
     if wrong := {k: (getattr(config, k), ours[k]) for k in SAME_LLM if getattr(config, k) != ours[k]}:
         text = ", ".join(f"{k}: {a} there, {b} here" for k, (a, b) in wrong.items())
         raise ValueError(f"{what} does not fit ({text})")
@@ -252,7 +252,7 @@ def load_latents(folder, where: str = "") -> tuple[list[dict], dict]:
         if row["shard"] not in shards:
             path = folder / shard_name(row["shard"])
             tensors, header = read_shard(path)
-            if wrong := [k for k in sorted({*header, *SAME_LLM} - {"sha256"}) if header.get(k) != manifest.get(k)]:
+            if wrong := [k for k in sorted({*header, *SAME_LLM} - {"sha256"}) if header.get(k, "") != manifest.get(k)]:
                 raise ValueError(f"{path} is of another extraction than manifest.json ({', '.join(wrong)} differ)")
             if tensors["h"].shape[1] != manifest["dim"]:
                 raise ValueError(f"{path} has width {tensors['h'].shape[1]}, manifest.json says {manifest['dim']}")

@@ -1444,11 +1444,12 @@ def check_written_latents(llm):
     """Latents and logprobs taken while two questions are answered twice each, against reading the same texts."""
     texts = [CHAINS[0][1], CHAINS[1][1], CHAINS[0][1], CHAINS[1][1][:1]]
     questions, rows = [CHAINS[0][0], CHAINS[1][0]], []
-    for question, steps in zip([q for q in questions for _ in range(2)], texts, strict=True):
+    pairs = list(zip([q for q in questions for _ in range(2)], texts, strict=True))
+    for question, steps in pairs:
         rows.append(llm.encode(question, steps)[0][len(llm.question_ids(question)):])
     stop = min(llm.stop_ids)
     found = infer.generate(llm, questions, k=2, temperature=0, max_new_tokens=60, nudge=Dictation(rows, stop))
-    for chain, steps, question in zip(found[0] + found[1], texts, [q for q in questions for _ in range(2)], strict=True):
+    for chain, (question, steps) in zip(found[0] + found[1], pairs, strict=True):
         assert chain["steps"] == steps and chain["is_over"] == steps[-1].startswith("####")
         ids, spans = llm.encode(question, steps)
         h, means = llm.latents([ids], [spans], [(llm.layer, llm.pooling)], logprobs=True)
@@ -1458,13 +1459,13 @@ def check_written_latents(llm):
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma3", "GPT2"])
 def test_latents_taken_while_writing_are_those_of_reading(family):
-    llm = tiny_llm(family)
-    for layer, pooling, prompt in [(-2, "last", ""), (-1, "mean", "Tom has 3 pears.\n#### 3\n\n")]:
+    llm, prompt = tiny_llm(family), "Tom has 3 pears.\n#### 3\n\n{question}\nSo:\n"
+    for layer, pooling, prompt in [(-1, "both", prompt), (-2, "last", "")]:  # the last are tiny_llm's own
         check_written_latents(llm.choose(layer, pooling).set_prompt(prompt))
 
 
 def test_a_run_writes_with_the_latents_of_reading(run_llm):
-    for layer, pooling in [(-2, "last"), (1, "mean")]:
+    for layer, pooling in [(1, "mean"), (0, "both"), (-2, "last")]:  # the last are the fixture's own
         check_written_latents(run_llm.choose(layer, pooling))
 
 

@@ -153,7 +153,7 @@ def load_tokenizer(folder, config) -> data.Tokenizer:
 
 
 FREE_ON_RESUME = set("""out_dir overwrite device threads log_every save_every data_dir vocab_size
-                        latents llm layer pooling dim""".split())  # the second line follows from a job's identity
+                        latents llm layer pooling prompt dim""".split())  # second line: follows from a job's identity
 
 
 def open_run(folder: Path, preset: str, config) -> dict | None:
@@ -314,7 +314,7 @@ class TextJob:
 class LatentJob:
     """What the loop needs to train RJEPA: verified chains' latents, extracted first where they are missing.
 
-    Sets config's llm, layer, pooling and dim to what the latents say.
+    Sets config's llm, layer, pooling, prompt and dim to what the latents say.
     """
 
     unit = "chains"
@@ -327,8 +327,8 @@ class LatentJob:
             extract_latents(config, folder)
         rows, manifest = latents.load_latents(folder, config.where)
         config.latents = str(folder)
-        config.llm, config.layer = manifest["llm"], manifest["layer"]
-        config.pooling, config.dim = manifest["pooling"], manifest["dim"]
+        for name in latents.SAME_LLM:
+            setattr(config, name, manifest[name])
         self.train, self.val = latents.training_chains(rows, manifest, folder)
         self.train, self.val = self.train[: config.limit or None], self.val[: config.val_problems]
         if len(self.val) < 2:
@@ -377,7 +377,7 @@ class LatentJob:
 
 def default_latents(config) -> Path:
     """Where the latents of a job lie unless --latents names a folder: the name follows from what is extracted."""
-    which = [config.limit, config.data_dir, config.seed]
+    which = [config.limit, config.data_dir, config.seed, *([config.prompt] if config.prompt else [])]
     if config.dataset == "synthetic":
         which = [config.n_synthetic, config.max_problem_steps, config.seed]
     llm = "".join(c if c.isalnum() or c in "-." else "-" for c in config.llm)
@@ -391,7 +391,8 @@ def extract_latents(config, folder: Path):
 
     command = [sys.executable, str(Path(__file__).with_name("extract.py")), "--llm", config.llm, "--dataset",
                config.dataset, "--layer", str(config.layer), "--pooling", config.pooling, "--counterfactual",
-               "--out", str(folder), "--seed", str(config.seed), "--max_problem_steps", str(config.max_problem_steps),
+               "--out", str(folder), "--prompt", config.prompt, "--seed", str(config.seed),
+               "--max_problem_steps", str(config.max_problem_steps),
                "--threads", str(config.threads), "--device", config.device]  # fmt: skip
     limit = config.n_synthetic if config.dataset == "synthetic" else config.limit
     command += ["--limit", str(limit), *(["--data_dir", config.data_dir] if config.data_dir else [])]
