@@ -1459,13 +1459,13 @@ def check_written_latents(llm):
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma3", "GPT2"])
 def test_latents_taken_while_writing_are_those_of_reading(family):
-    llm, prompt = tiny_llm(family), "Tom has 3 pears.\n#### 3\n\n{question}\nSo:\n"
-    for layer, pooling, prompt in [(-1, "both", prompt), (-2, "last", "")]:  # the last are tiny_llm's own
+    llm, shot = tiny_llm(family), "Tom has 3 pears.\n#### 3\n\n{question}\nSo:\n"
+    for layer, pooling, prompt in [(-1, "both", shot), (-2, "last", "")]:  # the last are tiny_llm's own
         check_written_latents(llm.choose(layer, pooling).set_prompt(prompt))
 
 
 def test_a_run_writes_with_the_latents_of_reading(run_llm):
-    for layer, pooling in [(1, "mean"), (0, "both"), (-2, "last")]:  # the last are the fixture's own
+    for layer, pooling in [(1, "last"), (0, "both"), (-1, "mean")]:  # the last are the fixture's own
         check_written_latents(run_llm.choose(layer, pooling))
 
 
