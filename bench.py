@@ -28,7 +28,8 @@ import tyro
 import config as cfg
 import data
 from model import NanoJEPA, attend, configure_optimizers, question_row
-from train import pick_device, pick_dtype, strip
+from runs import pick_device, pick_dtype
+from train import strip
 
 NAMES = Literal["all", "nanojepa_step", "nanojepa_mask", "nanojepa_llm_jepa", "nanojepa_overhead", "attention",
                 "generate"]  # fmt: skip

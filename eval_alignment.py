@@ -29,7 +29,7 @@ import infer
 import latents
 from config import RJEPAConfig, check
 from model import alignment, latent_figures, wilson
-from train import build_model, load_config, load_run, load_tokenizer
+from runs import build_model, load_config, load_run, load_tokenizer
 
 
 @dataclass

@@ -29,7 +29,7 @@ import latents
 import verify
 from config import RJEPAConfig, check
 from model import wilson
-from train import build_model, load_config, load_run, load_tokenizer, write_atomic
+from runs import build_model, load_config, load_run, load_tokenizer, write_atomic
 
 
 @dataclass

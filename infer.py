@@ -8,7 +8,6 @@ what comes before it alone (next-step). Two things to know: its target is encode
 states of later steps have read the hidden one. Its coherence is the share of verified steps whose energy is higher.
 """
 
-import hashlib
 import json
 import sys
 from dataclasses import dataclass
@@ -17,9 +16,9 @@ from typing import Annotated
 import torch
 import tyro
 
-import extract
 import latents
-from train import load_run
+from llm import LLM, load_llm
+from runs import load_run
 
 # ----------------------------------------------------------------------------- functions to import
 
@@ -32,12 +31,12 @@ def load_world_model(run: str, device: str = "auto"):
     return model, config
 
 
-def llm_of(config, llm: str = "", device: str = "auto") -> extract.LLM:
+def llm_of(config, llm: str = "", device: str = "auto") -> LLM:
     """The LLM whose latents a run reads, at its layer and pooling; `llm` says where it lies, if not under its name.
 
     Raises ValueError where its depth or width is another.
     """
-    loaded = extract.load_llm(llm or config.llm, device, layer=config.layer, pooling=config.pooling)
+    loaded = load_llm(llm or config.llm, device, layer=config.layer, pooling=config.pooling)
     loaded.set_prompt(config.prompt)
     ours = {k: getattr(loaded, k) for k in ("layer", "pooling", "prompt")}
     ours["dim"] = loaded.latent_dim(config.pooling)
@@ -62,7 +61,7 @@ def energies(model, chains: list[torch.Tensor], batch_size: int = 64) -> list[di
     return out
 
 
-def score(model, llm: extract.LLM, question: str, steps: list[str]) -> dict:
+def score(model, llm: LLM, question: str, steps: list[str]) -> dict:
     """Energies and coherence of a chain and of its steps.
 
     -> {"energy", "energy_max", "energy_last", "next_step_energy", "coherence", "suspect" (1-based: the step of the
@@ -78,112 +77,6 @@ def score(model, llm: extract.LLM, question: str, steps: list[str]) -> dict:
     return {"energy": float(loo.mean()), "energy_max": float(loo.max()), "energy_last": float(loo[-1]),
             "next_step_energy": float(ahead.mean()), "coherence": float(coherence.mean()),
             "suspect": int(loo.argmax()) + 1, "steps": rows}
-
-
-# ----------------------------------------------------------------------------- writing
-
-
-def sample(logits, temperature: float, top_p: float, generators) -> torch.Tensor:
-    """Next tokens [B] of logits [B, V]: the highest at temperature 0, else nucleus sampling, a generator a row."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
-    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0).cpu()  # the first that passes top_p stays
-    drawn = torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(p, generators, strict=True)])
-    return order.gather(1, drawn.to(order.device)[:, None])[:, 0]
-
-
-def written_steps(text: str) -> tuple[list[str], list[tuple[int, int]], bool]:
-    """(steps of a text, a line each, where each lies, whether it is over): over after '#### n' or an empty line."""
-    steps, spans, at = [], [], 0
-    for line in text.splitlines(keepends=True):
-        stripped = line.strip()
-        if stripped:
-            begin = at + line.index(stripped)
-            steps.append(stripped), spans.append((begin, begin + len(stripped)))
-        at += len(line)
-        if line.endswith("\n") and (stripped.startswith("####") or (steps and not stripped)):
-            return steps, spans, True
-    return steps, spans, bool(steps) and steps[-1].startswith("####")
-
-
-class Row:
-    """One chain while it is written: its tokens, their states at the LLM's layer, their logprobs."""
-
-    def __init__(self, llm, question_latent):
-        self.llm, self.question_latent = llm, question_latent
-        self.ids, self.states, self.logprobs, self.text = [], [], [], ""
-
-    def append(self, token: int, state, logprob: float) -> bool:
-        """Whether a line has ended with this token."""
-        self.ids.append(token), self.states.append(state), self.logprobs.append(logprob)
-        if "\n" not in self.llm.decode([token]):
-            return False
-        self.text = self.llm.decode(self.ids)
-        return True
-
-    def chain(self) -> dict:
-        """{"steps", "h" [1 + S, D] fp32 on the CPU, "logprobs" [S], "logprob" (mean over the tokens of all steps)}."""
-        text = self.llm.decode(self.ids)
-        steps, units, is_over = written_steps(text)
-        ends = [min(len(self.llm.decode(self.ids[: i + 1])), len(text)) for i in range(len(self.ids))]
-        pieces = list(zip([0, *ends], ends, strict=False))
-        spans, pooled = extract.unit_spans(pieces, text, units, skip=0), [self.question_latent]
-        for begin, end in spans:
-            pooled.append(extract.pool(torch.stack(self.states[begin:end]), self.llm.pooling))
-        means = [sum(self.logprobs[begin:end]) / (end - begin) for begin, end in spans]
-        n = [end - begin for begin, end in spans]
-        total = sum(m * c for m, c in zip(means, n, strict=True)) / max(1, sum(n))
-        return {"steps": steps, "h": torch.stack(pooled).cpu(), "logprobs": means, "n_tokens": n,
-                "logprob": total if steps else float("-inf"), "is_over": is_over}
-
-
-@torch.no_grad()
-def generate(llm: extract.LLM, questions: list[str], k: int = 1, temperature: float = 0.8, top_p: float = 0.95,
-             seed: int = 1, max_new_tokens: int = 256, nudge=None) -> list[list[dict]]:
-    """k chains for each question, with their latents and logprobs, as `Row.chain` gives them.
-
-    A question is read once for all its candidates. Candidate i of a question follows from (seed, question, i) up to
-    the rounding of a batch. temperature 0 is greedy. nudge: see `Nudge`.
-    """
-    rows = [llm.question_ids(q) for q in questions]
-    logits, prompts, memory = llm.begin(rows, k, max_new_tokens)
-    writing, generators, current = [], [], []
-    for question, row, h in zip(questions, rows, prompts, strict=True):
-        begin, end = llm.question_span(question)
-        latent = extract.pool(h[begin:end], llm.pooling)
-        for i in range(k):
-            writing.append(Row(llm, latent))
-            key = hashlib.sha256(f"{seed}:{i}:{question}".encode()).digest()[:7]
-            generators.append(torch.Generator().manual_seed(int.from_bytes(key, "big")))
-            current.append(h[len(row) - 1])
-    chosen, h = list(range(len(writing))), torch.stack(current)
-    if nudge is not None:
-        nudge.begin(writing)
-    for _ in range(max_new_tokens):
-        active = [writing[i] for i in chosen]
-        biased = logits if nudge is None else nudge.logits(logits, h, active)
-        tokens = sample(biased, temperature, top_p, [generators[i] for i in chosen])
-        logprob = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
-        logits, h = llm.advance(tokens, memory, *(() if nudge is None else nudge.blend(active)))
-        keep = []
-        for j, (row, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
-            if token in llm.stop_ids:
-                continue
-            if row.append(token, h[j], logprob[j]):
-                if written_steps(row.text)[2]:
-                    continue
-                if nudge is not None:
-                    nudge.step_ended(row)
-            keep.append(j)
-        if not keep:
-            break
-        if len(keep) < len(active):
-            at = torch.tensor(keep, device=logits.device)
-            memory.select(at)
-            logits, h, chosen = logits[at], h[at], [chosen[j] for j in keep]
-    chains = [row.chain() for row in writing]
-    return [chains[i : i + k] for i in range(0, len(chains), k)]
 
 
 # ----------------------------------------------------------------------------- command line

@@ -135,7 +135,7 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def write_shard(path: Path, latents: list[torch.Tensor], logprobs: list[list[float] | None], header: dict, write):
-    """One shard from its chains' latents [1 + S, D]; `write` is train.write_atomic."""
+    """One shard from its chains' latents [1 + S, D]; `write` is runs.write_atomic."""
     from safetensors.torch import save_file
 
     h = torch.cat(latents).bfloat16()

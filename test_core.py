@@ -34,7 +34,9 @@ import evaluate_accuracy
 import extract
 import infer
 import latents
+import llm as llms
 import model as m
+import runs
 import train
 import verify
 
@@ -534,13 +536,13 @@ def finished(tmp_path_factory):
 
 def test_a_run_folder_and_its_figures(finished):
     folder, result = finished
-    assert {p.name for p in folder.iterdir()} == set(train.RUN_FILES) - {"l1_curve.png"}
+    assert {p.name for p in folder.iterdir()} == set(runs.RUN_FILES) - {"l1_curve.png"}
     assert result["steps"] == 12 and result["params"] > 0 and set(result["val"]) >= {"cos_matched", "retrieval_top1"}
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in log if r["split"] == "train"] == list(range(1, 13))
     assert [r["step"] for r in log if r["split"] == "val"] == [6, 12]
     assert log[0]["lm_loss"] > log[-2]["lm_loss"]
-    net, config = train.load_run(folder, "cpu")
+    net, config = runs.load_run(folder, "cpu")
     assert config.dataset == "synthetic" and net.preset == "quickstart" and not net.training
 
 
@@ -638,7 +640,7 @@ def test_another_runs_state_is_refused(tmp_path, monkeypatch):
     stopped(tmp_path / "a", monkeypatch)
     stopped(tmp_path / "b", monkeypatch, seed=2)
     with pytest.raises(FileNotFoundError, match="no finished run"):
-        train.load_run(tmp_path / "a")
+        runs.load_run(tmp_path / "a")
     mine = (tmp_path / "a" / "state.pt").read_bytes()
     (tmp_path / "a" / "state.pt").write_bytes((tmp_path / "b" / "state.pt").read_bytes())
     with pytest.raises(SystemExit, match="other settings .*config"):
@@ -661,7 +663,7 @@ def test_damaged_checkpoints_are_refused_by_name(finished, tmp_path):
         whole = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(whole[: len(whole) // 2])
         with pytest.raises((SystemExit, ValueError), match=name):
-            run(tmp_path, max_steps=2) if name == "state.pt" else train.load_run(tmp_path)
+            run(tmp_path, max_steps=2) if name == "state.pt" else runs.load_run(tmp_path)
         (tmp_path / name).write_bytes(whole)
     torch.save({"weights": torch.zeros(2)}, tmp_path / "state.pt")
     with pytest.raises(SystemExit, match="state.pt is not a training state"):
@@ -669,9 +671,9 @@ def test_damaged_checkpoints_are_refused_by_name(finished, tmp_path):
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace('"n_embd": 32', '"n_embd": 64'))
     with pytest.raises(ValueError, match="model.safetensors does not hold"):
-        train.load_run(tmp_path)
+        runs.load_run(tmp_path)
     with pytest.raises(FileNotFoundError, match="config.json does not exist"):
-        train.load_run(tmp_path / "nothing")
+        runs.load_run(tmp_path / "nothing")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
@@ -690,7 +692,7 @@ def test_torchrun_equals_accumulation_in_one_process(tmp_path):
     assert json.loads(done.stdout.splitlines()[-1])["steps"] == 3
     _, config = cfg.parse_cli(["quickstart", *fields, "--grad_accum", "2", "--out_dir", str(tmp_path / "one")])
     train.train("quickstart", config)
-    two, one = (train.load_run(tmp_path / name)[0].state_dict() for name in ("two", "one"))
+    two, one = (runs.load_run(tmp_path / name)[0].state_dict() for name in ("two", "one"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=2e-4, rtol=1e-3)
     assert (tmp_path / "one" / "log.jsonl").read_text().splitlines()[-1].count('"val"') == 1
@@ -746,8 +748,8 @@ def test_importing_a_script_runs_nothing():
 
 
 def test_imports_run_one_way():
-    level = {"config": 0, "model": 1, "verify": 1, "data": 2, "latents": 3, "train": 4, "extract": 5, "infer": 6,
-             "eval_alignment": 7, "evaluate_accuracy": 8, "bench": 9}  # fmt: skip
+    level = {"config": 0, "model": 1, "verify": 1, "data": 2, "latents": 3, "runs": 4, "llm": 5, "train": 6,
+             "extract": 7, "infer": 7, "eval_alignment": 8, "evaluate_accuracy": 9, "bench": 9}  # fmt: skip
     for name, own in level.items():
         for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else (
@@ -1149,8 +1151,8 @@ def latents_folder(folder, n=60, split="train", dim=12):
             parts.append(z)
             at += len(z)
     folder.mkdir()
-    latents.write_shard(folder / latents.shard_name(0), parts, [], header, train.write_atomic)
-    latents.write_index(folder, records, header, train.write_atomic)
+    latents.write_shard(folder / latents.shard_name(0), parts, [], header, runs.write_atomic)
+    latents.write_index(folder, records, header, runs.write_atomic)
     return folder
 
 
@@ -1301,13 +1303,13 @@ def test_a_run_starts_from_another_and_calibration_trains_adapters_alone(tmp_pat
     train.train("rjepa-small", rjepa_config(dim=0, latents=str(here), out_dir=first))
     fields = dict(dim=0, latents=str(wider), init_from=first, n_embd=32, predictor_n_layer=3)  # the network is first's
     train.train("rjepa-calibrate", rjepa_config(out_dir=other, adapters_only=True, **fields))
-    (a, _), (b, config) = train.load_run(first, "cpu"), train.load_run(other, "cpu")
+    (a, _), (b, config) = runs.load_run(first, "cpu"), runs.load_run(other, "cpu")
     assert (config.n_embd, config.predictor_n_layer, config.dim) == (16, 1, 20)
     theirs = b.state_dict()
     for k, v in a.state_dict().items():
-        assert k.startswith(train.ADAPTERS) or torch.equal(v, theirs[k]), k
+        assert k.startswith(runs.ADAPTERS) or torch.equal(v, theirs[k]), k
     torch.manual_seed(1)
-    assert (train.build_model(config).w_in.weight - b.w_in.weight).abs().min() > 0
+    assert (runs.build_model(config).w_in.weight - b.w_in.weight).abs().min() > 0
     with pytest.raises(ValueError, match="dim: 12 there, 20 here"):
         train.train("rjepa-small", rjepa_config(out_dir=more, **fields))
     with pytest.raises(ValueError, match="preset 'quickstart'"):
@@ -1316,12 +1318,12 @@ def test_a_run_starts_from_another_and_calibration_trains_adapters_alone(tmp_pat
         rjepa_config(adapters_only=True)
     assert not Path(more).exists()
     train.train("rjepa-small", rjepa_config(out_dir=more, **fields | {"latents": str(here), "lr": 1e-9}))
-    assert torch.allclose(train.load_run(more, "cpu")[0].w_in.weight, a.w_in.weight, atol=1e-6)
+    assert torch.allclose(runs.load_run(more, "cpu")[0].w_in.weight, a.w_in.weight, atol=1e-6)
 
 
 def test_a_text_run_starts_from_another_with_its_tokenizer(tmp_path, finished):
     run(tmp_path / "next", init_from=str(finished[0]), lr=1e-9, n_synthetic=48, n_embd=64)
-    (a, _), (b, config) = train.load_run(finished[0], "cpu"), train.load_run(tmp_path / "next", "cpu")
+    (a, _), (b, config) = runs.load_run(finished[0], "cpu"), runs.load_run(tmp_path / "next", "cpu")
     assert config.n_embd == 32 and torch.allclose(a.embed.weight, b.embed.weight, atol=1e-6)
     assert (tmp_path / "next/tokenizer.tiktoken").read_bytes() == (finished[0] / "tokenizer.tiktoken").read_bytes()
 
@@ -1392,7 +1394,7 @@ def tiny_llm(family="Llama"):
     net = getattr(transformers, family + {"GPT2": "LMHeadModel"}.get(family, "ForCausalLM"))
     torch.manual_seed(0)
     net = net(config(**SIZES | FAMILIES[family])).eval().requires_grad_(False)
-    return extract.HuggingFaceLLM(net, tokenizer, f"tiny {family}", "none").choose(-2, "last")
+    return llms.HuggingFaceLLM(net, tokenizer, f"tiny {family}", "none").choose(-2, "last")
 
 
 def check_logprobs(means, ids, spans, logits, unwritten=None):
@@ -1448,7 +1450,7 @@ def check_written_latents(llm):
     for question, steps in pairs:
         rows.append(llm.encode(question, steps)[0][len(llm.question_ids(question)):])
     stop = min(llm.stop_ids)
-    found = infer.generate(llm, questions, k=2, temperature=0, max_new_tokens=60, nudge=Dictation(rows, stop))
+    found = llms.generate(llm, questions, k=2, temperature=0, max_new_tokens=60, nudge=Dictation(rows, stop))
     for chain, (question, steps) in zip(found[0] + found[1], pairs, strict=True):
         assert chain["steps"] == steps and chain["is_over"] == steps[-1].startswith("####")
         ids, spans = llm.encode(question, steps)
@@ -1474,10 +1476,10 @@ def test_unit_spans_follow_the_last_visible_character():
     for text in ("".join(tokens), "".join(tokens).encode()):
         ends = torch.tensor([len(t) for t in tokens]).cumsum(0).tolist()
         pieces, units = list(zip([0, *ends], ends, strict=False)), [(0, 5), (6, 14), (17, 21)]
-        assert extract.unit_spans(pieces, text, units) == [(1, 3), (3, 6), (8, 10)]
+        assert llms.unit_spans(pieces, text, units) == [(1, 3), (3, 6), (8, 10)]
         for bad in [(pieces, text, [*units, (15, 17)]), ([(0, 5), *pieces[3:]], text, units)]:  # blank; first token
             with pytest.raises(ValueError, match="no token of its own"):
-                extract.unit_spans(*bad)
+                llms.unit_spans(*bad)
     for question, steps in CHAINS:
         ids, spans = tiny_llm().encode(question, steps)
         assert [tiny_llm().tokenizer.decode(ids[b:e]).strip() for b, e in spans] == [question, *steps] and ids[0] == 0
@@ -1486,7 +1488,7 @@ def test_unit_spans_follow_the_last_visible_character():
 @pytest.fixture(scope="module")
 def run_llm(tmp_path_factory):
     run(folder := tmp_path_factory.mktemp("llm") / "run", answer_context="question", max_steps=1)
-    return extract.load_llm(str(folder), "cpu", layer=-1, pooling="mean")
+    return llms.load_llm(str(folder), "cpu", layer=-1, pooling="mean")
 
 
 def test_a_run_as_llm_reads_question_pred_steps(run_llm, finished):
@@ -1503,7 +1505,7 @@ def test_a_run_as_llm_reads_question_pred_steps(run_llm, finished):
         _, [means] = run_llm.latents([ids], [spans], [(2, "last")], logprobs=True)
         check_logprobs(means, ids, spans, F.linear(full[0], net.embed.weight[:pred].detach()), pred)
     with pytest.raises(ValueError, match="answer_context = question"):
-        extract.load_llm(str(finished[0]), "cpu")
+        llms.load_llm(str(finished[0]), "cpu")
 
 
 @functools.cache
@@ -1545,8 +1547,8 @@ KILLED = """
 import os, signal, sys
 sys.path[:0] = {path!r}
 import pyarrow.parquet, safetensors.torch
-import extract, {module} as t
-llm, chains = extract.load_llm({llm!r}, "cpu"), t.some_chains()[:3]
+import extract, llm as llms, {module} as t
+llm, chains = llms.load_llm({llm!r}, "cpu"), t.some_chains()[:3]
 real, nth, status = os.replace, -1, signal.SIGKILL
 def replace(a, b):
     if len(done) == nth:

@@ -12,7 +12,6 @@ model.safetensors, config.json, state.pt (what resuming needs), log.jsonl and it
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -28,218 +27,25 @@ import torch.distributed as dist
 import config as cfg
 import data
 import latents
-from model import RJEPA, NanoJEPA, alignment, configure_optimizers, estimate_mfu, latent_figures
-
-# ----------------------------------------------------------------------------- devices
-
-RUN_FILES = ["model.safetensors", "config.json", "state.pt", "log.jsonl", "tokenizer.tiktoken", "token_loss_curve.png",
-             "jepa_loss_curve.png", "l1_curve.png", "rank_curve.png"]  # fmt: skip
-
-
-def pick_device(name: str = "auto") -> str:
-    """cuda, mps or cpu, in this order, unless a name is given. Raises ValueError for one this machine lacks."""
-    if name != "auto":
-        try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
-        return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def pick_dtype(name: str, device: str) -> torch.dtype:
-    """bf16 where the hardware computes in it, otherwise fp32."""
-    if name != "auto":
-        return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
-    if device.startswith("cuda"):
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
-
-
-def pick_compile(choice: str, device: str) -> bool:
-    """Whether to torch.compile; says why."""
-    use = choice == "on" or (choice == "auto" and device.startswith("cuda"))
-    why = "asked for" if choice != "auto" else "always pays on CUDA" if use else f"on {device} eager is as fast"
-    say(f"compile {'on' if use else 'off'}: {why}")
-    return use
-
-
-def say(*text):
-    """Prose of rank 0, on stderr."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(*text, file=sys.stderr, flush=True)
-
-
-# ----------------------------------------------------------------------------- run folders
-
-
-def write_atomic(path: Path, write):
-    """write(temporary path), then fsync and rename: `path` holds the old content or the new, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with open(temporary, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
-def build_model(config) -> torch.nn.Module:
-    """The model that a config describes, with fresh weights."""
-    return {cfg.NanoJEPAConfig: NanoJEPA, cfg.RJEPAConfig: RJEPA}[type(config)](config)
-
-
-def load_config(folder) -> tuple:
-    """(preset, config) of a finished run folder, without its weights. Raises as load_run does."""
-    folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} does not exist: {folder} is no finished run of train.py "
-                                    "(the command that started a run also finishes it)")
-    return cfg.from_json((folder / "config.json").read_text(), str(folder / "config.json"))
-
-
-def load_run(folder, device: str = "auto"):
-    """(model in eval mode, config) of any run folder, strictly: every weight present, none left over.
-
-    The config's `preset` is model.preset. Raises FileNotFoundError or ValueError that names the file at fault.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
-    preset, config = load_config(folder)
-    model = build_model(config)
-    try:
-        model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{folder / 'model.safetensors'} does not hold this run's weights: {error}") from None
-    model.preset = preset
-    return model.to(pick_device(device)).eval(), config
-
-
-ADAPTERS = ("w_in.", "w_out.", "h_mean", "h_std", "quantiles")  # what of an RJEPA belongs to one LLM
-
-
-def inherit(config):
-    """Takes over the network fields of the run that config.init_from names. Raises ValueError for another job's."""
-    preset, theirs = load_config(config.init_from)
-    if type(theirs) is not type(config):
-        raise ValueError(f"--init_from {config.init_from}: a run of preset '{preset}', which is another kind of model")
-    for name in cfg.NETWORK[type(config)]:
-        setattr(config, name, getattr(theirs, name))
-
-
-def start_from(model, config):
-    """Loads the weights of the run that config.init_from names; all but the adapters' with config.adapters_only."""
-    source, theirs = load_run(config.init_from, "cpu")
-    weights, adapters_only = source.state_dict(), getattr(config, "adapters_only", False)
-    if adapters_only:
-        weights = {k: v for k, v in weights.items() if not k.startswith(ADAPTERS)}
-    elif isinstance(config, cfg.RJEPAConfig):
-        ours = {k: getattr(config, k) for k in latents.SAME_LLM}
-        latents.check_same_llm(theirs, ours, f"--init_from {config.init_from} (rjepa-calibrate: another LLM)")
-    left = model.load_state_dict(weights, strict=not adapters_only)
-    assert all(k.startswith(ADAPTERS) for k in left.missing_keys) and not left.unexpected_keys
-
-
-def load_tokenizer(folder, config) -> data.Tokenizer:
-    """The tokenizer of a run: its own BPE, or GPT-2's."""
-    path = Path(folder) / "tokenizer.tiktoken"
-    tokenizer = data.gpt2_tokenizer() if config.tokenizer == "gpt2" else data.load_bpe(path)
-    if tokenizer.vocab_size != config.vocab_size:
-        raise ValueError(f"{path} holds {tokenizer.vocab_size} ids, config.json says {config.vocab_size}: damaged")
-    return tokenizer
-
-
-FREE_ON_RESUME = set("""out_dir overwrite device threads log_every save_every data_dir vocab_size
-                        latents llm layer pooling prompt dim""".split())  # second line: follows from a job's identity
-
-
-def open_run(folder: Path, preset: str, config) -> dict | None:
-    """Looks at a run folder: None to start in it, or the training state to continue from. Changes nothing.
-
-    Raises SystemExit for a finished run, another run's folder, foreign files or a damaged state. --overwrite starts
-    again: it replaces this project's files, once all else is ready, and leaves all others.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise SystemExit(f"--out_dir {folder} is a file: choose a folder")
-    here = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
-    ours = set(RUN_FILES) | {name + ".tmp" for name in RUN_FILES}
-    if config.overwrite:
-        return None
-    if "config.json" not in here and here - ours:
-        raise SystemExit(f"{folder} holds files but no config.json: not a run of train.py. "
-                         f"Choose another --out_dir, or --overwrite to write into it")
-    if "config.json" in here:
-        try:
-            old_preset, old = cfg.from_json((folder / "config.json").read_text(), str(folder / "config.json"))
-        except ValueError as error:
-            raise SystemExit(f"{error}. Choose another --out_dir, or --overwrite") from None
-        if type(old) is not type(config):
-            raise SystemExit(f"{folder} is a run of preset '{old_preset}'. Choose another --out_dir, or --overwrite")
-        refuse_changes(folder, {k: v for k, v in cfg.diff(old, config).items() if k not in FREE_ON_RESUME})
-    if "state.pt" not in here:
-        return None  # killed before the first checkpoint
-    try:
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        missing = {"model", "optimizer", "step", "n_steps", "identity"} - set(state)
-    except Exception as error:  # zip, unpickling and end-of-file errors, by the kind of damage
-        raise SystemExit(f"{folder / 'state.pt'} is damaged ({type(error).__name__}: {str(error)[:200]}). "
-                         f"Nothing was changed; --overwrite starts again") from None
-    if missing:
-        raise SystemExit(f"{folder / 'state.pt'} is not a training state (without {', '.join(sorted(missing))})")
-    if state["step"] >= state["n_steps"]:
-        raise SystemExit(f"{folder} is finished ({state['step']} steps). Choose another --out_dir, or --overwrite")
-    return state
-
-
-def refuse_changes(folder: Path, changed: dict):
-    """SystemExit that lists {name: (there, here)} unless it is empty."""
-    if changed:
-        what = ", ".join(f"{k}: {a} there, {b} here" for k, (a, b) in changed.items())
-        raise SystemExit(f"{folder} is a run with other settings ({what}). Choose another --out_dir, or --overwrite")
-
-
-def digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def tokenizer_digest(tokenizer) -> str:
-    return digest(repr(sorted(tokenizer.ranks.items())))
-
-
-def save_plots(folder: Path):
-    """A picture of each loss that log.jsonl has, over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    plots = [
-        ("token_loss_curve.png", "lm_loss", "token loss (nats)", {}),
-        ("jepa_loss_curve.png", "jepa_loss", "1 - cos(pred, answer)", {"predict_mean_loss": "best constant"}),
-        ("l1_curve.png", "l1", "L1 of hidden steps", {"l1_predict_mean": "constant", "l1_copy": "copy a neighbour"}),
-        ("rank_curve.png", "effective_rank", "effective rank", {"target_effective_rank": "targets"}),
-    ]
-    for name, key, title, controls in plots:
-        if not any(key in row for row in log):
-            continue
-        fig, ax = plt.subplots(figsize=(7, 4))
-        for split, k, label in [("train", key, "train"), ("val", key, "val"),
-                                *(("val", k, f"val, {label}") for k, label in controls.items())]:
-            points = [(r["step"], r[k]) for r in log if r["split"] == split and k in r]
-            if points:
-                ax.plot(*zip(*points, strict=True), label=label, linestyle=":" if k != key else None,
-                        marker="." if split == "val" and k == key else None)
-        ax.set(xlabel="step", ylabel=title)
-        ax.grid(alpha=0.3)
-        ax.legend()
-        fig.tight_layout()
-        fig.savefig(folder / name, dpi=110)
-        plt.close(fig)
-
+from model import alignment, configure_optimizers, estimate_mfu, latent_figures
+from runs import (
+    FREE_ON_RESUME,
+    RUN_FILES,
+    build_model,
+    digest,
+    inherit,
+    load_tokenizer,
+    open_run,
+    pick_compile,
+    pick_device,
+    pick_dtype,
+    refuse_changes,
+    save_plots,
+    say,
+    start_from,
+    tokenizer_digest,
+    write_atomic,
+)
 
 # ----------------------------------------------------------------------------- the job
 

