@@ -150,8 +150,8 @@ class RJEPAConfig(RunConfig):
     lambda_infonce: float = 0.1  # InfoNCE over the target steps of the batch
     lambda_own: float = 0.1  # InfoNCE over the steps of the chain itself
     lambda_reconstruction: float = 0.1  # L1 of W_out(z_pred) to the LLM's standardised latent
-    lambda_margin: float = 0.0  # hinge: a counterfactual chain's error should be larger by `margin`
-    margin: float = 0.1  # in units of the L1 error
+    lambda_margin: float = 0.0  # softplus(-gap / margin): a counterfactual chain's error should be the higher one
+    margin: float = 0.1  # in units of the L1 error: a gap of a few times this is enough
     tau: float = 0.07  # temperature of both InfoNCE terms
     hard_negatives: bool = True  # counterfactual versions of the step among InfoNCE's negatives, where there are any
     target_encoder: Literal["ema", "copy", "online"] = "ema"  # EMA copy; plain copy; the encoder itself with gradient

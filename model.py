@@ -520,6 +520,7 @@ class RJEPA(nn.Module):
         self.w_in, self.w_out = nn.Linear(D, C), nn.Linear(C, D)
         encoder = Transformer(config.n_layer, config.n_head, C, config.dropout)
         self.jepa = JEPA(encoder, Predictor(C, config.predictor_n_layer, config.n_head, config.predictor_n_embd))
+        self.w_in_target = frozen_copy(self.w_in)  # belongs to the target encoder, as I-JEPA's patch embedding does
         if config.adapters_only:
             self.jepa.requires_grad_(False)
 
@@ -538,15 +539,14 @@ class RJEPA(nn.Module):
     def positions(self, h):
         return torch.arange(h.shape[1], device=h.device).expand(h.shape[:2])
 
-    def targets(self, h, is_real):
-        """Layer-normed target latents [B, S, C] of standardised latents h [B, S, D]."""
+    def targets(self, h, is_real, online: bool = False):
+        """Layer-normed target latents [B, S, C] of standardised latents h [B, S, D]; online: with gradient."""
         positions = self.positions(h) if self.config.target_positions else torch.zeros_like(self.positions(h))
-        if self.config.target_encoder != "online" or not torch.is_grad_enabled():
-            with torch.no_grad():
-                return self.jepa.targets(self.w_in(h).float(), positions, is_real)
-        # ablation: no stop-gradient
-        z = self.jepa.encode(self.jepa.context_encoder, self.w_in(h).float(), positions, is_real)
-        return F.layer_norm(z.float(), z.shape[-1:])
+        if online:
+            z = self.jepa.encode(self.jepa.context_encoder, self.w_in(h).float(), positions, is_real)
+            return F.layer_norm(z.float(), z.shape[-1:])
+        with torch.no_grad():
+            return self.jepa.targets(self.w_in_target(h).float(), positions, is_real)
 
     def predict(self, h, is_visible, is_target):
         """z_pred [N, C] fp32 of the N targets from the visible ones of standardised latents h [B, S, D]."""
@@ -559,7 +559,8 @@ class RJEPA(nn.Module):
         With counterfactuals: wrong_h [B, S, D], is_wrong bool [B, S]: the steps that differ from h's.
         """
         cfg, h, is_target = self.config, self.standardize(batch["h"]), batch["is_target"]
-        z_all = self.targets(h, batch["is_real"])  # (B, S, C)
+        online = cfg.target_encoder == "online" and torch.is_grad_enabled()  # ablation: no stop-gradient
+        z_all = self.targets(h, batch["is_real"], online)  # (B, S, C)
         z_pred, z_target = self.predict(h, batch["is_visible"], is_target), z_all[is_target]  # (N, C)
         l1 = (z_pred - z_target).abs().mean(-1)  # (N,)
         parts = {"l1": l1.mean()}
@@ -581,9 +582,14 @@ class RJEPA(nn.Module):
         parts["reconstruction"] = (self.w_out(z_pred.to(h.dtype)) - h[is_target]).abs().mean()
         parts["margin"] = l1.new_zeros(())
         if wrong is not None and cfg.lambda_margin > 0 and has_wrong.any():
-            # the counterfactual chain under the same mask: its error should exceed the true chain's
-            wrong_l1 = (self.predict(wrong_h, batch["is_visible"], is_target) - wrong).abs().mean(-1)
-            parts["margin"] = F.relu(cfg.margin + l1 - wrong_l1)[has_wrong].mean()
+            # the counterfactual chain under the same mask should have the higher mean error; its target learns too
+            def error(x, z_pred):
+                return (z_pred - self.targets(x, batch["is_real"], online=True)[is_target]).abs().mean(-1)
+
+            gap = error(wrong_h, self.predict(wrong_h, batch["is_visible"], is_target)) - error(h, z_pred)
+            at = F.one_hot(chain[has_wrong], len(h)).to(gap.dtype)  # (targets that differ, B)
+            gap, n = gap[has_wrong] @ at, at.sum(0)
+            parts["margin"] = F.softplus(-gap[n > 0] / n[n > 0] / cfg.margin).mean()
         loss = parts["l1"] + sum(getattr(cfg, f"lambda_{k}") * v for k, v in parts.items() if k != "l1")
         return {"loss": loss, **parts}
 
@@ -626,8 +632,10 @@ class RJEPA(nn.Module):
         return (1 - torch.searchsorted(q, energy.contiguous()).float() / (len(q) - 1)).clamp(0, 1)
 
     def update_target(self, momentum: float):
+        momentum = momentum if self.config.target_encoder == "ema" else 0.0
+        update_target(self.w_in_target, self.w_in, momentum)
         if not self.config.adapters_only:
-            self.jepa.update_target(momentum if self.config.target_encoder == "ema" else 0.0)
+            self.jepa.update_target(momentum)
 
     def flops_per_token(self, T: float) -> float:
         """Forward and backward of encoder, predictor and adapters, and the target encoder's forward, a latent."""

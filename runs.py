@@ -104,7 +104,7 @@ def load_run(folder, device: str = "auto"):
     return model.to(pick_device(device)).eval(), config
 
 
-ADAPTERS = ("w_in.", "w_out.", "h_mean", "h_std", "quantiles")  # what of an RJEPA belongs to one LLM
+ADAPTERS = ("w_in.", "w_in_target.", "w_out.", "h_mean", "h_std", "quantiles")  # what of an RJEPA belongs to one LLM
 
 
 def inherit(config):
