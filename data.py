@@ -21,8 +21,9 @@ from model import answer_row, pad_rows, pool_weights, question_row
 
 # ----------------------------------------------------------------------------- problems
 
-SOURCES = {  # dataset: hub name, configuration
-    "gsm8k": ("openai/gsm8k", "main"),
+SOURCES = {  # dataset: hub name, configuration, its question, its answer
+    "gsm8k": ("openai/gsm8k", "main", "{question}", "{answer}"),
+    "svamp": ("ChilleD/SVAMP", None, "{Body} {Question}", "{Answer}"),
 }
 VAL_EVERY = 20  # GSM8K has no validation split: every 20th training problem is held out as one
 
@@ -71,7 +72,7 @@ def read_local(dataset: str, split: str, data_dir: str) -> list[dict]:
 def read_hub(dataset: str, split: str) -> list[dict]:
     import datasets
 
-    name, configuration = SOURCES[dataset]
+    name, configuration, question, answer = SOURCES[dataset]
     try:
         rows = datasets.load_dataset(name, configuration, split=split)
     except Exception as error:  # offline, not cached, unknown host: the library raises many kinds for one cause
@@ -80,7 +81,7 @@ def read_hub(dataset: str, split: str) -> list[dict]:
             f"  - online: unset HF_HUB_OFFLINE and run again, it is fetched once and cached\n"
             f"  - offline: --data_dir FOLDER with {split}.jsonl (lines with \"question\" and \"answer\")\n"
             f"  - without any data: --dataset synthetic") from None
-    return [{"question": r["question"], "answer": r["answer"]} for r in rows]
+    return [{"question": question.format_map(r), "answer": answer.format_map(r)} for r in rows]
 
 
 def answer_text(problem: dict, kind: str) -> str:

@@ -37,7 +37,7 @@ class Args:
     """A run and the problems to look at: test problems of the run's own data set unless told otherwise."""
 
     run: Annotated[str, tyro.conf.Positional]  # a run folder of train.py
-    dataset: Literal["", "gsm8k", "synthetic"] = ""  # empty: the run's own
+    dataset: Literal["", "gsm8k", "svamp", "synthetic"] = ""  # empty: the run's own
     split: Literal["train", "val", "test"] = "test"
     data_dir: str = ""  # as in train.py; empty: the run's own
     limit: int = 0  # number of problems; 0: all there are, 256 synthetic ones
@@ -140,6 +140,8 @@ def mean_logprob(row: dict) -> float:
     """Mean logprob of a chain's step tokens (not the question's); NaN where the latents have none."""
     if row["logprobs"] is None:
         return float("nan")
+    if not row["steps"]:
+        return -1e3
     return float(np.average(row["logprobs"][1:], weights=row["n_tokens"][1:]))
 
 

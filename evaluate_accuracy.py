@@ -13,7 +13,6 @@ import functools
 import json
 import statistics
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +37,7 @@ class Args(eval_alignment.Args):
 
     k: int = 1  # candidates per problem: 1 is greedy, more are sampled
     temperature: float = 0.8  # of the samples
+    top_p: float = 0.95  # of an R-JEPA's LLM
     max_new_tokens: int = 256
     batch_size: int = 128  # candidates generated at a time
     candidates: str = ""  # R-JEPA: a jsonl file of labelled candidates to pick from
@@ -74,13 +74,20 @@ def generate(model, tokenizer, examples, args) -> list[list[str]]:
     return [texts[i : i + args.k] for i in range(0, len(texts), args.k)]
 
 
-def majority(texts: list[str]) -> int:
-    """Index of the first candidate with the most frequent answer; one without an answer never votes."""
-    votes = Counter(v for t in texts if (v := verify.answer_value(t)) is not None)
+def majority(texts: list[str], weights=None) -> int:
+    """Index of the heaviest candidate with the answer of the largest total weight (1 each unless given).
+
+    Answers count by value; a text without one never votes.
+    """
+    values, weights = [verify.answer_value(t) for t in texts], np.ones(len(texts)) if weights is None else weights
+    votes = {}
+    for value, weight in zip(values, weights, strict=True):
+        if value is not None:
+            votes[value] = votes.get(value, 0.0) + weight
     if not votes:
         return 0
-    winner = votes.most_common(1)[0][0]
-    return next(i for i, t in enumerate(texts) if verify.answer_value(t) == winner)
+    winner = max(votes, key=votes.get)
+    return max((i for i, value in enumerate(values) if value == winner), key=lambda i: weights[i])
 
 
 def pairwise(scores: np.ndarray, right: np.ndarray) -> float | None:
@@ -184,16 +191,52 @@ def balanced_pairwise(scores, right, sources) -> float | None:
     return float(np.mean(both)) if both else None
 
 
+def contrast_scores(config, x: np.ndarray) -> np.ndarray | None:
+    """Scores [n] of a linear contrast fitted on the run's own training latents, each chain against its counterfactual.
+
+    The control for the energy margin: the same pairs, no world model. None where those latents are not at hand.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    if not (Path(config.latents) / "manifest.json").is_file():
+        return None
+    train, _ = latents.training_chains(*latents.load_latents(config.latents), config.latents)
+    pairs = [(chain_features(r["h"]), chain_features(r["wrong_h"])) for r in train if "wrong_h" in r]
+    if not pairs:
+        return None
+    right, wrong = (np.stack(side) for side in zip(*pairs, strict=True))
+    scale = right.std(0) + 1e-3
+    gap = (right - wrong) / scale
+    fitted = LogisticRegression(C=1e-2, fit_intercept=False, max_iter=500)
+    fitted.fit(np.concatenate((gap, -gap)), np.repeat([1, 0], len(gap)))
+    return x / scale @ fitted.coef_[0]
+
+
+def chain_features(z: torch.Tensor) -> np.ndarray:
+    """A chain's latents [1 + S, D] -> what the linear controls see of it: last step, mean of the steps, question."""
+    return torch.cat((z[-1], z[1:].mean(0) if len(z) > 1 else z[0], z[0])).float().numpy()
+
+
+def candidate_folder(config, args) -> Path:
+    """Latents of the candidates that the arguments name: given, in a file, or written by the run's LLM."""
+    if args.latents:
+        return Path(args.latents)
+    if args.candidates:
+        return extract.latents_of_file(config, "candidates", args.candidates, device=args.device, limit=args.limit)
+    dataset = args.dataset or config.dataset
+    return extract.written_for(config, eval_alignment.held_out(args, config), dataset, args.split, args)
+
+
 def evaluate_candidates(run: str, args) -> dict:
-    """Ways of picking one of the labelled candidates of each question -> {"n", "k", "random", "oracle", "methods"}.
+    """Ways of picking one of a question's labelled candidates -> {"n", "k", "random", "oracle", "methods"}.
 
     `energy` is the mean leave-one-out energy, `energy_last` that of the last step alone, which with nothing after it
-    is its next-step energy too; `combined` adds it to the mean logprob. The probe and the weights of `combined` are
-    fitted on the labels of other questions of the same file.
+    is its next-step energy too; `combined` adds the first to the mean logprob. Votes of `majority_energy` weigh as
+    much as the chain's coherence, those of `majority_combined` as much as it is likely to be right. The probe and the
+    weights of `combined` are fitted on the labels of other questions; `contrast` sees no label.
     """
     model, config = infer.load_world_model(run, args.device)
-    folder = Path(args.latents) if args.latents else extract.latents_of_file(
-        config, "candidates", args.candidates, device=args.device, limit=args.limit)
+    folder = candidate_folder(config, args)
     rows, manifest = latents.load_latents(folder)
     latents.check_same_llm(config, manifest, f"{run} and {folder}")
     # a tie goes to the first of a question's candidates: their order in the file must not decide
@@ -206,29 +249,36 @@ def evaluate_candidates(run: str, args) -> dict:
     members = [np.flatnonzero(question == q) for q in range(len(ids))]
 
     def energy_scores(world_model):
+        """A chain without steps scores below all others."""
         found = infer.energies(world_model, h)
-        by_mode = {mode: -np.array([float(e[mode].mean()) for e in found]) for mode in world_model.ENERGIES}
-        return by_mode | {"last": -np.array([float(e["leave_one_out"][-1]) for e in found])}
+        by_mode = {mode: np.array([-float(e[mode].mean()) if len(e[mode]) else -np.inf for e in found])
+                   for mode in world_model.ENERGIES}
+        last = np.array([-float(e["leave_one_out"][-1]) if len(e["leave_one_out"]) else -np.inf for e in found])
+        scores = by_mode | {"last": last}
+        return {k: np.maximum(s, s[np.isfinite(s)].min() - 1) for k, s in scores.items()}, found
 
-    ours = energy_scores(model)
+    ours, found = energy_scores(model)
     logprob = np.array([eval_alignment.mean_logprob(r) for r in rows])
     shortest = -np.array([sum(r["n_tokens"][1:]) for r in rows], dtype=float)
-    pooled = np.stack([torch.cat((z[-1], z[1:].mean(0))).float().numpy() for z in h])
+    features = np.stack([chain_features(z) for z in h])
+    fitted = functools.partial(cross_validated, right=right, question=question, folds=args.folds, seed=args.seed)
     scores = {"shortest": shortest, "logprob": logprob, "energy": ours["leave_one_out"],
               "energy_next_step": ours["next_step"], "energy_last": ours["last"],
-              "combined": cross_validated(np.stack((logprob, ours["last"]), 1), right, question, args.folds, args.seed,
-                                          1.0),
-              "probe": cross_validated(pooled, right, question, args.folds, args.seed, 1e-3)}
+              "combined": fitted(np.stack((logprob, ours["leave_one_out"]), 1), C=1.0),
+              "combined_last": fitted(np.stack((logprob, ours["last"]), 1), C=1.0),
+              "probe": fitted(features, C=1e-3)}
+    if (contrast := contrast_scores(config, features)) is not None:
+        scores["contrast"] = contrast
     torch.manual_seed(args.seed)
     untrained = build_model(config).to(model.h_mean.device).eval()
     untrained.fit_standardize(torch.cat(h))
-    scores["untrained"], scores["untrained_last"] = (energy_scores(untrained)[k] for k in ("leave_one_out", "last"))
+    scores["untrained"], scores["untrained_last"] = (energy_scores(untrained)[0][k] for k in ("leave_one_out", "last"))
     for other in args.also:
         theirs, their_config = infer.load_world_model(other, args.device)
         latents.check_same_llm(their_config, manifest, other)
-        found = energy_scores(theirs)
+        theirs, _ = energy_scores(theirs)
         for name, mode in (("energy", "leave_one_out"), ("energy_next_step", "next_step"), ("energy_last", "last")):
-            scores[f"{name} {Path(other).name}"] = found[mode]
+            scores[f"{name} {Path(other).name}"] = theirs[mode]
 
     sources = [[rows[i]["source"] for i in m] for m in members]
     truth = [right[m] for m in members]
@@ -236,8 +286,13 @@ def evaluate_candidates(run: str, args) -> dict:
                  for s in {r["source"] for r in rows}}
     random, oracle = float(np.mean([t.mean() for t in truth])), float(np.mean([t.any() for t in truth]))
     picks = {name: np.array([m[s[m].argmax()] for m in members]) for name, s in scores.items()}
-    votes = [majority([rows[i]["steps"][-1] for i in m]) for m in members]
-    picks["majority"] = np.array([m[v] for m, v in zip(members, votes, strict=True)])
+    answers = [rows[i]["steps"][-1] if rows[i]["steps"] else "" for i in range(len(rows))]
+    coherence = np.array([float(model.coherence(e["leave_one_out"].to(model.quantiles.device)).mean())
+                          if len(e["leave_one_out"]) else 0.0 for e in found])
+    likely = 1 / (1 + np.exp(-scores["combined"]))
+    for name, weights in (("majority", np.ones(len(rows))), ("majority_energy", coherence + 1e-6),
+                          ("majority_combined", likely)):
+        picks[name] = np.array([m[majority([answers[i] for i in m], weights[m])] for m in members])
 
     figures = functools.partial(method_figures, random=random, oracle=oracle, seed=args.seed)
     methods = {"random": figures([t.mean() for t in truth])}
@@ -253,8 +308,8 @@ def main():
     args = tyro.cli(Args)
     try:
         is_rjepa = isinstance(load_config(args.run)[1], RJEPAConfig)
-        if is_rjepa and not args.candidates and not args.latents:
-            raise ValueError(f"{args.run} is an R-JEPA run: name --candidates FILE")
+        if is_rjepa and not args.candidates and not args.latents and args.k == 1:
+            raise ValueError(f"{args.run} is an R-JEPA run: --candidates FILE, or --dataset X --k K with K > 1")
         if (args.candidates or args.latents) and not is_rjepa:
             raise ValueError(f"--candidates needs an R-JEPA run; {args.run} is none")
         result = (evaluate_candidates if is_rjepa else evaluate_run)(args.run, args)

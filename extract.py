@@ -23,9 +23,11 @@ from typing import Literal
 import torch
 import tyro
 
+import data
 import latents
+import verify
 from config import check
-from llm import LLM, load_llm
+from llm import LLM, generate, load_llm
 from runs import digest, say, write_atomic
 
 # ----------------------------------------------------------------------------- the folder
@@ -52,9 +54,8 @@ def extract(llm: LLM, chains: list[dict], out: Path, description: dict, wanted: 
         coded.append((ids, spans))
         tokens += len(ids)
     text = json.dumps([[c["id"], c["question"], c["steps"]] for c in chains])
-    common = {"schema": latents.SCHEMA, "llm": llm.name, "dtype": llm.dtype, "quantization": llm.quantization,
-              "tokenizer": llm.tokenizer_hash, "prompt": llm.prompt, "logprobs": logprobs, "shard_size": shard_size,
-              "token_budget": token_budget, **description, "chains_hash": digest(text)}
+    common = common_header(llm, logprobs, {**description, "shard_size": shard_size, "token_budget": token_budget,
+                                           "chains_hash": digest(text)})
     folders = {}
     for layer, pooling in wanted:
         folder = out if len(wanted) == 1 else out / f"layer{layer}-{pooling}"
@@ -62,10 +63,7 @@ def extract(llm: LLM, chains: list[dict], out: Path, description: dict, wanted: 
     if not overwrite and all([inspect_folder(folder, header) for folder, header in folders.values()]):
         raise SystemExit(f"{out} is finished. Choose another --out, or --overwrite")
     for folder, _ in folders.values():
-        folder.mkdir(parents=True, exist_ok=True)
-        if overwrite:
-            for path in [folder / "manifest.json", folder / "index.parquet", *folder.glob("shard-*.safetensors")]:
-                path.unlink(missing_ok=True)
+        prepare(folder, overwrite)
 
     progress = None
     if sys.stderr.isatty():
@@ -98,6 +96,63 @@ def extract(llm: LLM, chains: list[dict], out: Path, description: dict, wanted: 
     seconds = time.time() - began
     return {"chains": len(chains), "steps": sum(len(c["steps"]) for c in chains), "tokens": tokens,
             "tokens_per_s": round(done_tokens / max(seconds, 1e-9))}
+
+
+def common_header(llm: LLM, logprobs: bool, description: dict) -> dict:
+    """What every shard and the manifest say of latents, whatever the layer and pooling."""
+    return {"schema": latents.SCHEMA, "llm": llm.name, "dtype": llm.dtype, "quantization": llm.quantization,
+            "tokenizer": llm.tokenizer_hash, "prompt": llm.prompt, "logprobs": logprobs, **description}
+
+
+def extract_written(llm: LLM, problems: list[dict], out: Path, dataset: str, split: str, k: int, temperature: float,
+                    top_p: float, seed: int, max_new_tokens: int, overwrite: bool = False) -> dict:
+    """Writes the latents of k chains that the LLM writes for each problem -> {"chains", "steps", "tokens", ...}.
+
+    Taken while it writes, at its layer and pooling, with logprobs; `is_valid` says whether the answer is right. A
+    shard holds some problems' chains, their texts too, so that an interrupted run goes on with the next shard.
+    """
+    text = json.dumps([[p["id"], p["question"], p["answer"]] for p in problems])
+    header = common_header(llm, True, {
+        "dataset": dataset, "split": split, "layer": llm.layer, "pooling": llm.pooling,
+        "dim": llm.latent_dim(llm.pooling), "k": k, "temperature": temperature, "top_p": top_p, "seed": seed,
+        "max_new_tokens": max_new_tokens, "chains_hash": digest(text)})
+    if not overwrite and inspect_folder(out, header):
+        raise SystemExit(f"{out} is finished. Choose another --out, or --overwrite")
+    prepare(out, overwrite)
+    began, tokens, records, per_shard = time.time(), 0, [], max(1, 64 // k)
+    for number, start in enumerate(range(0, len(problems), per_shard)):
+        part, path = problems[start : start + per_shard], out / latents.shard_name(number)
+        if not path.is_file():
+            chains = generate(llm, [p["question"] for p in part], k, temperature, top_p, seed, max_new_tokens)
+            rows, h, means, at = [], [], [], 0
+            for p, written in zip(part, chains, strict=True):
+                truth = data.answer_text(p, "final")
+                for i, c in enumerate(written):
+                    answer = c["steps"][-1] if c["steps"] else ""
+                    chain = {"id": f"{p['id']}/{i}", "question": p["question"], "steps": c["steps"], "answer": answer,
+                             "source": llm.name, "is_valid": verify.check_answer(answer, truth)}
+                    rows.append(latents.record(chain, p["id"], split) | {
+                        "n_tokens": [len(llm.question_ids(p["question"])), *c["n_tokens"]], "shard": number,
+                        "start": at, "end": at + len(c["h"])})
+                    at += len(c["h"])
+                    h.append(c["h"])
+                    means.append([0.0, *c["logprobs"]])
+                    tokens += sum(c["n_tokens"])
+            latents.write_shard(path, h, means, header, write_atomic, rows)
+            say(f"{start + len(part):,} of {len(problems):,} problems, {tokens / (time.time() - began):.0f} tokens/s")
+        records += latents.read_shard(path)[1]["records"]
+    latents.write_index(out, records, header, write_atomic)
+    return {"chains": len(records), "steps": sum(len(r["steps"]) for r in records), "tokens": tokens,
+            "right": sum(r["is_valid"] for r in records) / max(1, len(records)),
+            "tokens_per_s": round(tokens / max(time.time() - began, 1e-9))}
+
+
+def prepare(folder: Path, overwrite: bool):
+    """Makes the folder; with overwrite it loses what extraction wrote there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if overwrite:
+        for path in [folder / "manifest.json", folder / "index.parquet", *folder.glob("shard-*.safetensors")]:
+            path.unlink(missing_ok=True)
 
 
 def run_shard(llm, coded, ids, wanted, logprobs, token_budget):
@@ -150,7 +205,7 @@ class Args:
 
     llm: str = "smollm2"  # Hugging Face name or folder, GGUF file, or a run folder of this project
     out: str = "out/latents/new"  # folder to write
-    dataset: Literal["gsm8k", "synthetic"] = "gsm8k"  # its own worked solutions, as chains
+    dataset: Literal["gsm8k", "svamp", "synthetic"] = "gsm8k"  # its own worked solutions, as chains
     split: Literal["train", "val", "test"] = "train"  # `train` of gsm8k is the whole file, val chains marked as such
     data_dir: str = ""  # as in train.py
     counterfactual: bool = False  # also each chain with one step made wrong and the rest consistent with it
@@ -160,6 +215,10 @@ class Args:
     layer: tuple[int, ...] = (-2,)  # index into hidden_states; several: one folder each
     pooling: tuple[Literal["mean", "last", "both"], ...] = ("last",)  # over a step's tokens; several: one folder each
     prompt: str = ""  # around every question: few_shot, a file or a text with {question} in it; empty: nothing
+    generate: int = 0  # write this many chains for each problem instead of reading its own solution; with logprobs
+    temperature: float = 0.8  # of what is written; 0: greedy
+    top_p: float = 0.95
+    max_new_tokens: int = 256
     logprobs: bool = False  # mean logprob of each step's tokens as well; runs all layers and the LM head
     quantize: Literal["none", "nf4"] = "none"  # load the LLM in 4 bits (CUDA, bitsandbytes)
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # the LLM's; auto: bf16 where the hardware computes in it
@@ -173,14 +232,18 @@ class Args:
     overwrite: bool = False  # start again in a finished or foreign folder (replaces shards, index, manifest)
 
     def __post_init__(self):
-        for name in ("shard_size", "token_budget"):
+        for name in ("shard_size", "token_budget", "max_new_tokens"):
             check(self, name, getattr(self, name) > 0, "must be positive")
-        for name in ("limit", "seed", "threads"):
+        for name in ("limit", "seed", "threads", "generate"):
             check(self, name, getattr(self, name) >= 0, "must not be negative")
         check(self, "layer", bool(self.layer) and bool(self.pooling), "needs at least one layer and pooling")
         files = [x for x in (self.chains, self.candidates, self.step_errors) if x]
-        if len(files) > 1:
-            raise ValueError("give one of --chains, --candidates, --step_errors")
+        if len(files) + bool(self.generate) > 1:
+            raise ValueError("give one of --chains, --candidates, --step_errors, --generate")
+        if self.generate and (len(self.layer), len(self.pooling)) != (1, 1):
+            raise ValueError("--generate takes one --layer and one --pooling")
+        check(self, "temperature", self.temperature >= 0, "must not be negative")
+        check(self, "top_p", 0 < self.top_p <= 1, "must lie in (0, 1]")
 
 
 def latents_of_file(config, kind: str, path: str, device: str = "auto", limit: int = 0) -> Path:
@@ -197,19 +260,43 @@ def latents_of_file(config, kind: str, path: str, device: str = "auto", limit: i
     return folder
 
 
+def written_for(config, problems: list[dict], dataset: str, split: str, args) -> Path:
+    """The folder with args.k chains that an R-JEPA's LLM writes for each problem; written where it is not there yet."""
+    what = [[p["id"], p["question"]] for p in problems], config.prompt, args.top_p, args.max_new_tokens
+    name = (f"written-{dataset}-{split}-{len(problems)}-{Path(config.llm).name}-layer{config.layer}-{config.pooling}"
+            f"-k{args.k}-t{args.temperature}-seed{args.seed}-{digest(json.dumps(what))[:6]}")
+    folder = Path("out/latents") / name
+    if not (folder / "manifest.json").is_file():
+        llm = load_llm(config.llm, args.device, layer=config.layer, pooling=config.pooling).set_prompt(config.prompt)
+        say(f"{args.k} chains for {len(problems):,} problems -> {folder}")
+        extract_written(llm, problems, folder, dataset, split, args.k, args.temperature, args.top_p, args.seed,
+                        args.max_new_tokens)
+    return folder
+
+
 def main(argv=None):
     args = tyro.cli(Args, args=argv)
     try:
         if args.threads:
             torch.set_num_threads(args.threads)
-        chains, description = latents.chains_to_extract(args)
-        llm = load_llm(args.llm, args.device, args.dtype, args.quantize).set_prompt(args.prompt)
-        wanted = sorted({(llm.layer_index(layer), pooling) for layer in args.layer for pooling in args.pooling})
         out = Path(args.out)
-        say(f"{len(chains):,} chains, {llm.name} ({llm.dtype}, {llm.quantization}) on {llm.device}, "
-            + ", ".join(f"layer {layer} {pooling}" for layer, pooling in wanted) + f" -> {out}")
-        result = extract(llm, chains, out, description, wanted, args.logprobs, args.shard_size, args.token_budget,
-                         args.overwrite)
+        if args.generate:
+            problems = data.load_problems(args.dataset, args.split, args.data_dir, args.limit, args.seed,
+                                          args.max_problem_steps)
+            llm = load_llm(args.llm, args.device, args.dtype, args.quantize, args.layer[0], args.pooling[0])
+            say(f"{args.generate} chains for {len(problems):,} problems, {llm.name} on {llm.device} -> {out}")
+            result = extract_written(llm.set_prompt(args.prompt), problems, out, args.dataset, args.split,
+                                     args.generate, args.temperature, args.top_p, args.seed, args.max_new_tokens,
+                                     args.overwrite)
+            wanted = [(llm.layer, llm.pooling)]
+        else:
+            chains, description = latents.chains_to_extract(args)
+            llm = load_llm(args.llm, args.device, args.dtype, args.quantize).set_prompt(args.prompt)
+            wanted = sorted({(llm.layer_index(layer), pooling) for layer in args.layer for pooling in args.pooling})
+            say(f"{len(chains):,} chains, {llm.name} ({llm.dtype}, {llm.quantization}) on {llm.device}, "
+                + ", ".join(f"layer {layer} {pooling}" for layer, pooling in wanted) + f" -> {out}")
+            result = extract(llm, chains, out, description, wanted, args.logprobs, args.shard_size,
+                             args.token_budget, args.overwrite)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     layers = sorted({layer for layer, _ in wanted})

@@ -134,8 +134,12 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     return total.hexdigest()
 
 
-def write_shard(path: Path, latents: list[torch.Tensor], logprobs: list[list[float] | None], header: dict, write):
-    """One shard from its chains' latents [1 + S, D]; `write` is runs.write_atomic."""
+def write_shard(path: Path, latents: list[torch.Tensor], logprobs: list[list[float] | None], header: dict, write,
+                records: list[dict] | None = None):
+    """One shard from its chains' latents [1 + S, D]; `write` is runs.write_atomic.
+
+    records: what the index needs to know of chains whose text is nowhere else; kept in the header.
+    """
     from safetensors.torch import save_file
 
     h = torch.cat(latents).bfloat16()
@@ -144,7 +148,8 @@ def write_shard(path: Path, latents: list[torch.Tensor], logprobs: list[list[flo
     if header["logprobs"]:
         tensors["logprobs"] = torch.tensor([v for values in logprobs for v in values])
     # one entry: safetensors writes several in an order that differs from process to process
-    metadata = {"header": json.dumps(header | {"sha256": digest(tensors)})}
+    header = header | {"sha256": digest(tensors)} | ({} if records is None else {"records": records})
+    metadata = {"header": json.dumps(header)}
     write(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
@@ -252,7 +257,8 @@ def load_latents(folder, where: str = "") -> tuple[list[dict], dict]:
         if row["shard"] not in shards:
             path = folder / shard_name(row["shard"])
             tensors, header = read_shard(path)
-            if wrong := [k for k in sorted({*header, *SAME_LLM} - {"sha256"}) if header.get(k, "") != manifest.get(k)]:
+            names = sorted({*header, *SAME_LLM} - {"sha256", "records"})
+            if wrong := [k for k in names if header.get(k, "") != manifest.get(k)]:
                 raise ValueError(f"{path} is of another extraction than manifest.json ({', '.join(wrong)} differ)")
             if tensors["h"].shape[1] != manifest["dim"]:
                 raise ValueError(f"{path} has width {tensors['h'].shape[1]}, manifest.json says {manifest['dim']}")
