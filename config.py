@@ -175,6 +175,46 @@ class RJEPAConfig(RunConfig):
         check(self, "adapters_only", not self.adapters_only or bool(self.init_from), "needs --init_from RUN")
 
 
+@dataclass
+class GuideConfig(RunConfig):
+    """NUDGE's guidance head over a frozen LLM and a frozen R-JEPA (init_from), on that run's verified chains."""
+
+    n_hidden: int = 256  # width of the head
+    lambda_bias: float = 1e-3  # weight of the bias's mean square
+    z_dim: int = 0  # width of the R-JEPA's predictions; the run stores it
+    h_dim: int = 0  # width of the LLM's states; the run stores it
+    vocab_size: int = 0  # the LLM's; the run stores it
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, "n_hidden", self.n_hidden > 0, "must be positive")
+        check(self, "lambda_bias", self.lambda_bias >= 0, "must not be negative")
+
+
+@dataclass
+class SpeakConfig(RunConfig):
+    """A Speaker that puts the latents of a frozen R-JEPA (init_from) into words, on that run's verified chains."""
+
+    tokenizer: Literal["gpt2", "bpe"] = "bpe"  # a BPE is trained on the chains' steps
+    vocab_size: int = 2048  # size of the trained BPE with its special ids; the run stores the true size
+    n_layer: int = 4  # decoder blocks
+    n_head: int = 4  # attention heads
+    n_embd: int = 256  # width
+    dropout: float = 0.1  # on embeddings and residual branches
+    block_size: int = 128  # longest step in tokens; longer ones are cut
+    context_dim: int = 0  # width of the latents; the run stores it
+    predicted_share: float = 0.5  # share of the examples that speak from the predicted latent, the rest from the true
+    neighbours: bool = True  # whether it also reads the encoded question and the other steps
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in "n_layer n_head n_embd block_size".split():
+            check(self, name, getattr(self, name) > 0, "must be positive")
+        check(self, "n_head", self.n_embd % (2 * self.n_head) == 0, f"must divide n_embd={self.n_embd} into even parts")
+        for name in ("dropout", "predicted_share"):
+            check(self, name, 0 <= getattr(self, name) <= 1, "must lie in [0, 1]")
+
+
 # fields that a run takes over from the one it starts from: they say which weights there are and what they mean
 NETWORK = {
     NanoJEPAConfig: """tokenizer vocab_size block_size n_layer n_head n_embd answer_context pooling standardize_target
@@ -229,6 +269,11 @@ PRESETS = {
         init_from="out/rjepa-small", adapters_only=True, batch_size=128, epochs=15.0, weight_decay=0.05,
         eval_every=200, save_every=200,
     ),
+    # NUDGE's head and PLAN's Speaker for an R-JEPA run; --init_from names it
+    "rjepa-guide": GuideConfig(
+        init_from="out/rjepa-small", batch_size=8, epochs=1.0, weight_decay=0.01, eval_every=100, val_problems=64,
+    ),
+    "rjepa-speak": SpeakConfig(init_from="out/rjepa-small", batch_size=64, epochs=10.0, eval_every=200),
     # the same for this project's own LLM, `python train.py student-small`
     "rjepa-student": RJEPAConfig(
         dataset="synthetic", n_synthetic=9000, max_problem_steps=4, llm="out/student-small", batch_size=128,
@@ -277,7 +322,7 @@ def from_json(text: str, where: str):
         preset, job = fields.pop("preset"), fields.pop("job")
     except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{where} is not a run's config.json ({error!r})") from None
-    jobs = {c.__name__: c for c in (NanoJEPAConfig, RJEPAConfig)}
+    jobs = {c.__name__: c for c in (NanoJEPAConfig, RJEPAConfig, GuideConfig, SpeakConfig)}
     if not isinstance(job, str) or job not in jobs:
         raise ValueError(f"{where}: unknown job '{job}'; this version knows {', '.join(jobs)}")
     names = {f.name for f in dataclasses.fields(jobs[job])}

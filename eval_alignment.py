@@ -136,15 +136,6 @@ def ranking_figures(score: np.ndarray, is_valid: np.ndarray, group: list[str]) -
             "auroc_within": float(np.mean(within)) if within else None}
 
 
-def mean_logprob(row: dict) -> float:
-    """Mean logprob of a chain's step tokens (not the question's); NaN where the latents have none."""
-    if row["logprobs"] is None:
-        return float("nan")
-    if not row["steps"]:
-        return -1e3
-    return float(np.average(row["logprobs"][1:], weights=row["n_tokens"][1:]))
-
-
 @torch.no_grad()
 def step_retrieval(model, rows: list[dict], seed: int, n_candidates: int = 100) -> dict:
     """A hidden middle step among n_candidates, the chain's other steps among them: is it the step or the topic?
@@ -213,7 +204,7 @@ def evaluate_rjepa(run: str, args) -> dict:
         for name, reduce in (("mean", torch.mean), ("max", torch.amax), ("last", lambda e: e[-1])):
             score = np.array([-float(reduce(e[mode])) for e in found])
             result[mode if name == "mean" else f"{mode}_{name}"] = ranking_figures(score, is_valid, group)
-    logprob = np.array([mean_logprob(r) for r in rows])
+    logprob = np.array([infer.mean_logprob(r) for r in rows])
     by_logprob = {} if np.isnan(logprob).any() else ranking_figures(logprob, is_valid, group)
     loo = result["leave_one_out"]
     result |= {"logprob": by_logprob, "auroc_correct": loo["auroc"], "auroc_logprob": by_logprob.get("auroc")}

@@ -148,33 +148,6 @@ def evaluate_run(run: str, args) -> dict:
 # ----------------------------------------------------------------------------- labelled candidates
 
 
-def centred(x: np.ndarray, question: np.ndarray) -> np.ndarray:
-    """x [n, F] less its mean over the candidates of a question [n]."""
-    out = x.astype(float)
-    for q in np.unique(question):
-        out[question == q] -= out[question == q].mean(0)
-    return out
-
-
-def cross_validated(x: np.ndarray, right: np.ndarray, question: np.ndarray, folds: int, seed: int, C: float):
-    """Scores [n] of a logistic regression on x [n, F], centred within questions, always fitted on other questions."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import StandardScaler
-
-    x, scores, folds = centred(x, question), np.zeros(len(x)), min(folds, int(question.max()) + 1)
-    if folds < 2:
-        raise ValueError("candidates of at least two questions are needed: raise --limit")
-    fold_of = np.random.default_rng(seed).permutation(question.max() + 1) % folds
-    for fold in range(folds):
-        held_out = fold_of[question] == fold
-        if right[~held_out].all() or not right[~held_out].any():
-            continue  # one label alone: nothing to fit, all scores stay equal
-        scale = StandardScaler().fit(x[~held_out])
-        fitted = LogisticRegression(C=C, max_iter=500).fit(scale.transform(x[~held_out]), right[~held_out])
-        scores[held_out] = fitted.decision_function(scale.transform(x[held_out]))
-    return scores
-
-
 def balanced_pairwise(scores, right, sources) -> float | None:
     """`pairwise` with every direction of every pair of sources counted alike. scores, right, sources: rows a question.
 
@@ -258,10 +231,10 @@ def evaluate_candidates(run: str, args) -> dict:
         return {k: np.maximum(s, s[np.isfinite(s)].min() - 1) for k, s in scores.items()}, found
 
     ours, found = energy_scores(model)
-    logprob = np.array([eval_alignment.mean_logprob(r) for r in rows])
+    logprob = np.array([infer.mean_logprob(r) for r in rows])
     shortest = -np.array([sum(r["n_tokens"][1:]) for r in rows], dtype=float)
     features = np.stack([chain_features(z) for z in h])
-    fitted = functools.partial(cross_validated, right=right, question=question, folds=args.folds, seed=args.seed)
+    fitted = functools.partial(infer.cross_validated, right=right, question=question, folds=args.folds, seed=args.seed)
     scores = {"shortest": shortest, "logprob": logprob, "energy": ours["leave_one_out"],
               "energy_next_step": ours["next_step"], "energy_last": ours["last"],
               "combined": fitted(np.stack((logprob, ours["leave_one_out"]), 1), C=1.0),

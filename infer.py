@@ -11,14 +11,19 @@ states of later steps have read the hidden one. Its coherence is the share of ve
 import json
 import sys
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import tyro
 
+import extract
 import latents
-from llm import LLM, load_llm
-from runs import load_run
+import verify
+from config import check
+from llm import LLM, HuggingFaceLLM, generate, load_llm
+from runs import load_run, load_tokenizer, write_atomic
 
 # ----------------------------------------------------------------------------- functions to import
 
@@ -79,6 +84,244 @@ def score(model, llm: LLM, question: str, steps: list[str]) -> dict:
             "suspect": int(loo.argmax()) + 1, "steps": rows}
 
 
+# ----------------------------------------------------------------------------- RERANK
+
+
+def centred(x: np.ndarray, question: np.ndarray) -> np.ndarray:
+    """x [n, F] less its mean over the candidates of a question [n]."""
+    out = x.astype(float)
+    for q in np.unique(question):
+        out[question == q] -= out[question == q].mean(0)
+    return out
+
+
+def cross_validated(x: np.ndarray, right: np.ndarray, question: np.ndarray, folds: int, seed: int, C: float):
+    """Scores [n] of a logistic regression on x [n, F], centred within questions, always fitted on other questions."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    x, scores, folds = centred(x, question), np.zeros(len(x)), min(folds, int(question.max()) + 1)
+    if folds < 2:
+        raise ValueError("candidates of at least two questions are needed: raise --limit")
+    fold_of = np.random.default_rng(seed).permutation(question.max() + 1) % folds
+    for fold in range(folds):
+        held_out = fold_of[question] == fold
+        if right[~held_out].all() or not right[~held_out].any():
+            continue  # one label alone: nothing to fit, all scores stay equal
+        scale = StandardScaler().fit(x[~held_out])
+        fitted = LogisticRegression(C=C, max_iter=500).fit(scale.transform(x[~held_out]), right[~held_out])
+        scores[held_out] = fitted.decision_function(scale.transform(x[held_out]))
+    return scores
+
+
+def mean_logprob(row: dict) -> float:
+    """Mean logprob of a chain's step tokens, not the question's. NaN where the latents have none, low without steps."""
+    if row["logprobs"] is None:
+        return float("nan")
+    if not row["steps"]:
+        return -1e3
+    return float(np.average(row["logprobs"][1:], weights=row["n_tokens"][1:]))
+
+
+def chain_energy(found: dict[str, torch.Tensor]) -> float:
+    """Mean leave-one-out energy of a chain, as `energies` gives it; infinite without steps."""
+    return float(found["leave_one_out"].mean()) if len(found["leave_one_out"]) else float("inf")
+
+
+def fit_weights(model, rows: list[dict], seed: int = 1, folds: int = 5) -> dict:
+    """alpha and beta of RERANK from labelled candidates (rows of latents.load_latents with logprobs).
+
+    Logistic regression of right on logprob and -energy, both centred within their question. -> {"alpha", "beta", "n"
+    (questions), "accuracy", "random", "logprob"}: accuracies of picking, for the weights by cross-validation.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    rows = [r for r in rows if r["steps"]]
+    ids = {name: i for i, name in enumerate(dict.fromkeys(r["problem_id"] for r in rows))}
+    question, right = np.array([ids[r["problem_id"]] for r in rows]), np.array([r["is_valid"] for r in rows])
+    logprob = np.array([mean_logprob(r) for r in rows])
+    if np.isnan(logprob).any():
+        raise ValueError("the candidates' latents hold no logprobs: extract with --logprobs")
+    if right.all() or not right.any():
+        raise ValueError("right and wrong candidates are needed, these are all of one kind")
+    x = np.stack((logprob, [-chain_energy(e) for e in energies(model, [r["h"] for r in rows])]), 1)
+    inside = centred(x, question)
+    scale = inside.std(0)
+    weights = LogisticRegression().fit(inside / scale, right).coef_[0] / scale
+
+    members = [np.flatnonzero(question == q) for q in ids.values()]
+
+    def accuracy(score):
+        return float(np.mean([right[m[score[m].argmax()]] for m in members]))
+
+    return {"alpha": float(weights[0]), "beta": float(weights[1]), "n": len(ids),
+            "accuracy": accuracy(cross_validated(x, right, question, folds, seed, 1.0)),
+            "random": float(np.mean([right[m].mean() for m in members])), "logprob": accuracy(logprob)}
+
+
+def rerank(model, chains: list[dict], alpha: float, beta: float) -> list[dict]:
+    """Chains of llm.generate -> the same, best first, each with its energy, score, answer and arithmetic.
+
+    score = alpha * mean logprob + beta * (-energy). `arithmetic` is the gate's word on the steps' equations, without
+    knowing the answer: "" where they all hold, else why not.
+    """
+    ranked = []
+    for chain, found in zip(chains, energies(model, [c["h"] for c in chains]), strict=True):
+        energy = chain_energy(found) if chain["steps"] else None
+        wrong = [v.reason for s in chain["steps"] if not (v := verify.check_step(s)).is_valid]
+        answer = verify.extract_answer(chain["steps"][-1]) if chain["steps"] else None
+        ranked.append({"steps": chain["steps"], "answer": answer, "logprob": chain["logprob"], "energy": energy,
+                       "score": None if energy is None else alpha * chain["logprob"] - beta * energy,
+                       "arithmetic": wrong[0] if wrong else ""})
+    return sorted(ranked, key=lambda c: -float("inf") if c["score"] is None else c["score"], reverse=True)
+
+
+# ----------------------------------------------------------------------------- NUDGE
+
+
+def load_beside(run: str, folder: str, kind: str, device: str):
+    """The Guidance (`guide`) or Speaker (`speak`) of an R-JEPA run: (model, config, folder).
+
+    Raises ValueError that says which command makes the one that is missing.
+    """
+    folder = folder or f"{run}-{kind}"
+    command = f"python train.py rjepa-{kind} --init_from {run}"
+    if not (Path(folder) / "model.safetensors").is_file():
+        raise ValueError(f"{folder} holds no finished run: {command}")
+    model, config = load_run(folder, device)
+    if type(model).__name__ != {"guide": "Guidance", "speak": "Speaker"}[kind]:
+        raise ValueError(f"{folder} is a run of preset '{model.preset}': {command}")
+    return model, config, folder
+
+
+class Nudge:
+    """NUDGE for llm.generate: the predicted next step, renewed whenever one has ended, pulls at what is written.
+
+    With a Guidance `guide`: logits + alpha * bias. Without: h + alpha * (z - h) at the LLM's layer, z the prediction in
+    the LLM's space (`hidden`). alpha = 0 changes nothing at all.
+    """
+
+    def __init__(self, model, llm: LLM, alpha: float, guide=None):
+        if not 0 <= alpha <= 100:
+            raise ValueError(f"--alpha {alpha}: must lie in [0, 100]")
+        if guide is None and llm.layer == llm.n_layer:
+            raise ValueError("nudging the hidden state needs a layer below the last: there is nothing above it")
+        self.model, self.llm, self.alpha, self.guide = model, llm, alpha, guide
+
+    def predict(self, chains: list[torch.Tensor]) -> torch.Tensor:
+        return self.model.predict_next(*latents.pad_latents(chains, self.model.h_mean.device))
+
+    def begin(self, writing: list):
+        self.z = dict(zip(writing, self.predict([row.question_latent[None] for row in writing]), strict=True))
+
+    def step_ended(self, row):
+        self.z[row] = self.predict([row.chain()["h"]])[0]
+
+    def logits(self, logits, h, active):
+        if self.guide is None or self.alpha == 0:
+            return logits
+        return logits + self.alpha * self.guide.bias(torch.stack([self.z[row] for row in active]), h)
+
+    def blend(self, active):
+        if self.guide is not None or self.alpha == 0:
+            return None
+        target = self.model.to_llm(torch.stack([self.z[row] for row in active]))
+        return self.alpha, target[:, -self.llm.dim :]  # of mean and last, the last: one token's state
+
+
+# ----------------------------------------------------------------------------- PLAN
+
+
+def insert_slot(h: torch.Tensor, at: int) -> torch.Tensor:
+    """Latents [1 + S, D] with an empty slot as step `at`, 1 … S + 1."""
+    return torch.cat((h[:at], h.new_zeros(1, h.shape[1]), h[at:]))
+
+
+@torch.no_grad()
+def slot_latents(model, chains: list[torch.Tensor], slots: list[int]):
+    """What is predicted for an empty slot inserted in each chain: RJEPA.around's context, allowed, offsets."""
+    h, is_real = latents.pad_latents([insert_slot(z, at) for z, at in zip(chains, slots, strict=True)],
+                                     model.h_mean.device)
+    return model.around(h, is_real, torch.tensor(slots, device=h.device))[:3]
+
+
+def find_gap(model, h: torch.Tensor, quantile: float = 0.9) -> tuple[int | None, list[float], float]:
+    """(step before which something seems to be missing or None, next-step energies, threshold) of latents [1 + S, D].
+
+    A gap is the step with the highest next-step energy, if that is above the `quantile` of verified steps' energies.
+    """
+    e = energies(model, [h])[0]["next_step"]
+    threshold = float(model.quantiles[1, round(quantile * (model.quantiles.shape[1] - 1))])
+    worst = int(e.argmax())
+    return (worst + 1 if float(e[worst]) > threshold else None), e.tolist(), threshold
+
+
+def nearest_steps(model, folder: str, z_pred: torch.Tensor, k: int = 3) -> list[dict]:
+    """The k verified training steps whose latents are nearest (cosine, standardised) to a prediction [C]."""
+    rows = [r for r in latents.load_latents(folder)[0] if r["is_valid"] and r["split"] == "train"]
+    h = torch.cat([r["h"][1:] for r in rows]).to(model.h_mean.device)
+    texts = [s for r in rows for s in r["steps"]]
+    cos = torch.cosine_similarity(model.standardize(h), model.w_out(z_pred.to(model.h_mean.dtype))[None], dim=1)
+    found, seen = [], set()
+    for i in cos.argsort(descending=True).tolist():
+        if texts[i] not in seen:
+            seen.add(texts[i])
+            found.append({"text": texts[i], "cos": float(cos[i])})
+        if len(found) == k:
+            break
+    return found
+
+
+def next_line(llm: LLM, question: str, steps: list[str], hints: list[str], max_new_tokens: int) -> str:
+    """What the LLM writes as the step after `steps`, greedily; hints stand first where it takes a prompt."""
+    prompt = llm.prompt
+    if hints and isinstance(llm, HuggingFaceLLM):
+        before, _, after = (prompt or "{question}\n").partition("{question}")
+        llm.set_prompt(before + "Steps of similar solutions:\n" + "\n".join(hints) + "\n\n{question}" + after)
+    try:
+        found = generate(llm, [question], 1, 0.0, 1.0, 1, max_new_tokens, started=steps, one_step=True)
+    finally:
+        if llm.prompt != prompt:
+            llm.set_prompt(prompt)
+    return found[0][0]["steps"][0] if found[0][0]["steps"] else ""
+
+
+def plan(model, llm: LLM, question: str, steps: list[str], decode: str = "speaker", speaker=None, tokenizer=None,
+         memory: str = "", at: int = 0, slots: int = 1, quantile: float = 0.9, max_new_tokens: int = 64) -> dict:
+    """Finds where steps are missing, fills up to `slots` of them, says whether the chain now holds together.
+
+    at: the 1-based step before which to insert; 0: where `find_gap` says. decode: `speaker` (from the predicted latent)
+    or `llm` (prompted with question, steps so far and the nearest verified steps of `memory`, a folder of latents).
+    -> {"steps", "filled": [{"step", "text", "nearest", "valid", "reason"}], "gap", "threshold", "next_step_energies",
+    "energy_before", "energy_after", "decode"}.
+    """
+    steps, filled, before, gap = list(steps), [], None, None
+    for _ in range(slots):
+        h = llm.step_latents(question, steps)
+        found, following, threshold = find_gap(model, h, quantile)
+        if before is None:
+            before, gap, first = chain_energy(energies(model, [h])[0]), found, following
+        position = at + len(filled) if at else found
+        if position is None:
+            break
+        context, allowed, offsets = slot_latents(model, [h], [position])
+        nearest = nearest_steps(model, memory, context[0, 0]) if memory else []
+        if decode == "speaker":
+            text = tokenizer.decode(speaker.generate(context, allowed, offsets, max_new_tokens)[0])
+        else:
+            text = next_line(llm, question, steps[: position - 1], [n["text"] for n in nearest], max_new_tokens)
+        text = " ".join(text.split())
+        if not text:
+            break
+        verdict = verify.check_step(text)
+        steps.insert(position - 1, text)
+        filled.append({"step": position, "text": text, "nearest": nearest, "valid": verdict.is_valid,
+                       "reason": verdict.reason})
+    after = chain_energy(energies(model, [llm.step_latents(question, steps)])[0])
+    return {"steps": steps, "filled": filled, "gap": gap, "threshold": threshold, "next_step_energies": first,
+            "energy_before": before, "energy_after": after, "decode": decode}
+
+
 # ----------------------------------------------------------------------------- command line
 
 
@@ -111,7 +354,139 @@ def run_score(args: Score) -> dict:
     return {"n": len(found), **{k: sum(f[k] for f in found) / len(found) for k in ("energy", "coherence")}}
 
 
-COMMANDS = {"score": (Score, run_score)}
+@dataclass
+class Writing:
+    """What commands that let the run's LLM write have in common."""
+
+    run: Annotated[str, tyro.conf.Positional]  # an R-JEPA run folder
+    question: str = ""
+    temperature: float = 0.8  # 0: greedy
+    top_p: float = 0.95
+    max_new_tokens: int = 256
+    seed: int = 1
+    llm: str = ""  # where the run's LLM lies, if not under the name it was trained with
+    device: str = "auto"
+
+    def __post_init__(self):
+        check(self, "temperature", self.temperature >= 0, "must not be negative")
+        check(self, "top_p", 0 < self.top_p <= 1, "must lie in (0, 1]")
+        check(self, "max_new_tokens", self.max_new_tokens > 0, "must be positive")
+
+    def load(self):
+        """(model, config, LLM). Raises ValueError for an empty question before anything is loaded."""
+        check(self, "question", bool(self.question.strip()), "is empty: give the text of the problem")
+        model, config = load_world_model(self.run, self.device)
+        return model, config, llm_of(config, self.llm, self.device)
+
+
+@dataclass
+class Rerank(Writing):
+    """K candidates for a question, ranked; or, with --fit, the weights of the ranking from labelled candidates."""
+
+    k: int = 4  # candidates
+    alpha: float | None = None  # weight of the mean logprob; empty: as fitted
+    beta: float | None = None  # weight of the energy; empty: as fitted
+    fit: str = ""  # a jsonl file of labelled candidates, or a folder of their latents: fits alpha and beta for the run
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, "k", self.k > 0, "must be positive")
+        for name in ("alpha", "beta"):
+            value = getattr(self, name)
+            check(self, name, value is None or 0 <= value < float("inf"), "must be 0 or more, and finite")
+
+
+def run_rerank(args: Rerank) -> dict:
+    path = Path(args.run) / "rerank.json"
+    if args.fit:
+        model, config = load_world_model(args.run, args.device)
+        folder = Path(args.fit)
+        if not folder.is_dir():
+            folder = extract.latents_of_file(config, "candidates", args.fit, device=args.device)
+        rows, manifest = latents.load_latents(folder)
+        latents.check_same_llm(config, manifest, f"{args.run} and {folder}")
+        fitted = fit_weights(model, rows, args.seed)
+        write_atomic(path, lambda p: p.write_text(json.dumps(fitted) + "\n"))
+        return {"fitted": str(path), **fitted}
+    weights = {"alpha": args.alpha, "beta": args.beta}
+    if None in weights.values():
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist: infer.py rerank {args.run} --fit FILE makes it, or give --alpha "
+                             "and --beta")
+        fitted = json.loads(path.read_text())
+        weights = {k: fitted[k] if v is None else v for k, v in weights.items()}
+    model, _, llm = args.load()
+    chains = generate(llm, [args.question], args.k, args.temperature, args.top_p, args.seed, args.max_new_tokens)[0]
+    return {"question": args.question, **weights, "candidates": rerank(model, chains, **weights)}
+
+
+@dataclass
+class NudgeArgs(Writing):
+    """One chain written with the predicted next step pulling at it, beside the LLM's own."""
+
+    alpha: float = 0.5  # strength; 0: the LLM's own tokens
+    nudge: Literal["bias", "hidden"] = "bias"  # a guidance head's bias on the logits, or a pull on the hidden state
+    guide: str = ""  # the head's run folder; empty: RUN-guide
+    temperature: float = 0.0  # 0: greedy
+
+
+def run_nudge(args: NudgeArgs) -> dict:
+    guide = load_beside(args.run, args.guide, "guide", args.device)[0] if args.nudge == "bias" else None
+    model, config, llm = args.load()
+    if guide is not None and (guide.config.z_dim, guide.config.h_dim) != (config.n_embd, llm.dim):
+        raise ValueError(f"the guidance head is for another R-JEPA or LLM: train.py rjepa-guide --init_from {args.run}")
+    common = (llm, [args.question], 1, args.temperature, args.top_p, args.seed, args.max_new_tokens)
+    result = {"question": args.question, "alpha": args.alpha, "nudge": args.nudge}
+    for name, alpha in (("own", 0.0), ("nudged", args.alpha)):
+        chain = generate(*common, nudge=Nudge(model, llm, alpha, guide))[0][0]
+        energy = chain_energy(energies(model, [chain["h"]])[0]) if chain["steps"] else None
+        result[name] = {"steps": chain["steps"], "logprob": chain["logprob"], "energy": energy}
+    return result
+
+
+@dataclass
+class Plan:
+    """Finds and fills a gap in a chain."""
+
+    run: Annotated[str, tyro.conf.Positional]  # an R-JEPA run folder
+    question: str = ""
+    steps: tuple[str, ...] = ()  # one text a step
+    at: int = 0  # the 1-based step before which something is missing; 0: find it
+    slots: int = 1  # steps to insert, at most
+    decode: Literal["speaker", "llm"] = "speaker"  # who puts the predicted step into words
+    speaker: str = ""  # the Speaker's run folder; empty: RUN-speak
+    memory: str = ""  # folder of latents whose nearest verified steps are shown; empty: the run's own, if it is there
+    quantile: float = 0.9  # a gap is a next-step energy above this quantile of verified steps' energies
+    max_new_tokens: int = 64
+    llm: str = ""  # where the run's LLM lies, if not under the name it was trained with
+    device: str = "auto"
+
+    def __post_init__(self):
+        check(self, "slots", 1 <= self.slots <= 16, "must lie in [1, 16]")
+        check(self, "at", 0 <= self.at <= len(self.steps) + 1, f"must lie in [0, {len(self.steps) + 1}]")
+        check(self, "quantile", 0 <= self.quantile <= 1, "must lie in [0, 1]")
+        check(self, "max_new_tokens", self.max_new_tokens > 0, "must be positive")
+
+
+def run_plan(args: Plan) -> dict:
+    if not args.question.strip() or not args.steps or not all(s.strip() for s in args.steps):
+        raise ValueError("plan needs --question and --steps, none of them empty")
+    model, config = load_world_model(args.run, args.device)
+    speaker, tokenizer = None, None
+    if args.decode == "speaker":
+        speaker, speak_config, folder = load_beside(args.run, args.speaker, "speak", args.device)
+        tokenizer = load_tokenizer(folder, speak_config)
+        if speak_config.context_dim != config.n_embd:
+            raise ValueError(f"{folder} is for another R-JEPA: train.py rjepa-speak --init_from {args.run}")
+    memory = args.memory or (config.latents if (Path(config.latents) / "manifest.json").is_file() else "")
+    llm = llm_of(config, args.llm, args.device)
+    return {"question": args.question, **plan(model, llm, args.question, list(args.steps), args.decode, speaker,
+                                              tokenizer, memory, args.at, args.slots, args.quantile,
+                                              args.max_new_tokens)}
+
+
+COMMANDS = {"score": (Score, run_score), "rerank": (Rerank, run_rerank), "nudge": (NudgeArgs, run_nudge),
+            "plan": (Plan, run_plan)}
 
 
 def main(argv=None):
@@ -129,6 +504,11 @@ def main(argv=None):
             mark = " <- suspect" if i == result["suspect"] else ""
             print(f"{i:3}  energy {s['energy']:.3f}  next {s['next_step_energy']:.3f}  coherence {s['coherence']:.2f}  "
                   f"{s['text'][:80]}{mark}")
+    for c in result.get("candidates", []):
+        head = "nothing written" if not c["steps"] else (
+            f"score {c['score']:.3f}  logprob {c['logprob']:.3f}  energy {c['energy']:.3f}  "
+            f"{c['arithmetic'] or 'arithmetic holds'}")
+        print("\n    ".join([head, *c["steps"]]))
     print(json.dumps(result, allow_nan=False))
 
 

@@ -331,9 +331,13 @@ class Batches(data.Batches):
     def measure(self, config) -> np.ndarray:
         return np.array([len(c["h"]) for c in self.examples])
 
+    def chains(self, index: int) -> tuple[list[dict], np.random.Generator]:
+        """The chains of a batch, and a generator that follows from its index."""
+        return super().__call__(index), np.random.default_rng([self.seed, 1, index])
+
     def __call__(self, index: int, device=None) -> dict:
-        rng = np.random.default_rng([self.seed, 1, index])
-        return collate(super().__call__(index), self.config, rng, device)
+        chains, rng = self.chains(index)
+        return collate(chains, self.config, rng, device)
 
     def shuffle(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng([self.seed, epoch])

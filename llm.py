@@ -118,6 +118,11 @@ class LLM:
 
     unwritten = -100  # a token that is read and never written: it has no logprob
     prompt, prompt_ids, after = "", [], "\n"  # `set_prompt`; tokens before every question, text after it
+    blend = None  # (alpha, target [B, D]) while `advance` runs: see there
+
+    def blended(self, h):
+        alpha, target = self.blend
+        return h + alpha * (target[:, None].to(h) - h)
 
     def check_room(self, rows, room: int):
         """Raises ValueError where prompt, question and `room` new tokens are more than the context."""
@@ -241,6 +246,10 @@ class HuggingFaceLLM(LLM):
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     @property
+    def vocab_size(self) -> int:
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    @property
     def stop_ids(self) -> set[int]:
         ends = self.model.generation_config.eos_token_id
         return {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id} - {None}
@@ -264,10 +273,17 @@ class HuggingFaceLLM(LLM):
         return logits.repeat_interleave(k, dim=0), [z[T - len(row) :] for z, row in zip(h, rows, strict=True)], memory
 
     @torch.no_grad()
-    def advance(self, tokens: torch.Tensor, memory: Memory):
-        """The next token [B] of every row -> (logits [B, V] of the one after it, its state [B, D] at `layer`)."""
+    def advance(self, tokens: torch.Tensor, memory: Memory, blend=None):
+        """The next token [B] of every row -> (logits [B, V] of the one after it, its state [B, D] at `layer`).
+
+        blend: (alpha, target [B, D]) moves that state to h + alpha * (target - h) before the layers above read it.
+        """
+        self.blend = blend
         memory.is_real = F.pad(memory.is_real, (0, 1), value=True)
-        logits, h = self.read(tokens[:, None], memory.position[:, None], memory)
+        try:
+            logits, h = self.read(tokens[:, None], memory.position[:, None], memory)
+        finally:
+            self.blend = None
         memory.position = memory.position + 1
         return logits, h[:, 0]
 
@@ -289,9 +305,14 @@ class HuggingFaceLLM(LLM):
 
         def reader(layer):
             def read(module, args, kwargs):
-                seen[layer] = args[0] if args else kwargs["hidden_states"]
+                h = args[0] if args else kwargs["hidden_states"]
+                if self.blend is not None:
+                    h = self.blended(h)
+                    args, kwargs = ((h, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": h})
+                seen[layer] = h
                 if layer == last and not to_the_end:
                     raise Stop
+                return args, kwargs
             return read
 
         final = None
@@ -350,6 +371,10 @@ class RunLLM(LLM):
         return self.tokenizer.decode(ids)
 
     @property
+    def vocab_size(self) -> int:
+        return self.model.pred_id
+
+    @property
     def stop_ids(self) -> set[int]:
         return {self.model.eos_id}
 
@@ -367,8 +392,12 @@ class RunLLM(LLM):
         return logits.repeat_interleave(k, dim=0), [z[: len(row)] for z, row in zip(h, rows, strict=True)], memory
 
     @torch.no_grad()
-    def advance(self, tokens, memory):
-        logits, h = self.read(tokens[:, None], memory, at=torch.zeros_like(memory.position))
+    def advance(self, tokens, memory, blend=None):
+        self.blend = blend
+        try:
+            logits, h = self.read(tokens[:, None], memory, at=torch.zeros_like(memory.position))
+        finally:
+            self.blend = None
         memory.position = memory.position + 1
         return logits, h[:, 0]
 
@@ -384,7 +413,13 @@ class RunLLM(LLM):
         seen, hooks = {}, []
         for layer in layers - {self.n_layer}:
             block = self.model.transformer.blocks[layer]
-            hooks.append(block.register_forward_pre_hook(lambda m, args, layer=layer: seen.update({layer: args[0]})))
+
+
+            def read(module, args, layer=layer):
+                seen[layer] = args[0] if self.blend is None else self.blended(args[0])
+                return (seen[layer], *args[1:])
+
+            hooks.append(block.register_forward_pre_hook(read))
         final = self.model.transformer(self.model.embed(idx), **(cached or {"is_causal": True}))
         seen[self.n_layer] = final
         for hook in hooks:
@@ -542,18 +577,21 @@ class Row:
         n = [end - begin for begin, end in spans]
         total = sum(m * c for m, c in zip(means, n, strict=True)) / max(1, sum(n))
         return {"steps": steps, "h": torch.stack(pooled).cpu(), "logprobs": means, "n_tokens": n,
-                "logprob": total if steps else float("-inf"), "is_over": is_over}
+                "logprob": total if steps else None, "is_over": is_over}
 
 
 @torch.no_grad()
 def generate(llm: LLM, questions: list[str], k: int = 1, temperature: float = 0.8, top_p: float = 0.95,
-             seed: int = 1, max_new_tokens: int = 256, nudge=None) -> list[list[dict]]:
-    """k chains for each question, with their latents and logprobs, as `Row.chain` gives them.
+             seed: int = 1, max_new_tokens: int = 256, nudge=None, started: list[str] = (), one_step: bool = False):
+    """k chains for each question, with their latents and logprobs: a list of k of Row.chain's dicts for each.
 
     A question is read once for all its candidates. Candidate i of a question follows from (seed, question, i) up to
-    the rounding of a batch. temperature 0 is greedy. nudge: see `Nudge`.
+    the rounding of a batch. temperature 0 is greedy. nudge: see infer.Nudge. With `started`, steps that are there
+    already, only what follows them is written and returned, with one_step a single step of it.
     """
     rows = [llm.question_ids(q) for q in questions]
+    if started:
+        rows = [llm.encode(q, [*started, "#"])[0][: llm.encode(q, [*started, "#"])[1][-1][0]] for q in questions]
     logits, prompts, memory = llm.begin(rows, k, max_new_tokens)
     writing, generators, current = [], [], []
     for question, row, h in zip(questions, rows, prompts, strict=True):
@@ -572,13 +610,14 @@ def generate(llm: LLM, questions: list[str], k: int = 1, temperature: float = 0.
         biased = logits if nudge is None else nudge.logits(logits, h, active)
         tokens = sample(biased, temperature, top_p, [generators[i] for i in chosen])
         logprob = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
-        logits, h = llm.advance(tokens, memory, *(() if nudge is None else nudge.blend(active)))
+        logits, h = llm.advance(tokens, memory, None if nudge is None else nudge.blend(active))
         keep = []
         for j, (row, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
             if token in llm.stop_ids:
                 continue
             if row.append(token, h[j], logprob[j]):
-                if written_steps(row.text)[2]:
+                steps, _, is_over = written_steps(row.text)
+                if is_over or (one_step and steps):
                     continue
                 if nudge is not None:
                     nudge.step_ended(row)

@@ -613,6 +613,33 @@ class RJEPA(nn.Module):
         z_pred = torch.cat(out) if out else h.new_zeros(0, self.config.n_embd)
         return chain, step, z_pred, self.targets(h, is_real)
 
+    @torch.no_grad()
+    def predict_next(self, h, is_real):
+        """z_pred [B, C] of the step that would follow each chain: latents h [B, S, D] as extracted, is_real [B, S]."""
+        h, is_real = F.pad(self.standardize(h), (0, 0, 0, 1)), F.pad(is_real, (0, 1))
+        is_target = torch.arange(h.shape[1], device=h.device) == is_real.sum(1, keepdim=True)
+        return self.predict(h, is_real, is_target)
+
+    @torch.no_grad()
+    def around(self, h, is_real, step):
+        """What a Speaker reads to say step [B] of each chain, h [B, S, D] and is_real [B, S], in which it is hidden.
+
+        -> (context [B, 1 + S, C]: the predicted latent, then the context encoder's, allowed [B, 1 + S], offsets
+        [B, 1 + S] to the step, the true latent [B, C]).
+        """
+        h, position = self.standardize(h), self.positions(h)
+        is_target = position == step[:, None]
+        visible = is_real & ~is_target
+        z_context = self.jepa.encode(self.jepa.context_encoder, self.w_in(h).float(), position, visible)
+        z_pred = self.predict(h, visible, is_target)[:, None]
+        allowed = torch.cat((torch.ones_like(visible[:, :1]), visible), dim=1)
+        offsets = torch.cat((torch.zeros_like(position[:, :1]), position - step[:, None]), dim=1)
+        return torch.cat((z_pred, z_context.float()), dim=1), allowed, offsets, self.targets(h, is_real)[is_target]
+
+    def to_llm(self, z_pred):
+        """Latents in the LLM's own space [N, D], through W_out, of predictions [N, C]."""
+        return self.w_out(z_pred.to(self.h_mean.dtype)) * self.h_std + self.h_mean
+
     def energy(self, h, is_real, mode: str = "leave_one_out"):
         """Energy [B, S] of every step: its L1 error in target space. NaN at position 0 and at padding.
 
@@ -644,6 +671,116 @@ class RJEPA(nn.Module):
         encoder = sum(p.numel() for p in self.jepa.target_encoder.parameters())
         attention = 16 * cfg.n_layer * cfg.n_embd + 12 * cfg.predictor_n_layer * cfg.predictor_n_embd
         return 6 * trained + 2 * encoder + attention * T
+
+
+class Guidance(nn.Module):
+    """NUDGE's head: a bias over the LLM's vocabulary from the predicted next step and the state of the current token.
+
+    Trained with LLM and R-JEPA frozen: cross-entropy of logits + bias, plus lambda_bias times the mean square of bias.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.norm_z, self.norm_h = nn.RMSNorm(config.z_dim), nn.RMSNorm(config.h_dim)
+        self.fc = nn.Linear(config.z_dim + config.h_dim, config.n_hidden)
+        self.out = nn.Linear(config.n_hidden, config.vocab_size)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)  # no bias, so the LLM's own words, before the first step of training
+
+    def bias(self, z_pred, h):
+        """z_pred [M, C], h [M, D] -> [M, V]."""
+        x = torch.cat((self.norm_z(z_pred.float()), self.norm_h(h.float())), dim=-1)
+        return self.out(F.gelu(self.fc(x)))
+
+    def forward(self, batch: dict) -> dict:
+        """z_pred [M, C], h [M, D], logits [M, V] of the LLM, targets [M] -> {"loss", "ce", "ce_llm", "bias"}."""
+        bias, logits = self.bias(batch["z_pred"], batch["h"]).float(), batch["logits"].float()
+        parts = {"ce": F.cross_entropy(logits + bias, batch["targets"]), "bias": bias.square().mean(),
+                 "ce_llm": F.cross_entropy(logits, batch["targets"])}
+        return {"loss": parts["ce"] + self.config.lambda_bias * parts["bias"], **parts}
+
+    def n_params(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def update_target(self, momentum: float):
+        """No target encoder."""
+
+    def flops_per_token(self, T: float) -> float:
+        return 6 * self.n_params()
+
+
+class Speaker(nn.Module):
+    """A causal decoder that puts vectors into words: cross-attention to a context [B, T_ctx, context_dim].
+
+    Trained with cross-entropy, whatever makes the context frozen. [EOS] opens and closes a text and is the last but
+    one id of the vocabulary. `offsets` [B, T_ctx] say where a context vector lies relative to what is spoken.
+    """
+
+    MAX_OFFSET = 8
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, C = config, config.n_embd
+        self.eos_id = config.vocab_size - 2
+        self.embed = nn.Embedding(-(-config.vocab_size // 64) * 64, C)  # tied with the output
+        self.transformer = Transformer(config.n_layer, config.n_head, C, config.dropout, cross=True)
+        self.offset = nn.Embedding(2 * self.MAX_OFFSET + 1, C)
+        self.project = nn.Linear(config.context_dim, C)
+        init_weights(self, config.n_layer)
+
+    def n_params(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def prepare(self, context, offsets=None):
+        """Context [B, T_ctx, context_dim] -> what cross-attention reads, [B, T_ctx, C]."""
+        x = F.layer_norm(self.project(context), (self.config.n_embd,))
+        if offsets is not None:
+            x = x + self.offset(offsets.clamp(-self.MAX_OFFSET, self.MAX_OFFSET) + self.MAX_OFFSET)
+        return x
+
+    def forward(self, batch: dict) -> dict:
+        """idx [B, T] ([EOS], then the text), targets [B, T] (-100: no loss), context, context_allowed, offsets."""
+        context = self.prepare(batch["context"], batch.get("offsets"))
+        h = self.transformer(self.embed(batch["idx"]), is_causal=True, context=context,
+                             context_allowed=batch["context_allowed"])
+        kept = batch["targets"] >= 0
+        logits = F.linear(h[kept], self.embed.weight[: self.config.vocab_size])
+        loss = F.cross_entropy(logits.float(), batch["targets"][kept])
+        return {"loss": loss, "lm_loss": loss}
+
+    @torch.no_grad()
+    def generate(self, context, context_allowed, offsets=None, max_new_tokens: int = 64, temperature: float = 0.0,
+                 seed: int = 0) -> list[list[int]]:
+        """Token ids of one text a row, without [EOS]; KV cache. Greedy at temperature 0, else sampled."""
+        self.eval()
+        context, B, device = self.prepare(context, offsets), len(context), context.device
+        caches = self.transformer.new_caches(B, max_new_tokens, device, self.embed.weight.dtype)
+        generator, slots = torch.Generator(device).manual_seed(seed), torch.arange(max_new_tokens, device=device)
+        token = torch.full((B, 1), self.eos_id, device=device)
+        out, done = [], torch.zeros(B, dtype=torch.bool, device=device)
+        for t in range(max_new_tokens):
+            positions = torch.full((B, 1), t, device=device)
+            h = self.transformer(self.embed(token), positions, slots <= positions[..., None], context=context,
+                                 context_allowed=context_allowed, caches=caches)
+            logits = F.linear(h[:, -1], self.embed.weight[: self.eos_id + 1]).float()
+            if temperature > 0:
+                token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            else:
+                token = logits.argmax(-1, keepdim=True)
+            token = torch.where(done[:, None], self.eos_id, token)
+            out.append(token)
+            done |= token[:, 0] == self.eos_id
+            if done.all():
+                break
+        rows = torch.cat(out, dim=1).tolist()
+        return [row[: row.index(self.eos_id)] if self.eos_id in row else row for row in rows]
+
+    def update_target(self, momentum: float):
+        """No target encoder."""
+
+    def flops_per_token(self, T: float) -> float:
+        return 6 * self.n_params() + 12 * self.config.n_layer * self.config.n_embd * T
 
 
 def latent_figures(z_pred, z_target, z_copy) -> dict:

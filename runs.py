@@ -14,7 +14,7 @@ import torch
 import config as cfg
 import data
 import latents
-from model import RJEPA, NanoJEPA
+from model import RJEPA, Guidance, NanoJEPA, Speaker
 
 # ----------------------------------------------------------------------------- devices
 
@@ -72,7 +72,8 @@ def write_atomic(path: Path, write):
 
 def build_model(config) -> torch.nn.Module:
     """The model that a config describes, with fresh weights."""
-    return {cfg.NanoJEPAConfig: NanoJEPA, cfg.RJEPAConfig: RJEPA}[type(config)](config)
+    return {cfg.NanoJEPAConfig: NanoJEPA, cfg.RJEPAConfig: RJEPA, cfg.GuideConfig: Guidance,
+            cfg.SpeakConfig: Speaker}[type(config)](config)
 
 
 def load_config(folder) -> tuple:
@@ -139,7 +140,8 @@ def load_tokenizer(folder, config) -> data.Tokenizer:
 
 
 FREE_ON_RESUME = set("""out_dir overwrite device threads log_every save_every data_dir vocab_size
-                        latents llm layer pooling prompt dim""".split())  # second line: follows from a job's identity
+                        latents llm layer pooling prompt dim
+                        z_dim h_dim context_dim""".split())  # from the second line on: follows from a job's identity
 
 
 def open_run(folder: Path, preset: str, config) -> dict | None:

@@ -749,7 +749,7 @@ def test_importing_a_script_runs_nothing():
 
 def test_imports_run_one_way():
     level = {"config": 0, "model": 1, "verify": 1, "data": 2, "latents": 3, "runs": 4, "llm": 5, "train": 6,
-             "extract": 7, "infer": 7, "eval_alignment": 8, "evaluate_accuracy": 9, "bench": 9}  # fmt: skip
+             "extract": 7, "infer": 8, "eval_alignment": 9, "evaluate_accuracy": 10, "bench": 9}  # fmt: skip
     for name, own in level.items():
         for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else (
@@ -1372,10 +1372,10 @@ def test_cross_validation_never_fits_on_the_question_it_scores():
     rng = np.random.default_rng(0)
     question, right = np.repeat(np.arange(60), 4), rng.random(240) < 0.4
     useful = right[:, None] + rng.normal(0, 0.5, (240, 1))
-    fitted = evaluate_accuracy.cross_validated(useful, right, question, 5, 0, 1.0)
+    fitted = infer.cross_validated(useful, right, question, 5, 0, 1.0)
     assert evaluate_accuracy.pairwise(fitted.reshape(60, 4), right.reshape(60, 4)) > 0.8
     noise = rng.normal(size=(240, 100))  # would be fitted perfectly on its own labels
-    held_out = evaluate_accuracy.cross_validated(noise, right, question, 5, 0, 1.0)
+    held_out = infer.cross_validated(noise, right, question, 5, 0, 1.0)
     assert abs(evaluate_accuracy.pairwise(held_out.reshape(60, 4), right.reshape(60, 4)) - 0.5) < 0.15
 
 
@@ -1451,7 +1451,7 @@ class Dictation:
         return torch.nn.functional.one_hot(torch.tensor(wanted), logits.shape[1]).float()
 
     def blend(self, active):
-        return ()
+        return None
 
     def step_ended(self, row):
         pass

@@ -12,6 +12,7 @@ model.safetensors, config.json, state.pt (what resuming needs), log.jsonl and it
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -27,13 +28,15 @@ import torch.distributed as dist
 import config as cfg
 import data
 import latents
-from model import alignment, configure_optimizers, estimate_mfu, latent_figures
+from llm import load_llm
+from model import alignment, configure_optimizers, estimate_mfu, latent_figures, pad_rows
 from runs import (
     FREE_ON_RESUME,
     RUN_FILES,
     build_model,
     digest,
     inherit,
+    load_run,
     load_tokenizer,
     open_run,
     pick_compile,
@@ -181,6 +184,149 @@ class LatentJob:
         return {**sums, **latent_figures(torch.cat(z_pred), torch.cat(z_target), torch.cat(z_copy))}
 
 
+class WorldJob:
+    """What GuideJob and SpeakJob share: the frozen R-JEPA that init_from names, and the verified chains it saw."""
+
+    unit = "chains"
+
+    def __init__(self, config, out: Path):
+        self.config = config
+        self.world, self.world_config = load_run(config.init_from, config.device)
+        if not isinstance(self.world_config, cfg.RJEPAConfig):
+            raise ValueError(f"--init_from {config.init_from}: a run of preset '{self.world.preset}', not of R-JEPA "
+                             "(train.py rjepa-small)")
+        self.world.requires_grad_(False)
+        rows, manifest = latents.load_latents(self.world_config.latents)
+        latents.check_same_llm(self.world_config, manifest, f"{config.init_from} and {self.world_config.latents}")
+        self.train, self.val = latents.training_chains(rows, manifest, self.world_config.latents)
+        self.train, self.val = self.train[: config.limit or None], self.val[: config.val_problems]
+        self.batches = latents.Batches(self.train, config)
+        parts = [[r["id"], r["steps"]] for r in self.train]
+        weights = hashlib.sha256((Path(config.init_from) / "model.safetensors").read_bytes()).hexdigest()
+        self.identity = {"chains": digest(json.dumps([parts, manifest], sort_keys=True)), "world model": weights}
+
+    def fit(self, model):
+        """Nothing is taken from the data before the first step."""
+
+    def write(self, out: Path):
+        """Nothing beside the weights."""
+
+    def batch(self, index: int, device) -> dict:
+        return self.collate(*self.batches.chains(index), device)
+
+
+class GuideJob(WorldJob):
+    """What the loop needs to train NUDGE's Guidance: the LLM reads verified chains, R-JEPA predicts every next step."""
+
+    def __init__(self, config, out: Path):
+        super().__init__(config, out)
+        world = self.world_config
+        self.llm = load_llm(world.llm, config.device, layer=world.layer, pooling=world.pooling).set_prompt(world.prompt)
+        config.z_dim, config.h_dim, config.vocab_size = world.n_embd, self.llm.dim, self.llm.vocab_size
+
+    @torch.no_grad()
+    def collate(self, chains: list[dict], rng, device) -> dict:
+        """A batch of Guidance.forward over all tokens of the steps, the line end after each with it.
+
+        Besides: z_other, the prediction for another chain's step of the same number (or its last): the control.
+        """
+        coded = [self.llm.encode(c["question"], c["steps"]) for c in chains]
+        seen, final = self.llm.states(pad_rows([ids for ids, _ in coded], 0, self.llm.device), {self.llm.layer}, True)
+        h, is_real = latents.pad_latents([c["h"] for c in chains], device)
+        chain, step, z_pred, _ = self.world.hidden_steps(h, is_real, "next_step")
+        at = {(int(c), int(s)): i for i, (c, s) in enumerate(zip(chain, step, strict=True))}
+        rows, columns, tokens, mine, others = [], [], [], [], []
+        for i, (ids, spans) in enumerate(coded):
+            j = (i + 1) % len(coded)
+            for s, (begin, end) in enumerate(spans[1:], 1):
+                end = spans[s + 1][0] if s + 1 < len(spans) else end
+                n = end - begin
+                rows += [i] * n
+                columns += range(begin - 1, end - 1)
+                tokens += ids[begin:end]
+                mine += [at[i, s]] * n
+                others += [at[j, min(s, len(coded[j][1]) - 1)]] * n
+        return {"h": seen[self.llm.layer][rows, columns].float().to(device), "z_pred": z_pred[mine],
+                "z_other": z_pred[others], "targets": torch.tensor(tokens, device=device),
+                "logits": self.llm.logits(final[rows, columns]).to(device),
+                "n_tokens": len(tokens), "n_filled": len(tokens), "n_slots": len(tokens)}
+
+    @torch.no_grad()
+    def evaluate(self, model, device, autocast) -> dict:
+        """Held-out cross-entropy a token: of the LLM, guided, and guided by predictions for other chains."""
+        model.eval()
+        sums, n = {"ce_llm": 0.0, "ce": 0.0, "ce_shuffled": 0.0, "bias": 0.0}, 0
+        for start in range(0, len(self.val) - 1, self.config.batch_size):
+            part = self.val[start : start + self.config.batch_size]
+            batch = self.collate(part, None, device)
+            with autocast():
+                found = model(strip(batch))
+                shuffled = model(strip(batch) | {"z_pred": batch["z_other"]})["ce"]
+            for k, v in (found | {"ce_shuffled": shuffled}).items():
+                if k in sums:
+                    sums[k] += float(v) * batch["n_tokens"]
+            n += batch["n_tokens"]
+        model.train()
+        return {k: v / n for k, v in sums.items()}
+
+
+class SpeakJob(WorldJob):
+    """What the loop needs to train a Speaker on an R-JEPA's latents: one hidden step of each chain, put into words."""
+
+    def __init__(self, config, out: Path):
+        super().__init__(config, out)
+        if config.tokenizer == "gpt2":
+            self.tokenizer = data.gpt2_tokenizer()
+        elif (out / "tokenizer.tiktoken").is_file() and not config.overwrite:
+            self.tokenizer = data.load_bpe(out / "tokenizer.tiktoken")
+        else:
+            self.tokenizer = data.train_bpe([s for c in self.train for s in c["steps"]], config.vocab_size)
+        config.vocab_size, config.context_dim = self.tokenizer.vocab_size, self.world_config.n_embd
+        self.identity["tokenizer"] = tokenizer_digest(self.tokenizer)
+
+    def write(self, out: Path):
+        write_atomic(out / "tokenizer.tiktoken", self.tokenizer.save)
+
+    def collate(self, chains: list[dict], rng, device, predicted: float | None = None) -> dict:
+        """A batch of Speaker.forward; `predicted` is the share that speaks from predicted latents, else config's."""
+        eos, config = self.config.vocab_size - 2, self.config
+        h, is_real = latents.pad_latents([c["h"] for c in chains], device)
+        steps = [int(rng.integers(1, len(c["h"]))) for c in chains]
+        context, allowed, offsets, true = self.world.around(h, is_real, torch.tensor(steps, device=device))
+        share = config.predicted_share if predicted is None else predicted
+        from_true = torch.from_numpy(rng.random(len(chains)) >= share).to(device)
+        context[from_true, 0] = true[from_true]
+        if not config.neighbours:
+            context, allowed, offsets = context[:, :1], allowed[:, :1], offsets[:, :1]
+        texts = [self.tokenizer.encode(c["steps"][s - 1])[: config.block_size - 1]
+                 for c, s in zip(chains, steps, strict=True)]
+        idx = pad_rows([[eos, *t] for t in texts], eos, device)
+        targets = pad_rows([[*t, eos] for t in texts], -100, device)
+        n = sum(len(t) + 1 for t in texts)
+        return {"idx": idx, "targets": targets, "context": context, "context_allowed": allowed, "offsets": offsets,
+                "n_tokens": n, "n_filled": n, "n_slots": idx.numel()}
+
+    @torch.no_grad()
+    def evaluate(self, model, device, autocast) -> dict:
+        """Held-out token loss from true latents, from predicted ones, and with the context of another chain."""
+        model.eval()
+        sums, n = {"lm_loss": 0.0, "lm_loss_predicted": 0.0, "lm_loss_shuffled": 0.0}, 0
+        for start in range(0, len(self.val), self.config.batch_size):
+            part = self.val[start : start + self.config.batch_size]
+            for name, share in (("lm_loss", 0.0), ("lm_loss_predicted", 1.0), ("lm_loss_shuffled", 0.0)):
+                batch = self.collate(part, np.random.default_rng([0, start]), device, share)
+                if name == "lm_loss_shuffled":
+                    batch |= {k: batch[k].roll(1, 0) for k in ("context", "context_allowed", "offsets")}
+                with autocast():
+                    sums[name] += float(model(strip(batch))["loss"]) * len(part)
+            n += len(part)
+        model.train()
+        return {k: v / n for k, v in sums.items()}
+
+
+JOBS = {cfg.NanoJEPAConfig: TextJob, cfg.RJEPAConfig: LatentJob, cfg.GuideConfig: GuideJob, cfg.SpeakConfig: SpeakJob}
+
+
 def default_latents(config) -> Path:
     """Where the latents of a job lie unless --latents names a folder: the name follows from what is extracted."""
     which = [config.limit, config.data_dir, config.seed, *([config.prompt] if config.prompt else [])]
@@ -234,12 +380,14 @@ def train(preset: str, config) -> dict:
         return torch.autocast(device.split(":")[0], dtype) if dtype != torch.float32 else nullcontext()
 
     # data, model, optimizer
-    out = Path(config.out_dir or f"out/{preset}")
+    beside = {"rjepa-guide": "guide", "rjepa-speak": "speak"}.get(preset)  # where infer.py looks for them
+    out = Path(config.out_dir or (f"{config.init_from}-{beside}" if beside else f"out/{preset}"))
     config.out_dir = str(out)
-    if config.init_from:
+    inherits = config.init_from and type(config) in cfg.NETWORK
+    if inherits:
         inherit(config)
     state = open_run(out, preset, config)
-    job = (LatentJob if isinstance(config, cfg.RJEPAConfig) else TextJob)(config, out)
+    job = JOBS[type(config)](config, out)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_ON_RESUME}
     identity = {"config": digest(json.dumps(settings)), "processes": world, **job.identity}
     if state:
@@ -250,7 +398,7 @@ def train(preset: str, config) -> dict:
     torch.manual_seed(config.seed)
     model = build_model(config)
     job.fit(model)
-    if config.init_from:
+    if inherits:
         start_from(model, config)
     model.to(device)
     optimizer = configure_optimizers(model, config)
@@ -379,8 +527,8 @@ def strip(batch: dict) -> dict:
 
 
 def short(figures: dict) -> str:
-    names = "lm_loss jepa_loss l1 l1_predict_mean l1_copy infonce own cos_matched cos_mismatched retrieval_top1 "
-    names = (names + "effective_rank").split()
+    names = """lm_loss lm_loss_predicted ce ce_llm ce_shuffled jepa_loss l1 l1_predict_mean l1_copy infonce own margin
+               cos_matched cos_mismatched retrieval_top1 effective_rank""".split()
     return " ".join(f"{k} {figures[k]:.3f}" for k in names if k in figures)
 
 
