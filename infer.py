@@ -194,6 +194,9 @@ def load_beside(run: str, folder: str, kind: str, device: str):
     return model, config, folder
 
 
+MAX_ALPHA = 100
+
+
 class Nudge:
     """NUDGE for llm.generate: the predicted next step, renewed whenever one has ended, pulls at what is written.
 
@@ -202,8 +205,8 @@ class Nudge:
     """
 
     def __init__(self, model, llm: LLM, alpha: float, guide=None):
-        if not 0 <= alpha <= 100:
-            raise ValueError(f"--alpha {alpha}: must lie in [0, 100]")
+        if not 0 <= alpha <= MAX_ALPHA:
+            raise ValueError(f"alpha {alpha}: must lie in [0, {MAX_ALPHA}]")
         if guide is None and llm.layer == llm.n_layer:
             raise ValueError("nudging the hidden state needs a layer below the last: there is nothing above it")
         self.model, self.llm, self.alpha, self.guide = model, llm, alpha, guide
@@ -256,6 +259,7 @@ def find_gap(model, h: torch.Tensor, quantile: float = 0.9) -> tuple[int | None,
     return (worst + 1 if float(e[worst]) > threshold else None), e.tolist(), threshold
 
 
+@torch.no_grad()
 def nearest_steps(model, folder: str, z_pred: torch.Tensor, k: int = 3) -> list[dict]:
     """The k verified training steps whose latents are nearest (cosine, standardised) to a prediction [C]."""
     rows = [r for r in latents.load_latents(folder)[0] if r["is_valid"] and r["split"] == "train"]
@@ -428,6 +432,10 @@ class NudgeArgs(Writing):
     nudge: Literal["bias", "hidden"] = "bias"  # a guidance head's bias on the logits, or a pull on the hidden state
     guide: str = ""  # the head's run folder; empty: RUN-guide
     temperature: float = 0.0  # 0: greedy
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, "alpha", 0 <= self.alpha <= MAX_ALPHA, f"must lie in [0, {MAX_ALPHA}]")
 
 
 def run_nudge(args: NudgeArgs) -> dict:

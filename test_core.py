@@ -1731,3 +1731,191 @@ def test_chains_of_files(tmp_path):
         latents.chains_to_extract(args)
     rows = latents.chains_of_file(str(shared_data("step_errors/dev.jsonl")), "step_errors")
     assert all(1 <= r["wrong_step"] <= len(r["steps"]) and r["split"] == "test" for r in rows)
+
+
+# ----------------------------------------------------------------------------- RERANK, NUDGE, PLAN
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A small LLM of this project, an R-JEPA over its latents, the guidance head and Speaker beside it."""
+    base = tmp_path_factory.mktemp("world")
+    run(base / "llm", answer_context="question", n_synthetic=64, max_steps=30, dropout=0.0)
+    extract.main(["--llm", str(base / "llm"), "--dataset", "synthetic", "--limit", "60", "--max_problem_steps", "3",
+                  "--counterfactual", "--pooling", "both", "--out", str(base / "latents"), "--device", "cpu"])
+    rjepa = str(base / "rjepa")
+    train.train("rjepa-small", rjepa_config(dim=0, latents=str(base / "latents"), out_dir=rjepa, lambda_margin=1.0))
+    common = dict(init_from=rjepa, batch_size=8, max_steps=12, val_problems=8, eval_every=6, threads=1, dtype="fp32",
+                  device="cpu")  # fmt: skip
+    guided = train.train("rjepa-guide", cfg.GuideConfig(n_hidden=16, lr=1e-2, **common))
+    spoken = train.train("rjepa-speak", cfg.SpeakConfig(vocab_size=300, n_layer=1, n_head=2, n_embd=16, **common))
+    return base, rjepa, guided, spoken
+
+
+QUESTION = "Mia has 3 red apples. Tom has twice as many. How many apples do they have in all?"
+
+
+def infer_main(capsys, *args):
+    infer.main(list(args))
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def test_guidance_and_speaker_are_trained_beside_the_run(world):
+    base, rjepa, guided, spoken = world
+    assert guided["out_dir"] == rjepa + "-guide" and spoken["out_dir"] == rjepa + "-speak"
+    assert guided["val"]["ce"] < guided["val"]["ce_llm"] and {"ce_shuffled", "bias"} <= set(guided["val"])
+    assert {"lm_loss", "lm_loss_predicted", "lm_loss_shuffled"} <= set(spoken["val"])
+
+
+def test_nudge_with_alpha_0_is_the_llm_alone(world, capsys):
+    _, rjepa, _, _ = world
+    model, config = infer.load_world_model(rjepa, "cpu")
+    llm = infer.llm_of(config, device="cpu")
+    guide = infer.load_beside(rjepa, "", "guide", "cpu")[0]
+    questions = [QUESTION, "Bo has 4 pens. How many?"]
+    for temperature in (0.0, 1.0):
+        own = llms.generate(llm, questions, 2, temperature, max_new_tokens=24)
+        for head in (guide, None):
+            nudge = infer.Nudge(model, llm, 0.0, head)
+            same = llms.generate(llm, questions, 2, temperature, max_new_tokens=24, nudge=nudge)
+            assert [[c["logprobs"] for c in row] for row in own] == [[c["logprobs"] for c in row] for row in same]
+    other = [llms.generate(llm, questions, 2, 0.0, max_new_tokens=24, nudge=infer.Nudge(model, llm, 4.0, head))
+             for head in (guide, None)]
+    own = llms.generate(llm, questions, 2, 0.0, max_new_tokens=24)
+    assert all([c["h"].tolist() for c in row[0]] != [c["h"].tolist() for c in own[0]] for row in other)
+    found = infer_main(capsys, "nudge", rjepa, "--question", QUESTION, "--alpha", "1", "--max_new_tokens", "24",
+                       "--device", "cpu")  # fmt: skip
+    assert set(found) >= {"own", "nudged", "alpha"}
+
+
+def test_guidance_sees_the_state_and_the_prediction_of_its_token(world):
+    _, rjepa, _, _ = world
+    job = train.GuideJob(cfg.GuideConfig(init_from=rjepa, batch_size=8, device="cpu"), Path("."))
+    chains = [c for c in job.train if len(c["steps"]) == 3][:2]
+    batch = job.collate(chains, None, "cpu")
+    h, is_real = latents.pad_latents([c["h"] for c in chains])
+    m_0 = 0
+    for i, c in enumerate(chains):
+        ids, spans = job.llm.encode(c["question"], c["steps"])
+        states, final = job.llm.states(torch.tensor([ids]), {job.llm.layer}, True)
+        for s, (begin, _) in enumerate(spans[1:], 1):
+            n = (spans[s + 1][0] if s < 3 else spans[s][1]) - begin
+            at = slice(m_0, m_0 + n)
+            m_0 += n
+            assert batch["targets"][at].tolist() == ids[begin : begin + n]
+            assert torch.allclose(batch["h"][at], states[job.llm.layer][0, begin - 1 : begin + n - 1], atol=1e-5)
+            assert torch.allclose(batch["logits"][at], job.llm.logits(final[0, begin - 1 : begin + n - 1]), atol=1e-4)
+            ahead = job.world.predict_next(h[i : i + 1, :s], is_real[:1, :s])
+            assert torch.allclose(batch["z_pred"][at], ahead.expand(n, -1), atol=1e-5)
+            theirs = job.world.predict_next(h[1 - i : 2 - i][:1, :s], is_real[:1, :s])
+            assert torch.allclose(batch["z_other"][at], theirs.expand(n, -1), atol=1e-5)
+    assert m_0 == batch["n_tokens"]
+
+
+def test_plan_never_sees_the_step_it_predicts(world):
+    _, rjepa, _, _ = world
+    model, _ = infer.load_world_model(rjepa, "cpu")
+    chains = [c["h"] for c in latent_chains(4, dim=model.config.dim, seed=3)][2:]
+    changed = [torch.cat((z[:2], torch.randn(1, z.shape[1]), z[3:])) for z in chains]
+    slots = torch.tensor([2, 2])
+    a, allowed, offsets, true = model.around(*latents.pad_latents(chains), slots)
+    b, _, _, other = model.around(*latents.pad_latents(changed), slots)
+    assert torch.allclose(a[allowed], b[allowed]) and not torch.allclose(true, other) and not allowed[:, 3].any()
+    assert offsets[:, :4].tolist() == [[0, -2, -1, 0]] * 2
+    gapped = [torch.cat((z[:2], z[3:])) for z in chains]
+    context, allowed, _ = infer.slot_latents(model, gapped, [2, 2])
+    assert torch.allclose(context[allowed], a[allowed], atol=1e-5)  # an empty slot is a step that is hidden
+
+
+def test_plan_and_rerank_commands(world, capsys, tmp_path):
+    base, rjepa, _, _ = world
+    steps = ["Tom has 2 * 3 = 6 apples.", "#### 9"]
+    found = infer_main(capsys, "plan", rjepa, "--question", QUESTION, "--steps", *steps, "--at", "2", "--slots", "2")
+    assert [f["step"] for f in found["filled"]][:1] in ([2], []) and found["decode"] == "speaker"
+    assert len(found["steps"]) == 2 + len(found["filled"]) and found["energy_after"] > 0
+    found = infer_main(capsys, "plan", rjepa, "--question", QUESTION, "--steps", *steps, "--at", "2", "--decode", "llm")
+    assert found["decode"] == "llm"
+    for f in found["filled"]:
+        assert len(f["nearest"]) == 3 and f["nearest"][0]["cos"] >= f["nearest"][2]["cos"]
+    with pytest.raises(SystemExit, match="infer.py rerank"):
+        infer.main(["rerank", rjepa, "--question", QUESTION])
+    problems = data.synthetic_problems(12, "test", 3, 3)
+    candidates = tmp_path / "candidates.jsonl"
+    lines = []
+    for p in problems:
+        gold = data.make_chain(p)
+        wrong = {"steps": gold["steps"][:-1] + ["#### 12345"], "is_correct": False, "source": "b"}
+        right = {"steps": gold["steps"], "is_correct": True, "source": "a"}
+        lines.append({"id": p["id"], "question": p["question"], "answer": gold["answer"], "candidates": [wrong, right]})
+    candidates.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    folder = tmp_path / "latents"
+    extract.main(["--candidates", str(candidates), "--llm", str(base / "llm"), "--pooling", "both", "--logprobs",
+                  "--out", str(folder), "--device", "cpu"])  # fmt: skip
+    fitted = infer_main(capsys, "rerank", rjepa, "--fit", str(folder))
+    assert fitted["n"] == 12 and fitted["random"] == 0.5 and 0 <= fitted["accuracy"] <= 1
+    found = infer_main(capsys, "rerank", rjepa, "--question", QUESTION, "--k", "3", "--max_new_tokens", "40")
+    assert len(found["candidates"]) == 3 and found["alpha"] == fitted["alpha"]
+    scores = [c["score"] for c in found["candidates"] if c["score"] is not None]
+    assert scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["rerank", "--question", " ", "--alpha", "1", "--beta", "1"], "question"),
+    (["rerank", "--k", "0"], "k 0"), (["rerank", "--alpha", "-1"], "alpha"), (["rerank", "--top_p", "0"], "top_p"),
+    (["nudge", "--question", "Who?", "--alpha", "-1"], "alpha"),
+    (["nudge", "--question", "Who?", "--alpha", "1e9"], "alpha"),
+    (["nudge", "--question", "Who?", "--guide", "nowhere"], "train.py rjepa-guide --init_from"),
+    (["plan", "--question", "Who?"], "steps"),
+    (["plan", "--question", "Who?", "--steps", "a", "--slots", "0"], "slots"),
+    (["plan", "--question", "Who?", "--steps", "a", "--speaker", "nowhere"], "train.py rjepa-speak --init_from"),
+])
+def test_bad_input_to_the_three_modes(world, argv, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        infer.main([argv[0], world[1], *argv[1:]])
+    assert message in str(caught.value) + capsys.readouterr().err
+
+
+def test_written_chains_are_extracted_once_and_go_on_where_they_stopped(world, tmp_path, monkeypatch):
+    base, rjepa, _, _ = world
+    llm = llms.load_llm(str(base / "llm"), "cpu", layer=-2, pooling="both")
+    problems = data.synthetic_problems(40, "test", 3, 3)
+
+    def go(folder):
+        return extract.extract_written(llm, problems, folder, "synthetic", "test", 4, 0.9, 0.95, 1, 40)
+
+    go(tmp_path / "whole")
+    real = extract.generate
+    monkeypatch.setattr(extract, "generate", lambda *a: real(*a) if not any((tmp_path / "cut").iterdir()) else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        go(tmp_path / "cut")
+    assert [p.name for p in (tmp_path / "cut").iterdir()] == ["shard-00000.safetensors"]
+    monkeypatch.setattr(extract, "generate", real)
+    go(tmp_path / "cut")
+    assert contents(tmp_path / "whole") == contents(tmp_path / "cut")
+    rows, manifest = latents.load_latents(tmp_path / "whole")
+    assert len(rows) == 160 and manifest["split"] == "test" and manifest["k"] == 4
+    for r in rows[:8]:
+        truth = next(p for p in problems if p["id"] == r["problem_id"])
+        answer = r["steps"][-1] if r["steps"] else ""
+        assert r["is_valid"] == verify.check_answer(answer, data.answer_text(truth, "final"))
+    with pytest.raises(SystemExit, match="finished"):
+        go(tmp_path / "whole")
+    with pytest.raises(ValueError, match="test split"):
+        latents.training_chains(rows, manifest, "here")
+
+
+def test_a_speaker_learns_to_say_what_its_context_holds():
+    torch.manual_seed(0)
+    config = cfg.SpeakConfig(n_layer=1, n_head=2, n_embd=32, context_dim=8, vocab_size=12, dropout=0.0)
+    net = m.Speaker(config)
+    keys, optimizer = torch.eye(8), torch.optim.Adam(net.parameters(), 1e-2)
+    texts = [[i, (3 * i + 1) % 8, (i + 2) % 8][: 1 + i % 3] for i in range(8)]
+    batch = {"idx": m.pad_rows([[10, *t] for t in texts], 10), "targets": m.pad_rows([[*t, 10] for t in texts], -100),
+             "context": keys[:, None], "context_allowed": torch.ones(8, 1, dtype=torch.bool)}
+    for _ in range(150):
+        optimizer.zero_grad()
+        net(batch)["loss"].backward()
+        optimizer.step()
+    said = net.generate(keys[:, None], batch["context_allowed"], max_new_tokens=6)
+    assert said == texts
+    assert net.generate(keys[:1, None], batch["context_allowed"][:1], max_new_tokens=6) == said[:1]
