@@ -27,6 +27,7 @@ import data
 import extract
 import infer
 import latents
+import verify
 from config import RJEPAConfig, check
 from model import alignment, latent_figures, wilson
 from runs import build_model, load_config, load_run, load_tokenizer
@@ -44,6 +45,10 @@ class Args:
     seed: int = 1  # which synthetic problems, which counterfactuals, which distractors
     latents: str = ""  # R-JEPA: a folder of extract.py; empty: the run's own, its held-out chains
     step_errors: str = ""  # R-JEPA: a jsonl file of chains with the first wrong step known
+    plan: bool = False  # R-JEPA: PLAN on the problems' own solutions with a middle step taken out
+    quantile: float = 0.9  # PLAN: a gap is a next-step energy above this quantile of verified steps' energies
+    decode_limit: int = 250  # PLAN: chains for which the LLM writes the missing step too
+    llm: str = ""  # where the run's LLM lies, if not under the name it was trained with
     device: str = "auto"
 
     def __post_init__(self):
@@ -174,6 +179,110 @@ def step_retrieval(model, rows: list[dict], seed: int, n_candidates: int = 100) 
     return {"n": len(rows), "candidates": n_candidates, **figures}
 
 
+def read_latents(llm, pairs: list[tuple[str, list[str]]]) -> list[torch.Tensor]:
+    """Latents [1 + S, D] of chains (question, steps), at the LLM's layer and pooling, in batches of like length."""
+    coded = [llm.encode(question, steps) for question, steps in pairs]
+    order, out = sorted(range(len(coded)), key=lambda i: len(coded[i][0])), [None] * len(coded)
+    for start in range(0, len(order), 32):
+        part = order[start : start + 32]
+        rows, spans = zip(*(coded[i] for i in part), strict=True)
+        for i, z in zip(part, llm.latents(rows, spans, [(llm.layer, llm.pooling)])[0][llm.layer, llm.pooling],
+                        strict=True):
+            out[i] = z
+    return out
+
+
+def last_number(text: str):
+    found = data.NUMBER.findall(text)
+    return data.number(found[-1]) if found else None
+
+
+@torch.no_grad()
+def evaluate_plan(run: str, args) -> dict:
+    """PLAN on chains of three steps and more from which a middle one is taken before the LLM reads them.
+
+    `retrieval`: the true step's latent (as the LLM had it in the whole chain) among 100, in the LLM's standardised
+    space by cosine, the chain's other steps among them; against the step before (copy), the mean of both neighbours,
+    the mean training latent of the position, and the prediction from the steps before alone (next_step).
+    `decoded`: share of texts whose equations hold, whose last number is the true step's, and both, from the Speaker
+    (predicted latent; true latent; true latent of another chain's step) and from the LLM without the latent.
+    `gaps`: infer.find_gap on chains with and without the gap. `given_away`: what the Speaker recovers from the true
+    latent alone of a step: share of its tokens, of its numbers, of whole texts.
+    """
+    model, config = infer.load_world_model(run, args.device)
+    llm = infer.llm_of(config, args.llm, args.device)
+    problems = held_out(args, config)
+    chains = [c for c in (data.make_chain(p) for p in problems) if len(c["steps"]) >= 3]
+    rng = np.random.default_rng(args.seed)
+    holes = [int(rng.integers(2, len(c["steps"]))) for c in chains]
+    whole = read_latents(llm, [(c["question"], c["steps"]) for c in chains])
+    gapped_steps = [c["steps"][: k - 1] + c["steps"][k:] for c, k in zip(chains, holes, strict=True)]
+    gapped = read_latents(llm, [(c["question"], s) for c, s in zip(chains, gapped_steps, strict=True)])
+    context, allowed, offsets = infer.slot_latents(model, gapped, holes)
+    space = model.standardize
+    ahead = model.predict_next(*latents.pad_latents([z[:k] for z, k in zip(gapped, holes, strict=True)],
+                                                    model.h_mean.device))
+    seen = [r["h"] for r in latents.load_latents(config.latents)[0] if r["is_valid"] and r["split"] == "train"]
+    mean_of = {k: space(torch.stack([z[min(k, len(z) - 1)] for z in seen]).float()).mean(0) for k in set(holes)}
+    x = [space(z) for z in whole]
+    hits, predicted, predicted_next = {}, model.w_out(context[:, 0]), model.w_out(ahead)
+    for c, k in enumerate(holes):
+        own = [s for s in range(1, len(x[c])) if s != k]
+        far = [x[o][int(rng.integers(1, len(x[o])))]
+               for o in rng.choice([i for i in range(len(x)) if i != c], 99 - len(own))]
+        among = torch.stack([x[c][k], *(x[c][s] for s in own), *far])
+        before, after = space(gapped[c][k - 1]), space(gapped[c][k])
+        guesses = {"plan": predicted[c], "next_step": predicted_next[c], "copy": before,
+                   "neighbours": (before + after) / 2, "position": mean_of[k]}
+        for name, guess in guesses.items():
+            score = F.cosine_similarity(guess[None], among)
+            if name in ("copy", "neighbours"):  # they may not pick the neighbours themselves
+                score[[i for i, s in enumerate(own, 1) if abs(s - k) == 1]] = -2.0
+            hits.setdefault(name, []).append(1 + int((score[1:] >= score[0]).sum()))
+    retrieval = {name: {"top1": float(np.mean(np.array(r) == 1)), "mrr": float(np.mean(1 / np.array(r)))}
+                 for name, r in hits.items()}
+
+    found = [[infer.find_gap(model, z, args.quantile)[0] for z in zs] for zs in (gapped, whole)]
+    flagged, false = sum(g is not None for g in found[0]), sum(g is not None for g in found[1])
+    gaps = {"recall": flagged / len(chains), "false_alarms": false / len(chains),
+            "precision": flagged / max(1, flagged + false),
+            "located": float(np.mean([g == k for g, k in zip(found[0], holes, strict=True)]))}
+
+    truths = [c["steps"][k - 1] for c, k in zip(chains, holes, strict=True)]
+    texts = {"llm": [infer.next_line(llm, c["question"], c["steps"][: k - 1], [], 64)
+                     for c, k in zip(chains[: args.decode_limit], holes, strict=False)]}
+    given_away = None
+    if (Path(f"{run}-speak") / "model.safetensors").is_file():
+        speaker, speak_config, folder = infer.load_beside(run, "", "speak", args.device)
+        tokenizer = load_tokenizer(folder, speak_config)
+
+        def say(context, allowed, offsets):
+            return [tokenizer.decode(t) for t in speaker.generate(context, allowed, offsets, speak_config.block_size)]
+
+        slots = torch.tensor(holes, device=context.device)
+        z_true = model.around(*latents.pad_latents(whole, context.device), slots)[3]
+        from_true = torch.cat((z_true[:, None], context[:, 1:]), dim=1)
+        texts |= {"speaker": say(context, allowed, offsets), "speaker_true": say(from_true, allowed, offsets),
+                  "speaker_shuffled": say(torch.cat((z_true.roll(1, 0)[:, None], context[:, 1:]), 1), allowed, offsets)}
+        alone = torch.zeros_like(allowed)
+        alone[:, 0] = True
+        spoken = say(from_true, alone, offsets)
+        numbers = [(set(map(data.number, data.NUMBER.findall(t))), set(map(data.number, data.NUMBER.findall(s))))
+                   for t, s in zip(truths, spoken, strict=True)]
+        words = [(t.split(), set(s.split())) for t, s in zip(truths, spoken, strict=True)]
+        given_away = {"words": float(np.mean([np.mean([w in s for w in t]) for t, s in words])),
+                      "numbers": float(np.mean([len(t & s) / len(t) for t, s in numbers if t])),
+                      "whole": float(np.mean([t == s for t, s in zip(truths, spoken, strict=True)]))}
+    decoded = {}
+    for name, said in texts.items():
+        holds = np.array([bool(t.strip()) and verify.check_step(t).is_valid for t in said])
+        number = np.array([last_number(t) is not None and last_number(t) == last_number(truth)
+                           for t, truth in zip(said, truths, strict=False)])
+        decoded[name] = {"n": len(said), "holds": float(holds.mean()), "number": float(number.mean()),
+                         "right": float((holds & number).mean())}
+    return {"n": len(chains), "retrieval": retrieval, "gaps": gaps, "decoded": decoded, "given_away": given_away}
+
+
 @torch.no_grad()
 def evaluate_rjepa(run: str, args) -> dict:
     """Error, collapse, and where the latents hold right and wrong chains, energy against correctness."""
@@ -277,10 +386,11 @@ def main():
     args = tyro.cli(Args)
     try:
         is_rjepa = isinstance(load_config(args.run)[1], RJEPAConfig)
-        if (args.latents or args.step_errors) and not is_rjepa:
-            raise ValueError(f"--latents and --step_errors are for R-JEPA runs; {args.run} is none")
+        if (args.latents or args.step_errors or args.plan) and not is_rjepa:
+            raise ValueError(f"--latents, --step_errors and --plan are for R-JEPA runs; {args.run} is none")
         if is_rjepa:
-            result = (evaluate_step_errors if args.step_errors else evaluate_rjepa)(args.run, args)
+            evaluate = evaluate_plan if args.plan else evaluate_step_errors if args.step_errors else evaluate_rjepa
+            result = evaluate(args.run, args)
             print_figures(result)
         else:
             result = evaluate_nanojepa(args.run, args)

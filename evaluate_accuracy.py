@@ -15,6 +15,7 @@ import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,8 +28,9 @@ import infer
 import latents
 import verify
 from config import RJEPAConfig, check
+from llm import generate as llm_generate
 from model import wilson
-from runs import build_model, load_config, load_run, load_tokenizer, write_atomic
+from runs import build_model, digest, load_config, load_run, load_tokenizer, write_atomic
 
 
 @dataclass
@@ -42,11 +44,15 @@ class Args(eval_alignment.Args):
     batch_size: int = 128  # candidates generated at a time
     candidates: str = ""  # R-JEPA: a jsonl file of labelled candidates to pick from
     also: tuple[str, ...] = ()  # R-JEPA: more runs over the same LLM, layer and pooling, shown under their own names
+    method: Literal["pick", "nudge"] = "pick"  # R-JEPA: pick among K candidates, or pull at greedy answers
+    alphas: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0)  # strengths of the pull
+    nudge: Literal["bias", "hidden"] = "bias"  # by the guidance head, or on the hidden state
     folds: int = 5  # cross-validation over questions, for the probe and the weights of `combined`
 
     def __post_init__(self):
         super().__post_init__()
         check(self, "folds", self.folds >= 2, "must be at least 2")
+        check(self, "alphas", bool(self.alphas), "needs one value at least")
         for name in ("k", "max_new_tokens", "batch_size", "temperature"):
             check(self, name, getattr(self, name) > 0, "must be positive")
 
@@ -277,15 +283,54 @@ def evaluate_candidates(run: str, args) -> dict:
     return {"n": len(ids), "k": max(map(len, members)), "random": random, "oracle": oracle, "methods": methods}
 
 
+def evaluate_nudge(run: str, args) -> dict:
+    """Greedy answers with the predicted next step pulling at them, for every --alphas -> accuracies and energies.
+
+    `shuffled` is the largest alpha with every chain pulled towards the prediction for another problem. Generations
+    are kept in the run folder, by alpha, and not made again.
+    """
+    model, config = infer.load_world_model(run, args.device)
+    guide = infer.load_beside(run, "", "guide", args.device)[0] if args.nudge == "bias" else None
+    llm, problems = infer.llm_of(config, args.llm, args.device), eval_alignment.held_out(args, config)
+    truths = [data.answer_text(p, "final") for p in problems]
+    what = digest(json.dumps([[p["id"], p["question"]] for p in problems] + [args.max_new_tokens]))[:8]
+    methods = {}
+    for alpha, shuffled in [*((a, False) for a in args.alphas), (max(args.alphas), True)]:
+        name = f"alpha {alpha:g}" + (" shuffled" if shuffled else "")
+        path = Path(run) / f"generations-{args.nudge}-{name.replace(' ', '-')}-{what}.jsonl"
+        if not path.is_file():
+            written = []
+            for start in range(0, len(problems), args.batch_size):
+                part = [p["question"] for p in problems[start : start + args.batch_size]]
+                nudge = infer.Nudge(model, llm, alpha, guide, shuffled)
+                chains = llm_generate(llm, part, 1, 0.0, 1.0, args.seed, args.max_new_tokens, nudge)
+                written += [row[0] for row in chains]
+            found = infer.energies(model, [c["h"] for c in written])
+            lines = [json.dumps({"id": p["id"], "steps": c["steps"], "logprob": c["logprob"],
+                                 "energy": infer.chain_energy(e) if c["steps"] else None})
+                     for p, c, e in zip(problems, written, found, strict=True)]
+            write_atomic(path, lambda p, lines=lines: p.write_text("\n".join(lines) + "\n"))
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        right = [bool(r["steps"]) and verify.check_answer(r["steps"][-1], t) for r, t in zip(rows, truths, strict=True)]
+        energy = [r["energy"] for r in rows if r["energy"] is not None]
+        methods[name] = method_figures(right, 0.0, 0.0, args.seed, recovered=False) | {
+            "energy": float(np.mean(energy)) if energy else None}
+    return {"n": len(problems), "k": 1, "nudge": args.nudge, "random": None, "oracle": None, "methods": methods}
+
+
 def main():
     args = tyro.cli(Args)
     try:
         is_rjepa = isinstance(load_config(args.run)[1], RJEPAConfig)
-        if is_rjepa and not args.candidates and not args.latents and args.k == 1:
-            raise ValueError(f"{args.run} is an R-JEPA run: --candidates FILE, or --dataset X --k K with K > 1")
+        if is_rjepa and not args.candidates and not args.latents and args.k == 1 and args.method != "nudge":
+            raise ValueError(f"{args.run} is an R-JEPA run: --candidates FILE, --dataset X --k K with K > 1, or "
+                             "--method nudge")
+        if args.method == "nudge" and not is_rjepa:
+            raise ValueError(f"--method nudge needs an R-JEPA run; {args.run} is none")
         if (args.candidates or args.latents) and not is_rjepa:
             raise ValueError(f"--candidates needs an R-JEPA run; {args.run} is none")
-        result = (evaluate_candidates if is_rjepa else evaluate_run)(args.run, args)
+        nudged = evaluate_nudge if args.method == "nudge" else evaluate_candidates
+        result = (nudged if is_rjepa else evaluate_run)(args.run, args)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     print(f"{'method':32}{'accuracy':>10}{'95 % interval':>20}{'recovered':>11}{'pairwise':>10}")

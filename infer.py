@@ -201,15 +201,15 @@ class Nudge:
     """NUDGE for llm.generate: the predicted next step, renewed whenever one has ended, pulls at what is written.
 
     With a Guidance `guide`: logits + alpha * bias. Without: h + alpha * (z - h) at the LLM's layer, z the prediction in
-    the LLM's space (`hidden`). alpha = 0 changes nothing at all.
+    the LLM's space (`hidden`). alpha = 0 changes nothing at all. shuffled: every row gets another row's prediction.
     """
 
-    def __init__(self, model, llm: LLM, alpha: float, guide=None):
+    def __init__(self, model, llm: LLM, alpha: float, guide=None, shuffled: bool = False):
         if not 0 <= alpha <= MAX_ALPHA:
             raise ValueError(f"alpha {alpha}: must lie in [0, {MAX_ALPHA}]")
         if guide is None and llm.layer == llm.n_layer:
             raise ValueError("nudging the hidden state needs a layer below the last: there is nothing above it")
-        self.model, self.llm, self.alpha, self.guide = model, llm, alpha, guide
+        self.model, self.llm, self.alpha, self.guide, self.shuffled = model, llm, alpha, guide, shuffled
 
     def predict(self, chains: list[torch.Tensor]) -> torch.Tensor:
         return self.model.predict_next(*latents.pad_latents(chains, self.model.h_mean.device))
@@ -220,15 +220,19 @@ class Nudge:
     def step_ended(self, row):
         self.z[row] = self.predict([row.chain()["h"]])[0]
 
+    def now(self, active) -> torch.Tensor:
+        z = torch.stack([self.z[row] for row in active])
+        return z.roll(1, 0) if self.shuffled else z
+
     def logits(self, logits, h, active):
         if self.guide is None or self.alpha == 0:
             return logits
-        return logits + self.alpha * self.guide.bias(torch.stack([self.z[row] for row in active]), h)
+        return logits + self.alpha * self.guide.bias(self.now(active), h)
 
     def blend(self, active):
         if self.guide is not None or self.alpha == 0:
             return None
-        target = self.model.to_llm(torch.stack([self.z[row] for row in active]))
+        target = self.model.to_llm(self.now(active))
         return self.alpha, target[:, -self.llm.dim :]  # of mean and last, the last: one token's state
 
 
