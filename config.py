@@ -262,8 +262,11 @@ PRESETS = {
         llm="Qwen/Qwen3-8B", dim=4096, n_layer=6, n_head=16, n_embd=2048, predictor_n_layer=4, predictor_n_embd=1024,
         batch_size=256, lr=3e-4, weight_decay=0.05,
     ),
-    # the same for SmolLM2-135M on a CPU
-    "rjepa-small": RJEPAConfig(batch_size=128, epochs=15.0, weight_decay=0.05, eval_every=200, save_every=200),
+    # the same for SmolLM2-135M on a CPU, with the energy margin: what finds right solutions best (LOG.md)
+    "rjepa-small": RJEPAConfig(
+        layer=15, pooling="mean", dropout=0.2, lambda_margin=1.0, lambda_variance=0.1, ema_start=0.98, ema_end=0.999,
+        batch_size=128, epochs=10.0, weight_decay=0.05, eval_every=200, save_every=200,
+    ),
     # that world model for the latents of another LLM: new adapters, all else as it was
     "rjepa-calibrate": RJEPAConfig(
         init_from="out/rjepa-small", adapters_only=True, batch_size=128, epochs=15.0, weight_decay=0.05,

@@ -47,6 +47,7 @@ class Args(eval_alignment.Args):
     method: Literal["pick", "nudge"] = "pick"  # R-JEPA: pick among K candidates, or pull at greedy answers
     alphas: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0)  # strengths of the pull
     nudge: Literal["bias", "hidden"] = "bias"  # by the guidance head, or on the hidden state
+    ensemble: bool = False  # R-JEPA: also the standardised energies of all these runs together
     folds: int = 5  # cross-validation over questions, for the probe and the weights of `combined`
 
     def __post_init__(self):
@@ -212,7 +213,8 @@ def evaluate_candidates(run: str, args) -> dict:
     `energy` is the mean leave-one-out energy, `energy_last` that of the last step alone, which with nothing after it
     is its next-step energy too; `combined` adds the first to the mean logprob. Votes of `majority_energy` weigh as
     much as the chain's coherence, those of `majority_combined` as much as it is likely to be right. The probe and the
-    weights of `combined` are fitted on the labels of other questions; `contrast` sees no label.
+    weights of `combined` are fitted on the labels of other questions; `contrast` sees no label. `ensemble` adds up the
+    energies of the runs given.
     """
     model, config = infer.load_world_model(run, args.device)
     folder = candidate_folder(config, args)
@@ -252,12 +254,17 @@ def evaluate_candidates(run: str, args) -> dict:
     untrained = build_model(config).to(model.h_mean.device).eval()
     untrained.fit_standardize(torch.cat(h))
     scores["untrained"], scores["untrained_last"] = (energy_scores(untrained)[0][k] for k in ("leave_one_out", "last"))
+    together = [ours["leave_one_out"]]
     for other in args.also:
         theirs, their_config = infer.load_world_model(other, args.device)
         latents.check_same_llm(their_config, manifest, other)
         theirs, _ = energy_scores(theirs)
+        together.append(theirs["leave_one_out"])
         for name, mode in (("energy", "leave_one_out"), ("energy_next_step", "next_step"), ("energy_last", "last")):
             scores[f"{name} {Path(other).name}"] = theirs[mode]
+    if args.ensemble and args.also:
+        scores["ensemble"] = sum(s / s.std() for s in together)
+        scores["combined_ensemble"] = fitted(np.stack((logprob, scores["ensemble"]), 1), C=1.0)
 
     sources = [[rows[i]["source"] for i in m] for m in members]
     truth = [right[m] for m in members]
