@@ -1919,3 +1919,42 @@ def test_a_speaker_learns_to_say_what_its_context_holds():
     said = net.generate(keys[:, None], batch["context_allowed"], max_new_tokens=6)
     assert said == texts
     assert net.generate(keys[:1, None], batch["context_allowed"][:1], max_new_tokens=6) == said[:1]
+
+
+def test_evaluation_of_plan_and_nudge(world, monkeypatch, tmp_path):
+    _, rjepa, _, _ = world
+    problems = ["--dataset", "synthetic", "--limit", "60", "--device", "cpu"]
+    args = tyro.cli(eval_alignment.Args, args=[rjepa, "--plan", "--decode_limit", "5", *problems])
+    found = eval_alignment.evaluate_plan(rjepa, args)
+    assert found["n"] >= 20 and set(found["retrieval"]) == {"plan", "next_step", "copy", "neighbours", "position"}
+    assert set(found["decoded"]) == {"llm", "speaker", "speaker_true", "speaker_shuffled"}
+    assert found["decoded"]["llm"]["n"] == 5
+    assert 0 <= found["gaps"]["precision"] <= 1
+    json.dumps(found, allow_nan=False)
+    nudge = ["--method", "nudge", "--alphas", "0", "3", "--batch_size", "20", "--max_new_tokens", "24"]
+    args = tyro.cli(evaluate_accuracy.Args, args=[rjepa, *nudge, *problems])
+    found = evaluate_accuracy.evaluate_nudge(rjepa, args)
+    assert list(found["methods"]) == ["alpha 0", "alpha 3", "alpha 3 shuffled"] and found["n"] == 60
+    monkeypatch.setattr(evaluate_accuracy, "llm_generate", None)  # they are kept and not written again
+    assert evaluate_accuracy.evaluate_nudge(rjepa, args) == found
+
+
+def test_votes_weigh_as_told():
+    texts = ["#### 3", "#### 4", "#### 4.0", "no number"]
+    assert evaluate_accuracy.majority(texts) == 1 and evaluate_accuracy.majority(texts, [5, 1, 2, 9]) == 0
+    assert evaluate_accuracy.majority(texts, [2, 1, 1.5, 9]) == 2 and evaluate_accuracy.majority(["none"], [1]) == 0
+
+
+def test_the_linear_contrast_finds_what_the_counterfactuals_changed(tmp_path, monkeypatch):
+    chains, direction = latent_chains(200), torch.linspace(-1, 1, 12)
+    for c in chains:
+        c["wrong_h"] = c["h"] + direction  # all that tells them apart
+    monkeypatch.setattr(latents, "load_latents", lambda folder: ([], {}))
+    monkeypatch.setattr(latents, "training_chains", lambda rows, manifest, folder: (chains, []))
+    (tmp_path / "manifest.json").write_text("{}")
+    others = [c["h"] for c in latent_chains(40, seed=9)]
+    shifts = (0, direction, -direction)
+    x = [np.stack([evaluate_accuracy.chain_features(z + shift) for z in others]) for shift in shifts]
+    right, wrong, more = (evaluate_accuracy.contrast_scores(rjepa_config(latents=str(tmp_path)), part) for part in x)
+    assert (right > wrong).all() and (more > right).all()
+    assert evaluate_accuracy.contrast_scores(rjepa_config(latents=str(tmp_path / "none")), x[0]) is None
