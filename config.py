@@ -181,6 +181,8 @@ class GuideConfig(RunConfig):
 
     n_hidden: int = 256  # width of the head
     lambda_bias: float = 1e-3  # weight of the bias's mean square
+    use_z: bool = True  # off: the control that never sees a prediction, a plain bias from the token's own state
+    world: str = ""  # hash of the R-JEPA's weights; the run stores it
     z_dim: int = 0  # width of the R-JEPA's predictions; the run stores it
     h_dim: int = 0  # width of the LLM's states; the run stores it
     vocab_size: int = 0  # the LLM's; the run stores it
@@ -204,14 +206,15 @@ class SpeakConfig(RunConfig):
     block_size: int = 128  # longest step in tokens; longer ones are cut
     context_dim: int = 0  # width of the latents; the run stores it
     predicted_share: float = 0.5  # share of the examples that speak from the predicted latent, the rest from the true
-    neighbours: bool = True  # whether it also reads the encoded question and the other steps
+    alone_share: float = 0.25  # share of the examples that see the latent alone, without question and other steps
+    world: str = ""  # hash of the R-JEPA's weights; the run stores it
 
     def __post_init__(self):
         super().__post_init__()
         for name in "n_layer n_head n_embd block_size".split():
             check(self, name, getattr(self, name) > 0, "must be positive")
         check(self, "n_head", self.n_embd % (2 * self.n_head) == 0, f"must divide n_embd={self.n_embd} into even parts")
-        for name in ("dropout", "predicted_share"):
+        for name in ("dropout", "predicted_share", "alone_share"):
             check(self, name, 0 <= getattr(self, name) <= 1, "must lie in [0, 1]")
 
 

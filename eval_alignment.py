@@ -47,13 +47,15 @@ class Args:
     step_errors: str = ""  # R-JEPA: a jsonl file of chains with the first wrong step known
     plan: bool = False  # R-JEPA: PLAN on the problems' own solutions with a middle step taken out
     quantile: float = 0.9  # PLAN: a gap is a next-step energy above this quantile of verified steps' energies
-    decode_limit: int = 250  # PLAN: chains for which the LLM writes the missing step too
+    decode_limit: int = 500  # PLAN: chains whose missing step is put into words
     llm: str = ""  # where the run's LLM lies, if not under the name it was trained with
     device: str = "auto"
 
     def __post_init__(self):
         for name in ("limit", "seed"):
             check(self, name, getattr(self, name) >= 0, "must not be negative")
+        check(self, "quantile", 0 <= self.quantile <= 1, "must lie in [0, 1]")
+        check(self, "decode_limit", self.decode_limit > 0, "must be positive")
 
 
 def held_out(args, config) -> list[dict]:
@@ -179,19 +181,6 @@ def step_retrieval(model, rows: list[dict], seed: int, n_candidates: int = 100) 
     return {"n": len(rows), "candidates": n_candidates, **figures}
 
 
-def read_latents(llm, pairs: list[tuple[str, list[str]]]) -> list[torch.Tensor]:
-    """Latents [1 + S, D] of chains (question, steps), at the LLM's layer and pooling, in batches of like length."""
-    coded = [llm.encode(question, steps) for question, steps in pairs]
-    order, out = sorted(range(len(coded)), key=lambda i: len(coded[i][0])), [None] * len(coded)
-    for start in range(0, len(order), 32):
-        part = order[start : start + 32]
-        rows, spans = zip(*(coded[i] for i in part), strict=True)
-        for i, z in zip(part, llm.latents(rows, spans, [(llm.layer, llm.pooling)])[0][llm.layer, llm.pooling],
-                        strict=True):
-            out[i] = z
-    return out
-
-
 def last_number(text: str):
     found = data.NUMBER.findall(text)
     return data.number(found[-1]) if found else None
@@ -204,21 +193,28 @@ def evaluate_plan(run: str, args) -> dict:
     `retrieval`: the true step's latent (as the LLM had it in the whole chain) among 100, in the LLM's standardised
     space by cosine, the chain's other steps among them; against the step before (copy), the mean of both neighbours,
     the mean training latent of the position, and the prediction from the steps before alone (next_step).
-    `decoded`: share of texts whose equations hold, whose last number is the true step's, and both, from the Speaker
-    (predicted latent; true latent; true latent of another chain's step) and from the LLM without the latent.
-    `gaps`: infer.find_gap on chains with and without the gap. `given_away`: what the Speaker recovers from the true
-    latent alone of a step: share of its tokens, of its numbers, of whole texts.
+    `decoded`: share of texts whose equations hold, whose last number is the true step's, and both. The Speaker says
+    the predicted latent (and another chain's, `shuffled`; without its surroundings, `alone`; with those before the gap
+    alone, `before`; the true latent instead, `true`), the LLM goes on from the steps before (`llm_before`).
+    `gaps`: infer.find_gap on chains with and without the gap. `given_away`: what the Speaker recovers of a step from
+    its target latent alone, which was encoded with the whole chain in view; and from another's (`shuffled`).
     """
     model, config = infer.load_world_model(run, args.device)
     llm = infer.llm_of(config, args.llm, args.device)
     problems = held_out(args, config)
     chains = [c for c in (data.make_chain(p) for p in problems) if len(c["steps"]) >= 3]
+    if len(chains) < 2:
+        raise ValueError(f"{len(chains)} of {len(problems)} solutions have three steps and more: raise --limit, or "
+                         "take another data set")
+    speaker, speak_config, folder = infer.load_beside(run, "", "speak", args.device)
+    tokenizer = load_tokenizer(folder, speak_config)
     rng = np.random.default_rng(args.seed)
     holes = [int(rng.integers(2, len(c["steps"]))) for c in chains]
-    whole = read_latents(llm, [(c["question"], c["steps"]) for c in chains])
+    whole = llm.read_chains([(c["question"], c["steps"]) for c in chains])
     gapped_steps = [c["steps"][: k - 1] + c["steps"][k:] for c, k in zip(chains, holes, strict=True)]
-    gapped = read_latents(llm, [(c["question"], s) for c, s in zip(chains, gapped_steps, strict=True)])
-    context, allowed, offsets = infer.slot_latents(model, gapped, holes)
+    gapped = llm.read_chains([(c["question"], s) for c, s in zip(chains, gapped_steps, strict=True)])
+    slots = torch.tensor(holes, device=model.h_mean.device)
+    context, allowed, offsets, _ = model.around(*latents.with_slots(gapped, holes, slots.device), slots)
     space = model.standardize
     ahead = model.predict_next(*latents.pad_latents([z[:k] for z, k in zip(gapped, holes, strict=True)],
                                                     model.h_mean.device))
@@ -248,38 +244,44 @@ def evaluate_plan(run: str, args) -> dict:
             "precision": flagged / max(1, flagged + false),
             "located": float(np.mean([g == k for g, k in zip(found[0], holes, strict=True)]))}
 
-    truths = [c["steps"][k - 1] for c, k in zip(chains, holes, strict=True)]
-    texts = {"llm": [infer.next_line(llm, c["question"], c["steps"][: k - 1], [], 64)
-                     for c, k in zip(chains[: args.decode_limit], holes, strict=False)]}
-    given_away = None
-    if (Path(f"{run}-speak") / "model.safetensors").is_file():
-        speaker, speak_config, folder = infer.load_beside(run, "", "speak", args.device)
-        tokenizer = load_tokenizer(folder, speak_config)
+    n = min(args.decode_limit, len(chains))
+    context, allowed, offsets, ahead, slots = (t[:n] for t in (context, allowed, offsets, ahead, slots))
+    z_true = model.around(*latents.pad_latents(whole[:n], context.device), slots)[3]
+    truths = [c["steps"][k - 1] for c, k in zip(chains, holes, strict=True)][:n]
 
-        def say(context, allowed, offsets):
-            return [tokenizer.decode(t) for t in speaker.generate(context, allowed, offsets, speak_config.block_size)]
+    def say(z, allowed):
+        """Texts from latents z [n, C] in place of the predicted ones."""
+        said = speaker.generate(torch.cat((z[:, None], context[:, 1:]), dim=1), allowed, offsets,
+                                speak_config.block_size)
+        return [tokenizer.decode(t) for t in said]
 
-        slots = torch.tensor(holes, device=context.device)
-        z_true = model.around(*latents.pad_latents(whole, context.device), slots)[3]
-        from_true = torch.cat((z_true[:, None], context[:, 1:]), dim=1)
-        texts |= {"speaker": say(context, allowed, offsets), "speaker_true": say(from_true, allowed, offsets),
-                  "speaker_shuffled": say(torch.cat((z_true.roll(1, 0)[:, None], context[:, 1:]), 1), allowed, offsets)}
-        alone = torch.zeros_like(allowed)
-        alone[:, 0] = True
-        spoken = say(from_true, alone, offsets)
+    alone = torch.zeros_like(allowed)
+    alone[:, 0] = True
+    z_pred = context[:, 0]
+    texts = {"speaker": say(z_pred, allowed), "speaker_shuffled": say(z_pred.roll(1, 0), allowed),
+             "speaker_alone": say(z_pred, alone), "speaker_before": say(ahead, allowed & (offsets <= 0)),
+             "speaker_true": say(z_true, allowed),
+             "llm_before": [infer.next_line(llm, c["question"], c["steps"][: k - 1], [], 64)
+                            for c, k in zip(chains[:n], holes, strict=False)]}
+
+    def recovered(said):
+        """Shares of the true step's words and numbers that a text holds, and of texts that are the same."""
+        words = [np.mean([w in s.split() for w in t.split()]) for t, s in zip(truths, said, strict=True)]
         numbers = [(set(map(data.number, data.NUMBER.findall(t))), set(map(data.number, data.NUMBER.findall(s))))
-                   for t, s in zip(truths, spoken, strict=True)]
-        words = [(t.split(), set(s.split())) for t, s in zip(truths, spoken, strict=True)]
-        given_away = {"words": float(np.mean([np.mean([w in s for w in t]) for t, s in words])),
-                      "numbers": float(np.mean([len(t & s) / len(t) for t, s in numbers if t])),
-                      "whole": float(np.mean([t == s for t, s in zip(truths, spoken, strict=True)]))}
+                   for t, s in zip(truths, said, strict=True)]
+        whole = [t == s for t, s in zip(truths, said, strict=True)]
+        return {"words": float(np.mean(words)), "whole": float(np.mean(whole)),
+                "numbers": float(np.mean([len(t & s) / len(t) for t, s in numbers if t]))}
+
+    given_away = {"true": recovered(say(z_true, alone)), "shuffled": recovered(say(z_true.roll(1, 0), alone))}
     decoded = {}
     for name, said in texts.items():
         holds = np.array([bool(t.strip()) and verify.check_step(t).is_valid for t in said])
         number = np.array([last_number(t) is not None and last_number(t) == last_number(truth)
-                           for t, truth in zip(said, truths, strict=False)])
-        decoded[name] = {"n": len(said), "holds": float(holds.mean()), "number": float(number.mean()),
-                         "right": float((holds & number).mean())}
+                           for t, truth in zip(said, truths, strict=True)])
+        right = float((holds & number).mean())
+        decoded[name] = {"n": n, "holds": float(holds.mean()), "number": float(number.mean()), "right": right,
+                         "ci95": list(wilson(right, n))}
     return {"n": len(chains), "retrieval": retrieval, "gaps": gaps, "decoded": decoded, "given_away": given_away}
 
 

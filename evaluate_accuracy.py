@@ -30,7 +30,7 @@ import verify
 from config import RJEPAConfig, check
 from llm import generate as llm_generate
 from model import wilson
-from runs import build_model, digest, load_config, load_run, load_tokenizer, write_atomic
+from runs import build_model, digest, load_config, load_run, load_tokenizer, weights_digest, write_atomic
 
 
 @dataclass
@@ -44,7 +44,8 @@ class Args(eval_alignment.Args):
     batch_size: int = 128  # candidates generated at a time
     candidates: str = ""  # R-JEPA: a jsonl file of labelled candidates to pick from
     also: tuple[str, ...] = ()  # R-JEPA: more runs over the same LLM, layer and pooling, shown under their own names
-    method: Literal["pick", "nudge"] = "pick"  # R-JEPA: pick among K candidates, or pull at greedy answers
+    # R-JEPA: nudge pulls at greedy answers, greedy leaves them alone; all others pick among K and are shown together
+    method: Literal["all", "greedy", "nudge", "rerank", "majority"] = "all"
     alphas: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0)  # strengths of the pull
     nudge: Literal["bias", "hidden"] = "bias"  # by the guidance head, or on the hidden state
     ensemble: bool = False  # R-JEPA: also the standardised energies of all these runs together
@@ -202,7 +203,8 @@ def candidate_folder(config, args) -> Path:
     if args.latents:
         return Path(args.latents)
     if args.candidates:
-        return extract.latents_of_file(config, "candidates", args.candidates, device=args.device, limit=args.limit)
+        return extract.latents_of_file(config, "candidates", args.candidates, device=args.device, limit=args.limit,
+                                       llm=args.llm)
     dataset = args.dataset or config.dataset
     return extract.written_for(config, eval_alignment.held_out(args, config), dataset, args.split, args)
 
@@ -230,19 +232,19 @@ def evaluate_candidates(run: str, args) -> dict:
     members = [np.flatnonzero(question == q) for q in range(len(ids))]
 
     def energy_scores(world_model):
-        """A chain without steps scores below all others."""
         found = infer.energies(world_model, h)
         by_mode = {mode: np.array([-float(e[mode].mean()) if len(e[mode]) else -np.inf for e in found])
                    for mode in world_model.ENERGIES}
         last = np.array([-float(e["leave_one_out"][-1]) if len(e["leave_one_out"]) else -np.inf for e in found])
-        scores = by_mode | {"last": last}
-        return {k: np.maximum(s, s[np.isfinite(s)].min() - 1) for k, s in scores.items()}, found
+        return by_mode | {"last": last}, found
 
+    usable = np.array([bool(r["steps"]) for r in rows])  # a chain without steps ranks below all others
     ours, found = energy_scores(model)
     logprob = np.array([infer.mean_logprob(r) for r in rows])
     shortest = -np.array([sum(r["n_tokens"][1:]) for r in rows], dtype=float)
     features = np.stack([chain_features(z) for z in h])
-    fitted = functools.partial(infer.cross_validated, right=right, question=question, folds=args.folds, seed=args.seed)
+    fitted = functools.partial(infer.cross_validated, right=right, question=question, folds=args.folds, seed=args.seed,
+                               usable=usable)
     scores = {"shortest": shortest, "logprob": logprob, "energy": ours["leave_one_out"],
               "energy_next_step": ours["next_step"], "energy_last": ours["last"],
               "combined": fitted(np.stack((logprob, ours["leave_one_out"]), 1), C=1.0),
@@ -263,7 +265,7 @@ def evaluate_candidates(run: str, args) -> dict:
         for name, mode in (("energy", "leave_one_out"), ("energy_next_step", "next_step"), ("energy_last", "last")):
             scores[f"{name} {Path(other).name}"] = theirs[mode]
     if args.ensemble and args.also:
-        scores["ensemble"] = sum(s / s.std() for s in together)
+        scores["ensemble"] = sum(s / s[usable].std() for s in together)
         scores["combined_ensemble"] = fitted(np.stack((logprob, scores["ensemble"]), 1), C=1.0)
 
     sources = [[rows[i]["source"] for i in m] for m in members]
@@ -293,18 +295,23 @@ def evaluate_candidates(run: str, args) -> dict:
 def evaluate_nudge(run: str, args) -> dict:
     """Greedy answers with the predicted next step pulling at them, for every --alphas -> accuracies and energies.
 
-    `shuffled` is the largest alpha with every chain pulled towards the prediction for another problem. Generations
-    are kept in the run folder, by alpha, and not made again.
+    `shuffled`: the same pull, towards the prediction for the next problem. `energy` is of the chains as R-JEPA reads
+    them. Generations are kept in the run folder, by all that they follow from, and not made again. --method greedy is
+    alpha 0 alone.
     """
+    alphas = (0.0,) if args.method == "greedy" else args.alphas
     model, config = infer.load_world_model(run, args.device)
-    guide = infer.load_beside(run, "", "guide", args.device)[0] if args.nudge == "bias" else None
-    llm, problems = infer.llm_of(config, args.llm, args.device), eval_alignment.held_out(args, config)
-    truths = [data.answer_text(p, "final") for p in problems]
-    what = digest(json.dumps([[p["id"], p["question"]] for p in problems] + [args.max_new_tokens]))[:8]
+    guide, made_by = None, [weights_digest(run), args.llm, args.max_new_tokens, args.batch_size]
+    if args.nudge == "bias" and max(alphas) > 0:
+        guide, _, folder = infer.load_beside(run, "", "guide", args.device)
+        made_by.append(weights_digest(folder))
+    problems = eval_alignment.held_out(args, config)
+    llm, truths = infer.llm_of(config, args.llm, args.device), [data.answer_text(p, "final") for p in problems]
+    made_by = digest(json.dumps([[p["id"], p["question"]] for p in problems] + made_by))
     methods = {}
-    for alpha, shuffled in [*((a, False) for a in args.alphas), (max(args.alphas), True)]:
+    for alpha, shuffled in [(a, s) for a in alphas for s in (False, True)[: 1 + (a > 0)]]:
         name = f"alpha {alpha:g}" + (" shuffled" if shuffled else "")
-        path = Path(run) / f"generations-{args.nudge}-{name.replace(' ', '-')}-{what}.jsonl"
+        path = Path(run) / f"generations-{args.nudge}-{name.replace(' ', '-')}-{made_by}.jsonl"
         if not path.is_file():
             written = []
             for start in range(0, len(problems), args.batch_size):
@@ -322,21 +329,23 @@ def evaluate_nudge(run: str, args) -> dict:
         energy = [r["energy"] for r in rows if r["energy"] is not None]
         methods[name] = method_figures(right, 0.0, 0.0, args.seed, recovered=False) | {
             "energy": float(np.mean(energy)) if energy else None}
-    return {"n": len(problems), "k": 1, "nudge": args.nudge, "random": None, "oracle": None, "methods": methods}
+    own = methods["alpha 0"]["accuracy"] if "alpha 0" in methods else None
+    return {"n": len(problems), "k": 1, "nudge": args.nudge, "random": own, "oracle": own, "methods": methods}
 
 
 def main():
     args = tyro.cli(Args)
     try:
         is_rjepa = isinstance(load_config(args.run)[1], RJEPAConfig)
-        if is_rjepa and not args.candidates and not args.latents and args.k == 1 and args.method != "nudge":
+        if is_rjepa and not args.candidates and not args.latents and args.k == 1 and args.method not in (
+                "nudge", "greedy"):
             raise ValueError(f"{args.run} is an R-JEPA run: --candidates FILE, --dataset X --k K with K > 1, or "
                              "--method nudge")
         if args.method == "nudge" and not is_rjepa:
             raise ValueError(f"--method nudge needs an R-JEPA run; {args.run} is none")
         if (args.candidates or args.latents) and not is_rjepa:
             raise ValueError(f"--candidates needs an R-JEPA run; {args.run} is none")
-        nudged = evaluate_nudge if args.method == "nudge" else evaluate_candidates
+        nudged = evaluate_nudge if args.method in ("nudge", "greedy") else evaluate_candidates
         result = (nudged if is_rjepa else evaluate_run)(args.run, args)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None

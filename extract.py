@@ -47,8 +47,7 @@ def extract(llm: LLM, chains: list[dict], out: Path, description: dict, wanted: 
             if not chain["steps"] or not all(unit.strip() for unit in (chain["question"], *chain["steps"])):
                 raise ValueError("it has no steps, or an empty one")
             ids, spans = llm.encode(chain["question"], chain["steps"])
-            if len(ids) > llm.context:
-                raise ValueError(f"{len(ids)} tokens are more than the context of {llm.name}, {llm.context}")
+            llm.check_room([ids], 0)
         except ValueError as error:
             raise ValueError(f"chain {chain['id']}: {error}") from None
         coded.append((ids, spans))
@@ -108,8 +107,9 @@ def extract_written(llm: LLM, problems: list[dict], out: Path, dataset: str, spl
                     top_p: float, seed: int, max_new_tokens: int, overwrite: bool = False) -> dict:
     """Writes the latents of k chains that the LLM writes for each problem -> {"chains", "steps", "tokens", ...}.
 
-    Taken while it writes, at its layer and pooling, with logprobs; `is_valid` says whether the answer is right. A
-    shard holds some problems' chains, their texts too, so that an interrupted run goes on with the next shard.
+    Taken while it writes, at its layer and pooling, with logprobs. `is_valid` says whether the answer is right and, of
+    training problems, whether every step passes the gate. A shard holds some problems' chains, their texts too, so that
+    an interrupted run goes on with the next shard.
     """
     text = json.dumps([[p["id"], p["question"], p["answer"]] for p in problems])
     header = common_header(llm, True, {
@@ -131,6 +131,8 @@ def extract_written(llm: LLM, problems: list[dict], out: Path, dataset: str, spl
                     answer = c["steps"][-1] if c["steps"] else ""
                     chain = {"id": f"{p['id']}/{i}", "question": p["question"], "steps": c["steps"], "answer": answer,
                              "source": llm.name, "is_valid": verify.check_answer(answer, truth)}
+                    if split == "train" and c["steps"]:  # may be trained on: every equation must hold as well
+                        chain["is_valid"] = verify.validate({"id": p["id"], "answer": truth}, chain).is_valid
                     rows.append(latents.record(chain, p["id"], split) | {
                         "n_tokens": [len(llm.question_ids(p["question"])), *c["n_tokens"]], "shard": number,
                         "start": at, "end": at + len(c["h"])})
@@ -204,6 +206,7 @@ class Args:
     """Latents of the chains of a data set's split, of labelled candidates, or of chains in a file."""
 
     llm: str = "smollm2"  # Hugging Face name or folder, GGUF file, or a run folder of this project
+    name: str = ""  # what the latents shall call the LLM, if it lies elsewhere than under its name
     out: str = "out/latents/new"  # folder to write
     dataset: Literal["gsm8k", "svamp", "synthetic"] = "gsm8k"  # its own worked solutions, as chains
     split: Literal["train", "val", "test"] = "train"  # `train` of gsm8k is the whole file, val chains marked as such
@@ -246,7 +249,7 @@ class Args:
         check(self, "top_p", 0 < self.top_p <= 1, "must lie in (0, 1]")
 
 
-def latents_of_file(config, kind: str, path: str, device: str = "auto", limit: int = 0) -> Path:
+def latents_of_file(config, kind: str, path: str, device: str = "auto", limit: int = 0, llm: str = "") -> Path:
     """The folder with the latents and logprobs of a file of `candidates` or `step_errors` for an R-JEPA's config.
 
     Extracted where it is not there yet, into out/latents.
@@ -255,8 +258,9 @@ def latents_of_file(config, kind: str, path: str, device: str = "auto", limit: i
     name = config.llm.rsplit("/", 1)[-1] + (f"-{digest(config.prompt)[:6]}" if config.prompt else "")
     folder = Path("out/latents") / f"{kind}-{data_hash}-{limit}-{name}-layer{config.layer}-{config.pooling}"
     if not (folder / "manifest.json").is_file():
-        main(["--" + kind, path, "--llm", config.llm, "--layer", str(config.layer), "--pooling", config.pooling,
-              "--prompt", config.prompt, "--logprobs", "--limit", str(limit), "--device", device, "--out", str(folder)])
+        main(["--" + kind, path, "--llm", llm or config.llm, "--name", config.llm, "--layer", str(config.layer),
+              "--pooling", config.pooling, "--prompt", config.prompt, "--logprobs", "--limit", str(limit),
+              "--device", device, "--out", str(folder)])
     return folder
 
 
@@ -267,7 +271,8 @@ def written_for(config, problems: list[dict], dataset: str, split: str, args) ->
             f"-k{args.k}-t{args.temperature}-seed{args.seed}-{digest(json.dumps(what))[:6]}")
     folder = Path("out/latents") / name
     if not (folder / "manifest.json").is_file():
-        llm = load_llm(config.llm, args.device, layer=config.layer, pooling=config.pooling).set_prompt(config.prompt)
+        llm = load_llm(args.llm or config.llm, args.device, layer=config.layer, pooling=config.pooling)
+        llm.set_prompt(config.prompt).name = config.llm
         say(f"{args.k} chains for {len(problems):,} problems -> {folder}")
         extract_written(llm, problems, folder, dataset, split, args.k, args.temperature, args.top_p, args.seed,
                         args.max_new_tokens)
@@ -292,6 +297,7 @@ def main(argv=None):
         else:
             chains, description = latents.chains_to_extract(args)
             llm = load_llm(args.llm, args.device, args.dtype, args.quantize).set_prompt(args.prompt)
+            llm.name = args.name or llm.name
             wanted = sorted({(llm.layer_index(layer), pooling) for layer in args.layer for pooling in args.pooling})
             say(f"{len(chains):,} chains, {llm.name} ({llm.dtype}, {llm.quantization}) on {llm.device}, "
                 + ", ".join(f"layer {layer} {pooling}" for layer, pooling in wanted) + f" -> {out}")

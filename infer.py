@@ -23,7 +23,7 @@ import latents
 import verify
 from config import check
 from llm import LLM, HuggingFaceLLM, generate, load_llm
-from runs import load_run, load_tokenizer, write_atomic
+from runs import load_config, load_run, load_tokenizer, weights_digest, write_atomic
 
 # ----------------------------------------------------------------------------- functions to import
 
@@ -95,8 +95,18 @@ def centred(x: np.ndarray, question: np.ndarray) -> np.ndarray:
     return out
 
 
-def cross_validated(x: np.ndarray, right: np.ndarray, question: np.ndarray, folds: int, seed: int, C: float):
-    """Scores [n] of a logistic regression on x [n, F], centred within questions, always fitted on other questions."""
+def cross_validated(x: np.ndarray, right: np.ndarray, question: np.ndarray, folds: int, seed: int, C: float,
+                    usable: np.ndarray | None = None):
+    """Scores [n] of a logistic regression on x [n, F], centred within questions, always fitted on other questions.
+
+    Rows that are not usable [n] (chains without steps, whose features say nothing) score below all others.
+    """
+    if usable is not None and not usable.all():
+        scores = np.full(len(x), -np.inf)
+        if usable.any():
+            _, numbered = np.unique(question[usable], return_inverse=True)
+            scores[usable] = cross_validated(x[usable], right[usable], numbered, folds, seed, C)
+        return scores
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
@@ -115,11 +125,11 @@ def cross_validated(x: np.ndarray, right: np.ndarray, question: np.ndarray, fold
 
 
 def mean_logprob(row: dict) -> float:
-    """Mean logprob of a chain's step tokens, not the question's. NaN where the latents have none, low without steps."""
+    """Mean logprob of a chain's step tokens, not the question's. NaN where the latents have none, -inf for no steps."""
     if row["logprobs"] is None:
         return float("nan")
     if not row["steps"]:
-        return -1e3
+        return float("-inf")
     return float(np.average(row["logprobs"][1:], weights=row["n_tokens"][1:]))
 
 
@@ -182,15 +192,17 @@ def rerank(model, chains: list[dict], alpha: float, beta: float) -> list[dict]:
 def load_beside(run: str, folder: str, kind: str, device: str):
     """The Guidance (`guide`) or Speaker (`speak`) of an R-JEPA run: (model, config, folder).
 
-    Raises ValueError that says which command makes the one that is missing.
+    Raises ValueError that says which command makes the one that is missing, or was made for other weights.
     """
-    folder = folder or f"{run}-{kind}"
+    folder = folder or f"{Path(run)}-{kind}"
     command = f"python train.py rjepa-{kind} --init_from {run}"
     if not (Path(folder) / "model.safetensors").is_file():
         raise ValueError(f"{folder} holds no finished run: {command}")
     model, config = load_run(folder, device)
     if type(model).__name__ != {"guide": "Guidance", "speak": "Speaker"}[kind]:
         raise ValueError(f"{folder} is a run of preset '{model.preset}': {command}")
+    if config.world != weights_digest(run):
+        raise ValueError(f"{folder} was trained for another R-JEPA than {run} holds now: {command}")
     return model, config, folder
 
 
@@ -201,7 +213,7 @@ class Nudge:
     """NUDGE for llm.generate: the predicted next step, renewed whenever one has ended, pulls at what is written.
 
     With a Guidance `guide`: logits + alpha * bias. Without: h + alpha * (z - h) at the LLM's layer, z the prediction in
-    the LLM's space (`hidden`). alpha = 0 changes nothing at all. shuffled: every row gets another row's prediction.
+    the LLM's space (`hidden`). alpha = 0 changes nothing at all. shuffled: every row gets the next row's prediction.
     """
 
     def __init__(self, model, llm: LLM, alpha: float, guide=None, shuffled: bool = False):
@@ -215,14 +227,14 @@ class Nudge:
         return self.model.predict_next(*latents.pad_latents(chains, self.model.h_mean.device))
 
     def begin(self, writing: list):
+        self.source = dict(zip(writing, writing[1:] + writing[:1] if self.shuffled else writing, strict=True))
         self.z = dict(zip(writing, self.predict([row.question_latent[None] for row in writing]), strict=True))
 
     def step_ended(self, row):
         self.z[row] = self.predict([row.chain()["h"]])[0]
 
     def now(self, active) -> torch.Tensor:
-        z = torch.stack([self.z[row] for row in active])
-        return z.roll(1, 0) if self.shuffled else z
+        return torch.stack([self.z[self.source[row]] for row in active])
 
     def logits(self, logits, h, active):
         if self.guide is None or self.alpha == 0:
@@ -236,37 +248,46 @@ class Nudge:
         return self.alpha, target[:, -self.llm.dim :]  # of mean and last, the last: one token's state
 
 
+def nudge(model, llm: LLM, question: str, alpha: float, guide=None, temperature: float = 0.0, top_p: float = 0.95,
+          seed: int = 1, max_new_tokens: int = 256) -> dict:
+    """The LLM's own chain beside the nudged one -> {"question", "alpha", "nudge", "own", "nudged"}.
+
+    Each of the last two is {"steps", "logprob" (under the LLM alone), "energy"}, without steps the latter two None.
+    """
+    result = {"question": question, "alpha": alpha, "nudge": "hidden" if guide is None else "bias"}
+    for name, strength in (("own", 0.0), ("nudged", alpha)):
+        chain = generate(llm, [question], 1, temperature, top_p, seed, max_new_tokens,
+                         nudge=Nudge(model, llm, strength, guide))[0][0]
+        energy = chain_energy(energies(model, [chain["h"]])[0]) if chain["steps"] else None
+        result[name] = {"steps": chain["steps"], "logprob": chain["logprob"], "energy": energy}
+    return result
+
+
 # ----------------------------------------------------------------------------- PLAN
-
-
-def insert_slot(h: torch.Tensor, at: int) -> torch.Tensor:
-    """Latents [1 + S, D] with an empty slot as step `at`, 1 … S + 1."""
-    return torch.cat((h[:at], h.new_zeros(1, h.shape[1]), h[at:]))
-
-
-@torch.no_grad()
-def slot_latents(model, chains: list[torch.Tensor], slots: list[int]):
-    """What is predicted for an empty slot inserted in each chain: RJEPA.around's context, allowed, offsets."""
-    h, is_real = latents.pad_latents([insert_slot(z, at) for z, at in zip(chains, slots, strict=True)],
-                                     model.h_mean.device)
-    return model.around(h, is_real, torch.tensor(slots, device=h.device))[:3]
 
 
 def find_gap(model, h: torch.Tensor, quantile: float = 0.9) -> tuple[int | None, list[float], float]:
     """(step before which something seems to be missing or None, next-step energies, threshold) of latents [1 + S, D].
 
-    A gap is the step with the highest next-step energy, if that is above the `quantile` of verified steps' energies.
+    A gap is the step after the first with the highest next-step energy, if that is above the `quantile` of what
+    verified chains' highest one is.
     """
     e = energies(model, [h])[0]["next_step"]
-    threshold = float(model.quantiles[1, round(quantile * (model.quantiles.shape[1] - 1))])
-    worst = int(e.argmax())
+    threshold = float(model.quantiles[2, round(quantile * (model.quantiles.shape[1] - 1))])
+    if len(e) < 2:
+        return None, e.tolist(), threshold
+    worst = int(e[1:].argmax()) + 1
     return (worst + 1 if float(e[worst]) > threshold else None), e.tolist(), threshold
 
 
 @torch.no_grad()
 def nearest_steps(model, folder: str, z_pred: torch.Tensor, k: int = 3) -> list[dict]:
     """The k verified training steps whose latents are nearest (cosine, standardised) to a prediction [C]."""
-    rows = [r for r in latents.load_latents(folder)[0] if r["is_valid"] and r["split"] == "train"]
+    rows, manifest = latents.load_latents(folder)
+    latents.check_same_llm(model.config, manifest, f"--memory {folder}")
+    rows = [r for r in rows if r["is_valid"] and r["split"] == "train"]
+    if not rows:
+        raise ValueError(f"--memory {folder} holds no verified chain of a training split")
     h = torch.cat([r["h"][1:] for r in rows]).to(model.h_mean.device)
     texts = [s for r in rows for s in r["steps"]]
     cos = torch.cosine_similarity(model.standardize(h), model.w_out(z_pred.to(model.h_mean.dtype))[None], dim=1)
@@ -312,7 +333,8 @@ def plan(model, llm: LLM, question: str, steps: list[str], decode: str = "speake
         position = at + len(filled) if at else found
         if position is None:
             break
-        context, allowed, offsets = slot_latents(model, [h], [position])
+        slot = torch.tensor([position], device=model.h_mean.device)
+        context, allowed, offsets, _ = model.around(*latents.with_slots([h], [position], slot.device), slot)
         nearest = nearest_steps(model, memory, context[0, 0]) if memory else []
         if decode == "speaker":
             text = tokenizer.decode(speaker.generate(context, allowed, offsets, max_new_tokens)[0])
@@ -406,14 +428,15 @@ class Rerank(Writing):
 
 def run_rerank(args: Rerank) -> dict:
     path = Path(args.run) / "rerank.json"
+    load_config(args.run)
     if args.fit:
         model, config = load_world_model(args.run, args.device)
         folder = Path(args.fit)
         if not folder.is_dir():
-            folder = extract.latents_of_file(config, "candidates", args.fit, device=args.device)
+            folder = extract.latents_of_file(config, "candidates", args.fit, device=args.device, llm=args.llm)
         rows, manifest = latents.load_latents(folder)
         latents.check_same_llm(config, manifest, f"{args.run} and {folder}")
-        fitted = fit_weights(model, rows, args.seed)
+        fitted = {"world": weights_digest(args.run), **fit_weights(model, rows, args.seed)}
         write_atomic(path, lambda p: p.write_text(json.dumps(fitted) + "\n"))
         return {"fitted": str(path), **fitted}
     weights = {"alpha": args.alpha, "beta": args.beta}
@@ -422,6 +445,8 @@ def run_rerank(args: Rerank) -> dict:
             raise ValueError(f"{path} does not exist: infer.py rerank {args.run} --fit FILE makes it, or give --alpha "
                              "and --beta")
         fitted = json.loads(path.read_text())
+        if fitted.get("world") != weights_digest(args.run):
+            raise ValueError(f"{path} was fitted for other weights: infer.py rerank {args.run} --fit FILE")
         weights = {k: fitted[k] if v is None else v for k, v in weights.items()}
     model, _, llm = args.load()
     chains = generate(llm, [args.question], args.k, args.temperature, args.top_p, args.seed, args.max_new_tokens)[0]
@@ -444,16 +469,9 @@ class NudgeArgs(Writing):
 
 def run_nudge(args: NudgeArgs) -> dict:
     guide = load_beside(args.run, args.guide, "guide", args.device)[0] if args.nudge == "bias" else None
-    model, config, llm = args.load()
-    if guide is not None and (guide.config.z_dim, guide.config.h_dim) != (config.n_embd, llm.dim):
-        raise ValueError(f"the guidance head is for another R-JEPA or LLM: train.py rjepa-guide --init_from {args.run}")
-    common = (llm, [args.question], 1, args.temperature, args.top_p, args.seed, args.max_new_tokens)
-    result = {"question": args.question, "alpha": args.alpha, "nudge": args.nudge}
-    for name, alpha in (("own", 0.0), ("nudged", args.alpha)):
-        chain = generate(*common, nudge=Nudge(model, llm, alpha, guide))[0][0]
-        energy = chain_energy(energies(model, [chain["h"]])[0]) if chain["steps"] else None
-        result[name] = {"steps": chain["steps"], "logprob": chain["logprob"], "energy": energy}
-    return result
+    model, _, llm = args.load()
+    return nudge(model, llm, args.question, args.alpha, guide, args.temperature, args.top_p, args.seed,
+                 args.max_new_tokens)
 
 
 @dataclass
@@ -488,8 +506,6 @@ def run_plan(args: Plan) -> dict:
     if args.decode == "speaker":
         speaker, speak_config, folder = load_beside(args.run, args.speaker, "speak", args.device)
         tokenizer = load_tokenizer(folder, speak_config)
-        if speak_config.context_dim != config.n_embd:
-            raise ValueError(f"{folder} is for another R-JEPA: train.py rjepa-speak --init_from {args.run}")
     memory = args.memory or (config.latents if (Path(config.latents) / "manifest.json").is_file() else "")
     llm = llm_of(config, args.llm, args.device)
     return {"question": args.question, **plan(model, llm, args.question, list(args.steps), args.decode, speaker,

@@ -300,6 +300,12 @@ def pad_latents(parts: list[torch.Tensor], device=None) -> tuple[torch.Tensor, t
     return h.to(device), (torch.arange(h.shape[1]) < lengths[:, None]).to(device)
 
 
+def with_slots(parts: list[torch.Tensor], slots: list[int], device=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """pad_latents of chains [1 + S, D], each with an empty row inserted as step slots[i], 1 … S + 1."""
+    return pad_latents([torch.cat((z[:at], z.new_zeros(1, z.shape[1]), z[at:]))
+                        for z, at in zip(parts, slots, strict=True)], device)
+
+
 def collate(chains: list[dict], config, rng, device=None) -> dict:
     """Chains with latents "h" (and "wrong_h", "wrong_step") -> the batch that RJEPA.forward documents."""
     orders = [np.arange(len(c["h"])) for c in chains]

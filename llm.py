@@ -53,7 +53,7 @@ def chain_text(question: str, steps: list[str], after: str = "\n") -> tuple[str,
     for step in steps:
         units.append((len(text), len(text) + len(step)))
         text += step + "\n"
-    return text[:-1], units
+    return text[:-1] if steps else text, units
 
 
 def pool(h: torch.Tensor, pooling: str) -> torch.Tensor:
@@ -127,8 +127,8 @@ class LLM:
     def check_room(self, rows, room: int):
         """Raises ValueError where prompt, question and `room` new tokens are more than the context."""
         if (longest := len(self.prompt_ids) + max(map(len, rows)) + room) > self.context:
-            raise ValueError(f"{longest} tokens (prompt, question, --max_new_tokens {room}) are more than the context "
-                             f"of {self.name}, {self.context}")
+            raise ValueError(f"{longest} tokens (prompt, chain, --max_new_tokens {room}) are more than the context of "
+                             f"{self.name}, {self.context}; it begins '{self.decode(max(rows, key=len)[:12])}'")
 
     def latent_dim(self, pooling: str) -> int:
         return self.dim * (2 if pooling == "both" else 1)
@@ -153,6 +153,7 @@ class LLM:
         wanted: (layer, pooling) pairs. A unit's logprob is the mean over its tokens of log p(token | all before it),
         [PRED] left out.
         """
+        self.check_room(rows, 0)
         idx = pad_rows(rows, 0, self.device)
         states, final = self.states(idx, {layer for layer, _ in wanted}, logprobs)
         out = {key: [] for key in wanted}
@@ -169,6 +170,18 @@ class LLM:
             inside = [slice(b - begin, e - begin) for b, e in units]
             means.append([float(lp[at].sum() / counted[at].sum()) for at in inside])
         return out, means
+
+    def read_chains(self, chains: list[tuple[str, list[str]]], batch_size: int = 32) -> list[torch.Tensor]:
+        """Latents [1 + S, D] fp32 of chains (question, steps), in batches of like length."""
+        coded, out = [self.encode(question, steps) for question, steps in chains], [None] * len(chains)
+        order = sorted(range(len(coded)), key=lambda i: len(coded[i][0]))
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            rows, spans = zip(*(coded[i] for i in part), strict=True)
+            found = self.latents(rows, spans, [(self.layer, self.pooling)])[0][self.layer, self.pooling]
+            for i, z in zip(part, found, strict=True):
+                out[i] = z
+        return out
 
     def step_latents(self, question: str, steps: list[str]) -> torch.Tensor:
         """Latents [1 + S, D] fp32 of one chain at the layer and pooling chosen."""
@@ -246,6 +259,12 @@ class HuggingFaceLLM(LLM):
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     @property
+    def end_id(self) -> int:
+        """The token after a finished chain: the end of a chat's turn, else a line end."""
+        chat = self.tokenizer.eos_token and self.tokenizer.eos_token in self.prompt
+        return self.tokenizer.eos_token_id if chat else self.tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+
+    @property
     def vocab_size(self) -> int:
         return self.model.get_output_embeddings().weight.shape[0]
 
@@ -276,7 +295,8 @@ class HuggingFaceLLM(LLM):
     def advance(self, tokens: torch.Tensor, memory: Memory, blend=None):
         """The next token [B] of every row -> (logits [B, V] of the one after it, its state [B, D] at `layer`).
 
-        blend: (alpha, target [B, D]) moves that state to h + alpha * (target - h) before the layers above read it.
+        blend: (alpha, target [B, D]) moves that state to h + alpha * (target - h) for the layers above it. What is
+        returned is the state before: what reading the same text gives.
         """
         self.blend = blend
         memory.is_real = F.pad(memory.is_real, (0, 1), value=True)
@@ -305,11 +325,10 @@ class HuggingFaceLLM(LLM):
 
         def reader(layer):
             def read(module, args, kwargs):
-                h = args[0] if args else kwargs["hidden_states"]
+                seen[layer] = args[0] if args else kwargs["hidden_states"]
                 if self.blend is not None:
-                    h = self.blended(h)
+                    h = self.blended(seen[layer])
                     args, kwargs = ((h, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": h})
-                seen[layer] = h
                 if layer == last and not to_the_end:
                     raise Stop
                 return args, kwargs
@@ -371,6 +390,10 @@ class RunLLM(LLM):
         return self.tokenizer.decode(ids)
 
     @property
+    def end_id(self) -> int:
+        return self.model.eos_id
+
+    @property
     def vocab_size(self) -> int:
         return self.model.pred_id
 
@@ -416,8 +439,8 @@ class RunLLM(LLM):
 
 
             def read(module, args, layer=layer):
-                seen[layer] = args[0] if self.blend is None else self.blended(args[0])
-                return (seen[layer], *args[1:])
+                seen[layer] = args[0]
+                return args if self.blend is None else (self.blended(args[0]), *args[1:])
 
             hooks.append(block.register_forward_pre_hook(read))
         final = self.model.transformer(self.model.embed(idx), **(cached or {"is_causal": True}))

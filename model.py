@@ -516,7 +516,8 @@ class RJEPA(nn.Module):
         self.config, D, C = config, config.dim, config.n_embd
         self.register_buffer("h_mean", torch.zeros(D))
         self.register_buffer("h_std", torch.ones(D))
-        self.register_buffer("quantiles", torch.zeros(2, 101))  # energies of verified steps, by mode (ENERGIES)
+        # of verified chains: energies of steps by mode (ENERGIES); highest next-step energy after the first step
+        self.register_buffer("quantiles", torch.zeros(3, 101))
         self.w_in, self.w_out = nn.Linear(D, C), nn.Linear(C, D)
         encoder = Transformer(config.n_layer, config.n_head, C, config.dropout)
         self.jepa = JEPA(encoder, Predictor(C, config.predictor_n_layer, config.n_head, config.predictor_n_embd))
@@ -631,7 +632,7 @@ class RJEPA(nn.Module):
         is_target = position == step[:, None]
         visible = is_real & ~is_target
         z_context = self.jepa.encode(self.jepa.context_encoder, self.w_in(h).float(), position, visible)
-        z_pred = self.predict(h, visible, is_target)[:, None]
+        z_pred = self.jepa.predictor(z_context, position, visible, is_target)[:, None].float()
         allowed = torch.cat((torch.ones_like(visible[:, :1]), visible), dim=1)
         offsets = torch.cat((torch.zeros_like(position[:, :1]), position - step[:, None]), dim=1)
         return torch.cat((z_pred, z_context.float()), dim=1), allowed, offsets, self.targets(h, is_real)[is_target]
@@ -690,7 +691,8 @@ class Guidance(nn.Module):
 
     def bias(self, z_pred, h):
         """z_pred [M, C], h [M, D] -> [M, V]."""
-        x = torch.cat((self.norm_z(z_pred.float()), self.norm_h(h.float())), dim=-1)
+        z = self.norm_z(z_pred.float()) * self.config.use_z
+        x = torch.cat((z, self.norm_h(h.float())), dim=-1)
         return self.out(F.gelu(self.fc(x)))
 
     def forward(self, batch: dict) -> dict:

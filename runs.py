@@ -130,6 +130,11 @@ def start_from(model, config):
     assert all(k.startswith(ADAPTERS) for k in left.missing_keys) and not left.unexpected_keys
 
 
+def weights_digest(folder) -> str:
+    """Hash of a run's weights, by which what was made for them knows them again."""
+    return hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()[:16]
+
+
 def load_tokenizer(folder, config) -> data.Tokenizer:
     """The tokenizer of a run: its own BPE, or GPT-2's."""
     path = Path(folder) / "tokenizer.tiktoken"
@@ -141,7 +146,7 @@ def load_tokenizer(folder, config) -> data.Tokenizer:
 
 FREE_ON_RESUME = set("""out_dir overwrite device threads log_every save_every data_dir vocab_size
                         latents llm layer pooling prompt dim
-                        z_dim h_dim context_dim""".split())  # from the second line on: follows from a job's identity
+                        z_dim h_dim context_dim world""".split())  # second line on: follows from a job's identity
 
 
 def open_run(folder: Path, preset: str, config) -> dict | None:

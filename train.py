@@ -12,7 +12,6 @@ model.safetensors, config.json, state.pt (what resuming needs), log.jsonl and it
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -47,6 +46,7 @@ from runs import (
     say,
     start_from,
     tokenizer_digest,
+    weights_digest,
     write_atomic,
 )
 
@@ -162,7 +162,7 @@ class LatentJob:
         model.eval()
         clean = dataclasses.replace(self.config, shuffle_steps=False)
         z_pred, z_target, z_copy, sums = [], [], [], {}
-        energies = [[] for _ in model.ENERGIES]
+        energies = [[], [], []]  # the rows of model.quantiles
         for start in range(0, len(self.val), self.config.batch_size):
             part = self.val[start : start + self.config.batch_size]
             batch = latents.collate(part, clean, np.random.default_rng([0, start]), device)
@@ -175,11 +175,14 @@ class LatentJob:
             z_copy.append(z[:, :-1][is_target[:, 1:]].cpu())  # the step before, or the question
             for k, v in losses.items():
                 sums[k] = sums.get(k, 0.0) + float(v) * len(part) / len(self.val)
-            for mode, values in zip(model.ENERGIES, energies, strict=True):
+            for mode, values in zip(model.ENERGIES, energies, strict=False):
                 e = model.energy(batch["h"], batch["is_real"], mode)
                 values.append(e[~e.isnan()].cpu())
+            later = e[:, 2:].nan_to_num(-1.0)  # next-step energies after the first step
+            energies[2].append(later.amax(1)[later.amax(1) >= 0].cpu() if later.shape[1] else later.new_zeros(0).cpu())
         for row, values in zip(model.quantiles, energies, strict=True):
-            row.copy_(torch.quantile(torch.cat(values), torch.linspace(0, 1, len(row))))
+            if len(found := torch.cat(values)):
+                row.copy_(torch.quantile(found, torch.linspace(0, 1, len(row))))
         model.train()
         return {**sums, **latent_figures(torch.cat(z_pred), torch.cat(z_target), torch.cat(z_copy))}
 
@@ -196,14 +199,18 @@ class WorldJob:
             raise ValueError(f"--init_from {config.init_from}: a run of preset '{self.world.preset}', not of R-JEPA "
                              "(train.py rjepa-small)")
         self.world.requires_grad_(False)
-        rows, manifest = latents.load_latents(self.world_config.latents)
+        rows, manifest = latents.load_latents(self.world_config.latents, self.world_config.where)
         latents.check_same_llm(self.world_config, manifest, f"{config.init_from} and {self.world_config.latents}")
         self.train, self.val = latents.training_chains(rows, manifest, self.world_config.latents)
         self.train, self.val = self.train[: config.limit or None], self.val[: config.val_problems]
+        if len(self.val) < 2:
+            raise ValueError(f"{self.world_config.latents}: {len(self.val)} chain to validate on: two are needed")
         self.batches = latents.Batches(self.train, config)
         parts = [[r["id"], r["steps"]] for r in self.train]
-        weights = hashlib.sha256((Path(config.init_from) / "model.safetensors").read_bytes()).hexdigest()
-        self.identity = {"chains": digest(json.dumps([parts, manifest], sort_keys=True)), "world model": weights}
+        config.world = weights_digest(config.init_from)
+        self.identity = {"chains": digest(json.dumps([parts, manifest], sort_keys=True)), "world model": config.world}
+        world = self.world_config
+        self.llm = load_llm(world.llm, config.device, layer=world.layer, pooling=world.pooling).set_prompt(world.prompt)
 
     def fit(self, model):
         """Nothing is taken from the data before the first step."""
@@ -220,13 +227,12 @@ class GuideJob(WorldJob):
 
     def __init__(self, config, out: Path):
         super().__init__(config, out)
-        world = self.world_config
-        self.llm = load_llm(world.llm, config.device, layer=world.layer, pooling=world.pooling).set_prompt(world.prompt)
-        config.z_dim, config.h_dim, config.vocab_size = world.n_embd, self.llm.dim, self.llm.vocab_size
+        config.z_dim, config.h_dim = self.world_config.n_embd, self.llm.dim
+        config.vocab_size = self.llm.vocab_size
 
     @torch.no_grad()
     def collate(self, chains: list[dict], rng, device) -> dict:
-        """A batch of Guidance.forward over all tokens of the steps, the line end after each with it.
+        """A batch of Guidance.forward over all tokens of the steps, the line end (or end of text) after each with it.
 
         Besides: z_other, the prediction for another chain's step of the same number (or its last): the control.
         """
@@ -237,9 +243,9 @@ class GuideJob(WorldJob):
         at = {(int(c), int(s)): i for i, (c, s) in enumerate(zip(chain, step, strict=True))}
         rows, columns, tokens, mine, others = [], [], [], [], []
         for i, (ids, spans) in enumerate(coded):
-            j = (i + 1) % len(coded)
+            j, ids = (i + 1) % len(coded), [*ids, self.llm.end_id]
             for s, (begin, end) in enumerate(spans[1:], 1):
-                end = spans[s + 1][0] if s + 1 < len(spans) else end
+                end = spans[s + 1][0] if s + 1 < len(spans) else len(ids)
                 n = end - begin
                 rows += [i] * n
                 columns += range(begin - 1, end - 1)
@@ -271,10 +277,23 @@ class GuideJob(WorldJob):
 
 
 class SpeakJob(WorldJob):
-    """What the loop needs to train a Speaker on an R-JEPA's latents: one hidden step of each chain, put into words."""
+    """What the loop needs to train a Speaker on an R-JEPA's latents: one hidden step of each chain, put into words.
+
+    The LLM reads every chain of two steps and more once without that step, as PLAN finds it: the states of later steps
+    would tell of it.
+    """
 
     def __init__(self, config, out: Path):
         super().__init__(config, out)
+        self.train, self.val = ([c for c in part if len(c["steps"]) > 1] for part in (self.train, self.val))
+        rng = np.random.default_rng(config.seed)
+        say(f"reading {len(self.train) + len(self.val):,} chains with a step left out")
+        for part in (self.train, self.val):
+            holes = [int(rng.integers(1, len(c["h"]))) for c in part]
+            left = [(c["question"], c["steps"][: k - 1] + c["steps"][k:]) for c, k in zip(part, holes, strict=True)]
+            for c, k, z in zip(part, holes, self.llm.read_chains(left), strict=True):
+                c["hole"], c["gapped"] = k, z
+        self.batches = latents.Batches(self.train, config)
         if config.tokenizer == "gpt2":
             self.tokenizer = data.gpt2_tokenizer()
         elif (out / "tokenizer.tiktoken").is_file() and not config.overwrite:
@@ -290,14 +309,17 @@ class SpeakJob(WorldJob):
     def collate(self, chains: list[dict], rng, device, predicted: float | None = None) -> dict:
         """A batch of Speaker.forward; `predicted` is the share that speaks from predicted latents, else config's."""
         eos, config = self.config.vocab_size - 2, self.config
-        h, is_real = latents.pad_latents([c["h"] for c in chains], device)
-        steps = [int(rng.integers(1, len(c["h"]))) for c in chains]
-        context, allowed, offsets, true = self.world.around(h, is_real, torch.tensor(steps, device=device))
+        steps = [c["hole"] for c in chains]
+        at = torch.tensor(steps, device=device)
+        context, allowed, offsets, _ = self.world.around(
+            *latents.with_slots([c["gapped"] for c in chains], steps, device), at)
+        true = self.world.around(*latents.pad_latents([c["h"] for c in chains], device), at)[3]
         share = config.predicted_share if predicted is None else predicted
         from_true = torch.from_numpy(rng.random(len(chains)) >= share).to(device)
         context[from_true, 0] = true[from_true]
-        if not config.neighbours:
-            context, allowed, offsets = context[:, :1], allowed[:, :1], offsets[:, :1]
+        if predicted is None:
+            alone = torch.from_numpy(rng.random(len(chains)) < config.alone_share).to(device)
+            allowed[alone, 1:] = False
         texts = [self.tokenizer.encode(c["steps"][s - 1])[: config.block_size - 1]
                  for c, s in zip(chains, steps, strict=True)]
         idx = pad_rows([[eos, *t] for t in texts], eos, device)
@@ -308,15 +330,15 @@ class SpeakJob(WorldJob):
 
     @torch.no_grad()
     def evaluate(self, model, device, autocast) -> dict:
-        """Held-out token loss from true latents, from predicted ones, and with the context of another chain."""
+        """Held-out token loss from true latents, from predicted ones, and from the true one of another chain."""
         model.eval()
         sums, n = {"lm_loss": 0.0, "lm_loss_predicted": 0.0, "lm_loss_shuffled": 0.0}, 0
         for start in range(0, len(self.val), self.config.batch_size):
             part = self.val[start : start + self.config.batch_size]
             for name, share in (("lm_loss", 0.0), ("lm_loss_predicted", 1.0), ("lm_loss_shuffled", 0.0)):
                 batch = self.collate(part, np.random.default_rng([0, start]), device, share)
-                if name == "lm_loss_shuffled":
-                    batch |= {k: batch[k].roll(1, 0) for k in ("context", "context_allowed", "offsets")}
+                if name == "lm_loss_shuffled":  # the latent alone, its surroundings stay
+                    batch["context"][:, 0] = batch["context"][:, 0].roll(1, 0)
                 with autocast():
                     sums[name] += float(model(strip(batch))["loss"]) * len(part)
             n += len(part)
@@ -381,7 +403,7 @@ def train(preset: str, config) -> dict:
 
     # data, model, optimizer
     beside = {"rjepa-guide": "guide", "rjepa-speak": "speak"}.get(preset)  # where infer.py looks for them
-    out = Path(config.out_dir or (f"{config.init_from}-{beside}" if beside else f"out/{preset}"))
+    out = Path(config.out_dir or (f"{Path(config.init_from)}-{beside}" if beside else f"out/{preset}"))
     config.out_dir = str(out)
     inherits = config.init_from and type(config) in cfg.NETWORK
     if inherits:
