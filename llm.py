@@ -127,8 +127,9 @@ class LLM:
     def check_room(self, rows, room: int):
         """Raises ValueError where prompt, question and `room` new tokens are more than the context."""
         if (longest := len(self.prompt_ids) + max(map(len, rows)) + room) > self.context:
-            raise ValueError(f"{longest} tokens (prompt, chain, --max_new_tokens {room}) are more than the context of "
-                             f"{self.name}, {self.context}; it begins '{self.decode(max(rows, key=len)[:12])}'")
+            more = f" with {room} to write" if room else ""
+            raise ValueError(f"{longest} tokens{more} are more than the context of {self.name}, {self.context}; the text "
+                             f"begins '{self.decode(max(rows, key=len)[:12])}'")
 
     def latent_dim(self, pooling: str) -> int:
         return self.dim * (2 if pooling == "both" else 1)
