@@ -143,12 +143,24 @@ def ranking_figures(score: np.ndarray, is_valid: np.ndarray, group: list[str]) -
             "auroc_within": float(np.mean(within)) if within else None}
 
 
+def rank_of_first(guess: torch.Tensor, among: torch.Tensor, barred=()) -> int:
+    """Rank, from 1, of among[0] by cosine to guess [C], among [n, C]; ties count against it, `barred` rows are out."""
+    score = F.cosine_similarity(guess[None], among)
+    score[list(barred)] = -2.0
+    return 1 + int((score[1:] >= score[0]).sum())
+
+
+def rank_figures(ranks: dict[str, list[int]]) -> dict:
+    return {name: {"top1": float(np.mean(np.array(r) == 1)), "mrr": float(np.mean(1 / np.array(r)))}
+            for name, r in ranks.items()}
+
+
 @torch.no_grad()
 def step_retrieval(model, rows: list[dict], seed: int, n_candidates: int = 100) -> dict:
     """A hidden middle step among n_candidates, the chain's other steps among them: is it the step or the topic?
 
-    In target space by cosine to z_pred, and in the LLM's standardised space by L1 to W_out(z_pred); baselines in
-    target space: the step before (copy), the mean of both neighbours (neither of these two can pick a neighbour
+    By cosine, in target space to z_pred and in the LLM's standardised space to W_out(z_pred); baselines in target
+    space: the step before (copy), the mean of both neighbours (neither of these two can pick a neighbour
     itself), and the mean target of that position. At most 2,000 chains are looked at.
     """
     rng = np.random.default_rng(seed)
@@ -170,15 +182,11 @@ def step_retrieval(model, rows: list[dict], seed: int, n_candidates: int = 100) 
         z, x, i = z_all[where[0], where[1]], x_all[where[0], where[1]], at[c, k]
         guesses = {"z_pred": z_pred[i], "copy": z_all[c, k - 1], "neighbours": (z_all[c, k - 1] + z_all[c, k + 1]) / 2,
                    "position": mean_of[k]}
-        scores = {name: F.cosine_similarity(guess[None], z) for name, guess in guesses.items()}
-        scores["W_out"] = -(x_pred[i][None] - x).abs().mean(-1)
-        near = (where[0] == c) & ((where[1] - k).abs() == 1)
-        scores |= {name: scores[name].masked_fill(near, -2.0) for name in ("copy", "neighbours")}
-        for name, s in scores.items():
-            ranks[name].append(1 + int((s[1:] >= s[0]).sum()))
-    figures = {name: {"top1": float(np.mean(np.array(r) == 1)), "mrr": float(np.mean(1 / np.array(r)))}
-               for name, r in ranks.items()}
-    return {"n": len(rows), "candidates": n_candidates, **figures}
+        near = [j for j, s in enumerate(own, 1) if abs(s - k) == 1]
+        for name, guess in guesses.items():
+            ranks[name].append(rank_of_first(guess, z, near if name in ("copy", "neighbours") else ()))
+        ranks["W_out"].append(rank_of_first(x_pred[i], x))
+    return {"n": len(rows), "candidates": n_candidates, **rank_figures(ranks)}
 
 
 def last_number(text: str):
@@ -221,7 +229,7 @@ def evaluate_plan(run: str, args) -> dict:
     seen = [r["h"] for r in latents.load_latents(config.latents)[0] if r["is_valid"] and r["split"] == "train"]
     mean_of = {k: space(torch.stack([z[min(k, len(z) - 1)] for z in seen]).float()).mean(0) for k in set(holes)}
     x = [space(z) for z in whole]
-    hits, predicted, predicted_next = {}, model.w_out(context[:, 0]), model.w_out(ahead)
+    ranks, predicted, predicted_next = {}, model.w_out(context[:, 0]), model.w_out(ahead)
     for c, k in enumerate(holes):
         own = [s for s in range(1, len(x[c])) if s != k]
         far = [x[o][int(rng.integers(1, len(x[o])))]
@@ -230,13 +238,11 @@ def evaluate_plan(run: str, args) -> dict:
         before, after = space(gapped[c][k - 1]), space(gapped[c][k])
         guesses = {"plan": predicted[c], "next_step": predicted_next[c], "copy": before,
                    "neighbours": (before + after) / 2, "position": mean_of[k]}
+        near = [i for i, s in enumerate(own, 1) if abs(s - k) == 1]  # baselines may not pick the neighbours themselves
         for name, guess in guesses.items():
-            score = F.cosine_similarity(guess[None], among)
-            if name in ("copy", "neighbours"):  # they may not pick the neighbours themselves
-                score[[i for i, s in enumerate(own, 1) if abs(s - k) == 1]] = -2.0
-            hits.setdefault(name, []).append(1 + int((score[1:] >= score[0]).sum()))
-    retrieval = {name: {"top1": float(np.mean(np.array(r) == 1)), "mrr": float(np.mean(1 / np.array(r)))}
-                 for name, r in hits.items()}
+            ranks.setdefault(name, []).append(
+                rank_of_first(guess, among, near if name in ("copy", "neighbours") else ()))
+    retrieval = rank_figures(ranks)
 
     found = [[infer.find_gap(model, z, args.quantile)[0] for z in zs] for zs in (gapped, whole)]
     flagged, false = sum(g is not None for g in found[0]), sum(g is not None for g in found[1])

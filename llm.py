@@ -128,8 +128,8 @@ class LLM:
         """Raises ValueError where prompt, question and `room` new tokens are more than the context."""
         if (longest := len(self.prompt_ids) + max(map(len, rows)) + room) > self.context:
             more = f" with {room} to write" if room else ""
-            raise ValueError(f"{longest} tokens{more} are more than the context of {self.name}, {self.context}; the text "
-                             f"begins '{self.decode(max(rows, key=len)[:12])}'")
+            raise ValueError(f"{longest} tokens{more} are more than the context of {self.name}, {self.context}; the "
+                             f"text begins '{self.decode(max(rows, key=len)[:12])}'")
 
     def latent_dim(self, pooling: str) -> int:
         return self.dim * (2 if pooling == "both" else 1)
@@ -142,6 +142,21 @@ class LLM:
         if not -self.n_layer - 1 <= layer <= self.n_layer:
             raise ValueError(f"--layer {layer}: {self.name} has hidden states {-self.n_layer - 1} to {self.n_layer}")
         return layer % (self.n_layer + 1)
+
+    @torch.no_grad()
+    def advance(self, tokens: torch.Tensor, memory: Memory, blend=None):
+        """The next token [B] of every row -> (logits [B, V] of the one after it, its state [B, D] at `layer`).
+
+        blend: (alpha, target [B, D]) moves that state to h + alpha * (target - h) for the layers above it. What is
+        returned is the state before: what reading the same text gives.
+        """
+        self.blend = blend
+        try:
+            logits, h = self.read(tokens[:, None], memory.position[:, None], memory)
+        finally:
+            self.blend = None
+        memory.position = memory.position + 1
+        return logits, h[:, 0]
 
     def question_span(self, question: str) -> tuple[int, int]:
         """Where the question's latent is taken from among `question_ids`, as `encode` does it with steps after it."""
@@ -292,23 +307,10 @@ class HuggingFaceLLM(LLM):
         memory.select(torch.arange(len(rows), device=self.device).repeat_interleave(k))
         return logits.repeat_interleave(k, dim=0), [z[T - len(row) :] for z, row in zip(h, rows, strict=True)], memory
 
-    @torch.no_grad()
-    def advance(self, tokens: torch.Tensor, memory: Memory, blend=None):
-        """The next token [B] of every row -> (logits [B, V] of the one after it, its state [B, D] at `layer`).
-
-        blend: (alpha, target [B, D]) moves that state to h + alpha * (target - h) for the layers above it. What is
-        returned is the state before: what reading the same text gives.
-        """
-        self.blend = blend
-        memory.is_real = F.pad(memory.is_real, (0, 1), value=True)
-        try:
-            logits, h = self.read(tokens[:, None], memory.position[:, None], memory)
-        finally:
-            self.blend = None
-        memory.position = memory.position + 1
-        return logits, h[:, 0]
-
     def read(self, idx, positions, memory: Memory):
+        """Tokens idx [B, T] at `positions` after what memory holds -> (logits [B, V] of the last, states [B, T, D])."""
+        if memory.is_real.shape[1] < memory.caches[0].get_seq_length() + idx.shape[1]:
+            memory.is_real = F.pad(memory.is_real, (0, idx.shape[1]), value=True)
         seen, final = self.states(idx, {self.layer}, True, attention_mask=memory.is_real.long(),
                                   position_ids=positions, past_key_values=memory.caches[0], use_cache=True)
         return self.logits(final[:, -1]).float(), seen[self.layer]
@@ -410,23 +412,14 @@ class RunLLM(LLM):
         caches = self.model.transformer.new_caches(n, T + room, self.device, self.model.embed.weight.dtype)
         memory = Memory(caches, torch.zeros_like(lengths))
         # a slot is a position: padding lies in later slots and is overwritten before it is seen
-        logits, h = self.read(pad_rows(rows, 0, self.device), memory, at=lengths - 1)
+        positions = torch.arange(T, device=self.device).expand(n, T)
+        logits, h = self.read(pad_rows(rows, 0, self.device), positions, memory, at=lengths - 1)
         memory.position = lengths
         memory.select(torch.arange(n, device=self.device).repeat_interleave(k))
         return logits.repeat_interleave(k, dim=0), [z[: len(row)] for z, row in zip(h, rows, strict=True)], memory
 
-    @torch.no_grad()
-    def advance(self, tokens, memory, blend=None):
-        self.blend = blend
-        try:
-            logits, h = self.read(tokens[:, None], memory, at=torch.zeros_like(memory.position))
-        finally:
-            self.blend = None
-        memory.position = memory.position + 1
-        return logits, h[:, 0]
-
-    def read(self, idx, memory: Memory, at):
-        positions = memory.position[:, None] + torch.arange(idx.shape[1], device=self.device)
+    def read(self, idx, positions, memory: Memory, at=None):
+        at = torch.full((len(idx),), idx.shape[1] - 1, device=self.device) if at is None else at
         slots = torch.arange(memory.caches[0].k.shape[2], device=self.device)
         seen, final = self.states(idx, {self.layer}, True, positions=positions, caches=memory.caches,
                                   attn_allowed=slots <= positions[..., None])

@@ -55,6 +55,15 @@ from runs import (
 FIT_ON = 1024  # training problems from which an evaluation takes the latents' mean and std
 
 
+def pick_tokenizer(config, out: Path, texts: list[str], init_from: str = "") -> data.Tokenizer:
+    """GPT-2's, the run folder's own, that of the run it starts from, or a BPE trained on the texts."""
+    if config.tokenizer == "gpt2":
+        return data.gpt2_tokenizer()
+    if (out / "tokenizer.tiktoken").is_file() and not config.overwrite:
+        return data.load_bpe(out / "tokenizer.tiktoken")
+    return load_tokenizer(init_from, config) if init_from else data.train_bpe(texts, config.vocab_size)
+
+
 class TextJob:
     """What the loop needs to train NanoJEPA: its data, its batches, its evaluation.
 
@@ -72,15 +81,8 @@ class TextJob:
         if len(val) < 2:
             raise ValueError(f"{len(val)} validation problem of {config.dataset}: two are needed, from "
                              f"{2 * data.VAL_EVERY} training problems on")
-        if config.tokenizer == "gpt2":
-            tokenizer = data.gpt2_tokenizer()
-        elif (out / "tokenizer.tiktoken").is_file() and not config.overwrite:
-            tokenizer = data.load_bpe(out / "tokenizer.tiktoken")
-        elif config.init_from:
-            tokenizer = load_tokenizer(config.init_from, config)
-        else:
-            texts = [t for p in train for t in (p["question"], data.answer_text(p, "solution"))]
-            tokenizer = data.train_bpe(texts, config.vocab_size)
+        texts = [t for p in train for t in (p["question"], data.answer_text(p, "solution"))]
+        tokenizer = pick_tokenizer(config, out, texts, config.init_from)
         config.vocab_size, self.tokenizer = tokenizer.vocab_size, tokenizer
         self.train, self.val = (data.encode_problems(p, tokenizer, config) for p in (train, val))
         self.batches = data.Batches(self.train, config)
@@ -294,12 +296,7 @@ class SpeakJob(WorldJob):
             for c, k, z in zip(part, holes, self.llm.read_chains(left), strict=True):
                 c["hole"], c["gapped"] = k, z
         self.batches = latents.Batches(self.train, config)
-        if config.tokenizer == "gpt2":
-            self.tokenizer = data.gpt2_tokenizer()
-        elif (out / "tokenizer.tiktoken").is_file() and not config.overwrite:
-            self.tokenizer = data.load_bpe(out / "tokenizer.tiktoken")
-        else:
-            self.tokenizer = data.train_bpe([s for c in self.train for s in c["steps"]], config.vocab_size)
+        self.tokenizer = pick_tokenizer(config, out, [s for c in self.train for s in c["steps"]])
         config.vocab_size, config.context_dim = self.tokenizer.vocab_size, self.world_config.n_embd
         self.identity["tokenizer"] = tokenizer_digest(self.tokenizer)
 
