@@ -164,7 +164,8 @@ def fit_weights(model, rows: list[dict], seed: int = 1, folds: int = 5) -> dict:
     def accuracy(score):
         return float(np.mean([right[m[score[m].argmax()]] for m in members]))
 
-    return {"alpha": float(weights[0]), "beta": float(weights[1]), "n": len(ids),
+    alpha, beta = (max(0.0, float(w)) for w in weights)  # below 0 it would rank by what misleads
+    return {"alpha": alpha, "beta": beta, "n": len(ids),
             "accuracy": accuracy(cross_validated(x, right, question, folds, seed, 1.0)),
             "random": float(np.mean([right[m].mean() for m in members])), "logprob": accuracy(logprob)}
 
