@@ -1,7 +1,12 @@
-"""R-JEPA at work: how coherent is each step of a chain of reasoning?
+"""R-JEPA at work: how coherent is each step of a chain (score), which of K candidates is it (RERANK), where should the
+next step go (NUDGE), and what is missing (PLAN)?
 
     python infer.py score out/rjepa-small --question "Tom has 3 apples and buys 4. How many?" --steps "3+4 = 7" "#### 7"
     python infer.py score out/rjepa-small --chains FILE      # one JSON object a line for each chain, then a summary
+    python infer.py rerank out/rjepa-small --fit FILE        # alpha and beta from labelled candidates; then
+    python infer.py rerank out/rjepa-small --question "..." --k 8
+    python infer.py nudge out/rjepa-small --question "..." --alpha 0.5         # after train.py rjepa-guide
+    python infer.py plan out/rjepa-small --question "..." --steps "..." "..."  # after train.py rjepa-speak
 
 A step's energy is the L1 error of its latent when it is hidden and predicted from the others (leave-one-out) or from
 what comes before it alone (next-step). Two things to know: its target is encoded from the whole chain, and the LLM's
