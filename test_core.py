@@ -1256,7 +1256,7 @@ def test_rjepa_losses_equal_hand_values():
     right = (model.predict(h, batch["is_visible"], t) - model.targets(h, batch["is_real"], True)[t])
     wrong = model.predict(wrong_h, batch["is_visible"], t)
     wrong = (wrong - model.targets(wrong_h, batch["is_real"], True)[t]).abs().mean(-1) - right.abs().mean(-1)
-    for gap, (c, s) in zip(wrong, t.nonzero().tolist(), strict=True):
+    for gap, (c, s) in zip(wrong.detach(), t.nonzero().tolist(), strict=True):
         if batch["is_wrong"][c, s]:
             gaps.setdefault(c, []).append(float(gap))
     margin = np.mean([math.log1p(math.exp(-np.mean(g) / model.config.margin)) for g in gaps.values()])
