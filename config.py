@@ -267,8 +267,8 @@ PRESETS = {
     ),
     # the same for SmolLM2-135M on a CPU, with the energy margin: what finds right solutions best (LOG.md)
     "rjepa-small": RJEPAConfig(
-        layer=15, pooling="mean", dropout=0.2, lambda_margin=1.0, lambda_variance=0.1, ema_start=0.98, ema_end=0.999,
-        batch_size=128, epochs=10.0, weight_decay=0.05, eval_every=200, save_every=200,
+        layer=22, pooling="mean", dropout=0.2, lambda_margin=1.0, lambda_variance=0.1, ema_start=0.98, ema_end=0.999,
+        batch_size=128, epochs=4.0, weight_decay=0.05, eval_every=200, save_every=200,
     ),
     # that world model for the latents of another LLM: new adapters, all else as it was
     "rjepa-calibrate": RJEPAConfig(
