@@ -232,6 +232,10 @@ def check(config, name: str, ok: bool, rule: str):
         raise ValueError(f"--{name} {getattr(config, name)}: {rule}")
 
 
+RJEPA_SMALL = RJEPAConfig(
+    layer=22, pooling="mean", dropout=0.2, lambda_margin=1.0, lambda_variance=0.1, ema_start=0.98, ema_end=0.999,
+    batch_size=128, epochs=4.0, weight_decay=0.05, eval_every=200, save_every=200,
+)  # fmt: skip
 PRESETS = {
     # any machine, no download, minutes: what `python train.py` runs
     "quickstart": NanoJEPAConfig(
@@ -266,14 +270,10 @@ PRESETS = {
         batch_size=256, lr=3e-4, weight_decay=0.05,
     ),
     # the same for SmolLM2-135M on a CPU, with the energy margin: what finds right solutions best (LOG.md)
-    "rjepa-small": RJEPAConfig(
-        layer=22, pooling="mean", dropout=0.2, lambda_margin=1.0, lambda_variance=0.1, ema_start=0.98, ema_end=0.999,
-        batch_size=128, epochs=4.0, weight_decay=0.05, eval_every=200, save_every=200,
-    ),
+    "rjepa-small": RJEPA_SMALL,
     # that world model for the latents of another LLM: new adapters, all else as it was
-    "rjepa-calibrate": RJEPAConfig(
-        init_from="out/rjepa-small", adapters_only=True, batch_size=128, epochs=15.0, weight_decay=0.05,
-        eval_every=200, save_every=200,
+    "rjepa-calibrate": dataclasses.replace(
+        RJEPA_SMALL, layer=-2, init_from="out/rjepa-small", adapters_only=True, epochs=12.0,
     ),
     # NUDGE's head and PLAN's Speaker for an R-JEPA run; --init_from names it
     "rjepa-guide": GuideConfig(

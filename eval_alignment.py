@@ -222,7 +222,7 @@ def evaluate_plan(run: str, args) -> dict:
     gapped_steps = [c["steps"][: k - 1] + c["steps"][k:] for c, k in zip(chains, holes, strict=True)]
     gapped = llm.read_chains([(c["question"], s) for c, s in zip(chains, gapped_steps, strict=True)])
     slots = torch.tensor(holes, device=model.h_mean.device)
-    context, allowed, offsets, _ = model.around(*latents.with_slots(gapped, holes, slots.device), slots)
+    context, allowed, offsets = model.around(*latents.with_slots(gapped, holes, slots.device), slots)
     space = model.standardize
     ahead = model.predict_next(*latents.pad_latents([z[:k] for z, k in zip(gapped, holes, strict=True)],
                                                     model.h_mean.device))
@@ -244,7 +244,8 @@ def evaluate_plan(run: str, args) -> dict:
                 rank_of_first(guess, among, near if name in ("copy", "neighbours") else ()))
     retrieval = rank_figures(ranks)
 
-    found = [[infer.find_gap(model, z, args.quantile)[0] for z in zs] for zs in (gapped, whole)]
+    found = [[infer.find_gap(model, e["next_step"], args.quantile)[0] for e in infer.energies(model, zs)]
+             for zs in (gapped, whole)]
     flagged, false = sum(g is not None for g in found[0]), sum(g is not None for g in found[1])
     gaps = {"recall": flagged / len(chains), "false_alarms": false / len(chains),
             "precision": flagged / max(1, flagged + false),
@@ -252,7 +253,7 @@ def evaluate_plan(run: str, args) -> dict:
 
     n = min(args.decode_limit, len(chains))
     context, allowed, offsets, ahead, slots = (t[:n] for t in (context, allowed, offsets, ahead, slots))
-    z_true = model.around(*latents.pad_latents(whole[:n], context.device), slots)[3]
+    z_true = model.target_of(*latents.pad_latents(whole[:n], context.device), slots)
     truths = [c["steps"][k - 1] for c, k in zip(chains, holes, strict=True)][:n]
 
     def say(z, allowed):
@@ -267,8 +268,8 @@ def evaluate_plan(run: str, args) -> dict:
     texts = {"speaker": say(z_pred, allowed), "speaker_shuffled": say(z_pred.roll(1, 0), allowed),
              "speaker_alone": say(z_pred, alone), "speaker_before": say(ahead, allowed & (offsets <= 0)),
              "speaker_true": say(z_true, allowed),
-             "llm_before": [infer.next_line(llm, c["question"], c["steps"][: k - 1], [], 64)
-                            for c, k in zip(chains[:n], holes, strict=False)]}
+             "llm_before": infer.next_lines(llm, [(c["question"], c["steps"][: k - 1])
+                                                  for c, k in zip(chains[:n], holes, strict=False)], 64)}
 
     def recovered(said):
         """Shares of the true step's words and numbers that a text holds, and of texts that are the same."""

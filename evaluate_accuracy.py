@@ -226,8 +226,8 @@ def evaluate_candidates(run: str, args) -> dict:
     rows = [rows[i] for i in np.random.default_rng(args.seed).permutation(len(rows))]
     if any(r["logprobs"] is None for r in rows):
         raise ValueError(f"{folder} holds no logprobs: extract with --logprobs")
-    ids = list(dict.fromkeys(r["problem_id"] for r in rows))
-    question = np.array([ids.index(r["problem_id"]) for r in rows])
+    ids = {name: i for i, name in enumerate(dict.fromkeys(r["problem_id"] for r in rows))}
+    question = np.array([ids[r["problem_id"]] for r in rows])
     right, h = np.array([r["is_valid"] for r in rows]), [r["h"] for r in rows]
     members = [np.flatnonzero(question == q) for q in range(len(ids))]
 
@@ -241,7 +241,7 @@ def evaluate_candidates(run: str, args) -> dict:
     usable = np.array([bool(r["steps"]) for r in rows])  # a chain without steps ranks below all others
     ours, found = energy_scores(model)
     logprob = np.array([infer.mean_logprob(r) for r in rows])
-    shortest = -np.array([sum(r["n_tokens"][1:]) for r in rows], dtype=float)
+    shortest = np.where(usable, [-float(sum(r["n_tokens"][1:])) for r in rows], -np.inf)
     features = np.stack([chain_features(z) for z in h])
     fitted = functools.partial(infer.cross_validated, right=right, question=question, folds=args.folds, seed=args.seed,
                                usable=usable)
@@ -251,7 +251,7 @@ def evaluate_candidates(run: str, args) -> dict:
               "combined_last": fitted(np.stack((logprob, ours["last"]), 1), C=1.0),
               "probe": fitted(features, C=1e-3)}
     if (contrast := contrast_scores(config, features)) is not None:
-        scores["contrast"] = contrast
+        scores["contrast"] = np.where(usable, contrast, -np.inf)
     torch.manual_seed(args.seed)
     untrained = build_model(config).to(model.h_mean.device).eval()
     untrained.fit_standardize(torch.cat(h))

@@ -4,9 +4,11 @@
     python extract.py --llm Qwen/Qwen3-0.6B --layer -2 --pooling last --out out/latents/qwen
     python extract.py --llm model.gguf --candidates FILE --logprobs --out out/latents/candidates
     python extract.py --llm out/student-small --dataset synthetic --limit 9000 --counterfactual --out out/latents/s
+    python extract.py --dataset svamp --split test --generate 8 --prompt few_shot --out out/latents/written
 
-Row 0 of a chain is its question, rows 1 … S its steps; llm.py says what a row is. Several --layer or --pooling come
-from one pass, a folder each.
+Row 0 of a chain is its question, rows 1 … S its steps; llm.py says what a row is. With --generate the chains are those
+that the LLM writes itself, with the gate's verdict; --prompt stands around every question. Several --layer or
+--pooling come from one pass, a folder each.
 
 A folder holds shard-00000.safetensors (h [N, D] bf16, offsets int64, logprobs), index.parquet and, last of all,
 manifest.json. The same command on an unfinished folder continues with the next shard, to the same bytes.
@@ -103,35 +105,38 @@ def common_header(llm: LLM, logprobs: bool, description: dict) -> dict:
             "tokenizer": llm.tokenizer_hash, "prompt": llm.prompt, "logprobs": logprobs, **description}
 
 
-def extract_written(llm: LLM, problems: list[dict], out: Path, dataset: str, split: str, k: int, temperature: float,
+def extract_written(llm: LLM, splits: list[tuple[str, list[dict]]], out: Path, dataset: str, k: int, temperature: float,
                     top_p: float, seed: int, max_new_tokens: int, overwrite: bool = False) -> dict:
     """Writes the latents of k chains that the LLM writes for each problem -> {"chains", "steps", "tokens", ...}.
+
+    splits: (split, problems) pairs, the first of which names the folder's split.
 
     Taken while it writes, at its layer and pooling, with logprobs. `is_valid` says whether the answer is right and, of
     training problems, whether every step passes the gate. A shard holds some problems' chains, their texts too, so that
     an interrupted run goes on with the next shard.
     """
-    text = json.dumps([[p["id"], p["question"], p["answer"]] for p in problems])
+    problems = [(split, p) for split, part in splits for p in part]
+    text = json.dumps([[p["id"], p["question"], p["answer"]] for _, p in problems])
     header = common_header(llm, True, {
-        "dataset": dataset, "split": split, "layer": llm.layer, "pooling": llm.pooling,
+        "dataset": dataset, "split": splits[0][0], "layer": llm.layer, "pooling": llm.pooling,
         "dim": llm.latent_dim(llm.pooling), "k": k, "temperature": temperature, "top_p": top_p, "seed": seed,
         "max_new_tokens": max_new_tokens, "chains_hash": digest(text)})
     if not overwrite and inspect_folder(out, header):
         raise SystemExit(f"{out} is finished. Choose another --out, or --overwrite")
     prepare(out, overwrite)
-    began, tokens, records, per_shard = time.time(), 0, [], max(1, 64 // k)
+    began, written_now, records, per_shard = time.time(), 0, [], max(1, 64 // k)
     for number, start in enumerate(range(0, len(problems), per_shard)):
         part, path = problems[start : start + per_shard], out / latents.shard_name(number)
         if not path.is_file():
-            chains = generate(llm, [p["question"] for p in part], k, temperature, top_p, seed, max_new_tokens)
+            chains = generate(llm, [p["question"] for _, p in part], k, temperature, top_p, seed, max_new_tokens)
             rows, h, means, at = [], [], [], 0
-            for p, written in zip(part, chains, strict=True):
+            for (split, p), written in zip(part, chains, strict=True):
                 truth = data.answer_text(p, "final")
                 for i, c in enumerate(written):
                     answer = c["steps"][-1] if c["steps"] else ""
                     chain = {"id": f"{p['id']}/{i}", "question": p["question"], "steps": c["steps"], "answer": answer,
                              "source": llm.name, "is_valid": verify.check_answer(answer, truth)}
-                    if split == "train" and c["steps"]:  # may be trained on: every equation must hold as well
+                    if split != "test" and c["steps"]:  # may be trained on: every equation must hold as well
                         chain["is_valid"] = verify.validate({"id": p["id"], "answer": truth}, chain).is_valid
                     rows.append(latents.record(chain, p["id"], split) | {
                         "n_tokens": [len(llm.question_ids(p["question"])), *c["n_tokens"]], "shard": number,
@@ -139,14 +144,16 @@ def extract_written(llm: LLM, problems: list[dict], out: Path, dataset: str, spl
                     at += len(c["h"])
                     h.append(c["h"])
                     means.append([0.0, *c["logprobs"]])
-                    tokens += sum(c["n_tokens"])
+                    written_now += sum(c["n_tokens"])
             latents.write_shard(path, h, means, header, write_atomic, rows)
-            say(f"{start + len(part):,} of {len(problems):,} problems, {tokens / (time.time() - began):.0f} tokens/s")
+            rate = written_now / (time.time() - began)
+            say(f"{start + len(part):,} of {len(problems):,} problems, {rate:.0f} tokens/s")
         records += latents.read_shard(path)[1]["records"]
     latents.write_index(out, records, header, write_atomic)
-    return {"chains": len(records), "steps": sum(len(r["steps"]) for r in records), "tokens": tokens,
+    return {"chains": len(records), "steps": sum(len(r["steps"]) for r in records),
+            "tokens": sum(sum(r["n_tokens"][1:]) for r in records),
             "right": sum(r["is_valid"] for r in records) / max(1, len(records)),
-            "tokens_per_s": round(tokens / max(time.time() - began, 1e-9))}
+            "tokens_per_s": round(written_now / max(time.time() - began, 1e-9))}
 
 
 def prepare(folder: Path, overwrite: bool):
@@ -274,7 +281,7 @@ def written_for(config, problems: list[dict], dataset: str, split: str, args) ->
         llm = load_llm(args.llm or config.llm, args.device, layer=config.layer, pooling=config.pooling)
         llm.set_prompt(config.prompt).name = config.llm
         say(f"{args.k} chains for {len(problems):,} problems -> {folder}")
-        extract_written(llm, problems, folder, dataset, split, args.k, args.temperature, args.top_p, args.seed,
+        extract_written(llm, [(split, problems)], folder, dataset, args.k, args.temperature, args.top_p, args.seed,
                         args.max_new_tokens)
     return folder
 
@@ -284,23 +291,18 @@ def main(argv=None):
     try:
         if args.threads:
             torch.set_num_threads(args.threads)
-        out = Path(args.out)
-        if args.generate:
-            problems = data.load_problems(args.dataset, args.split, args.data_dir, args.limit, args.seed,
-                                          args.max_problem_steps)
-            llm = load_llm(args.llm, args.device, args.dtype, args.quantize, args.layer[0], args.pooling[0])
-            say(f"{args.generate} chains for {len(problems):,} problems, {llm.name} on {llm.device} -> {out}")
-            result = extract_written(llm.set_prompt(args.prompt), problems, out, args.dataset, args.split,
-                                     args.generate, args.temperature, args.top_p, args.seed, args.max_new_tokens,
-                                     args.overwrite)
-            wanted = [(llm.layer, llm.pooling)]
+        out, writes = Path(args.out), args.generate > 0
+        chains, description = (latents.problems_to_extract(args), {}) if writes else latents.chains_to_extract(args)
+        llm = load_llm(args.llm, args.device, args.dtype, args.quantize, args.layer[0], args.pooling[0])
+        llm.set_prompt(args.prompt).name = args.name or llm.name
+        wanted = sorted({(llm.layer_index(layer), pooling) for layer in args.layer for pooling in args.pooling})
+        n = args.generate * sum(len(problems) for _, problems in chains) if writes else len(chains)
+        say(f"{n:,} chains{' to write' * writes}, {llm.name} ({llm.dtype}, {llm.quantization}) on {llm.device}, "
+            + ", ".join(f"layer {layer} {pooling}" for layer, pooling in wanted) + f" -> {out}")
+        if writes:
+            result = extract_written(llm, chains, out, args.dataset, args.generate, args.temperature, args.top_p,
+                                     args.seed, args.max_new_tokens, args.overwrite)
         else:
-            chains, description = latents.chains_to_extract(args)
-            llm = load_llm(args.llm, args.device, args.dtype, args.quantize).set_prompt(args.prompt)
-            llm.name = args.name or llm.name
-            wanted = sorted({(llm.layer_index(layer), pooling) for layer in args.layer for pooling in args.pooling})
-            say(f"{len(chains):,} chains, {llm.name} ({llm.dtype}, {llm.quantization}) on {llm.device}, "
-                + ", ".join(f"layer {layer} {pooling}" for layer, pooling in wanted) + f" -> {out}")
             result = extract(llm, chains, out, description, wanted, args.logprobs, args.shard_size,
                              args.token_budget, args.overwrite)
     except (ValueError, OSError) as error:

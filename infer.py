@@ -272,80 +272,90 @@ def nudge(model, llm: LLM, question: str, alpha: float, guide=None, temperature:
 # ----------------------------------------------------------------------------- PLAN
 
 
-def find_gap(model, h: torch.Tensor, quantile: float = 0.9) -> tuple[int | None, list[float], float]:
-    """(step before which something seems to be missing or None, next-step energies, threshold) of latents [1 + S, D].
+def find_gap(model, ahead: torch.Tensor, quantile: float = 0.9) -> tuple[int | None, float]:
+    """(step before which something seems to be missing or None, threshold) from a chain's next-step energies [S].
 
     A gap is the step after the first with the highest next-step energy, if that is above the `quantile` of what
     verified chains' highest one is.
     """
-    e = energies(model, [h])[0]["next_step"]
     threshold = float(model.quantiles[2, round(quantile * (model.quantiles.shape[1] - 1))])
-    if len(e) < 2:
-        return None, e.tolist(), threshold
-    worst = int(e[1:].argmax()) + 1
-    return (worst + 1 if float(e[worst]) > threshold else None), e.tolist(), threshold
+    if len(ahead) < 2:
+        return None, threshold
+    worst = int(ahead[1:].argmax()) + 1
+    return (worst + 1 if float(ahead[worst]) > threshold else None), threshold
 
 
-@torch.no_grad()
-def nearest_steps(model, folder: str, z_pred: torch.Tensor, k: int = 3) -> list[dict]:
-    """The k verified training steps whose latents are nearest (cosine, standardised) to a prediction [C]."""
+def load_memory(config, folder: str) -> tuple[torch.Tensor, list[str]]:
+    """(latents [N, D], texts) of the verified training steps in a folder of latents."""
     rows, manifest = latents.load_latents(folder)
-    latents.check_same_llm(model.config, manifest, f"--memory {folder}")
+    latents.check_same_llm(config, manifest, f"--memory {folder}")
     rows = [r for r in rows if r["is_valid"] and r["split"] == "train"]
     if not rows:
         raise ValueError(f"--memory {folder} holds no verified chain of a training split")
-    h = torch.cat([r["h"][1:] for r in rows]).to(model.h_mean.device)
-    texts = [s for r in rows for s in r["steps"]]
-    cos = torch.cosine_similarity(model.standardize(h), model.w_out(z_pred.to(model.h_mean.dtype))[None], dim=1)
-    found, seen = [], set()
+    return torch.cat([r["h"][1:] for r in rows]), [s for r in rows for s in r["steps"]]
+
+
+@torch.no_grad()
+def nearest_steps(model, memory: tuple[torch.Tensor, list[str]], z_pred: torch.Tensor, k: int = 3) -> list[dict]:
+    """The k steps of a `load_memory` whose latents are nearest (cosine, standardised) to a prediction [C]."""
+    h, texts = memory
+    guess = model.w_out(z_pred.to(model.h_mean.dtype))[None]
+    cos = torch.cosine_similarity(model.standardize(h.to(guess.device)), guess, dim=1)
+    found = {}
     for i in cos.argsort(descending=True).tolist():
-        if texts[i] not in seen:
-            seen.add(texts[i])
-            found.append({"text": texts[i], "cos": float(cos[i])})
+        found.setdefault(texts[i], float(cos[i]))
         if len(found) == k:
             break
-    return found
+    return [{"text": text, "cos": value} for text, value in found.items()]
 
 
-def next_line(llm: LLM, question: str, steps: list[str], hints: list[str], max_new_tokens: int) -> str:
-    """What the LLM writes as the step after `steps`, greedily; hints stand first where it takes a prompt."""
+def next_lines(llm: LLM, chains: list[tuple[str, list[str]]], max_new_tokens: int, hints: list[str] = ()) -> list[str]:
+    """What the LLM writes, greedily, as the step after each chain (question, steps).
+
+    hints, steps of other solutions, stand before the question where the LLM takes a prompt.
+    """
     prompt = llm.prompt
     if hints and isinstance(llm, HuggingFaceLLM):
         before, _, after = (prompt or "{question}\n").partition("{question}")
         llm.set_prompt(before + "Steps of similar solutions:\n" + "\n".join(hints) + "\n\n{question}" + after)
+    found = []
     try:
-        found = generate(llm, [question], 1, 0.0, 1.0, 1, max_new_tokens, started=steps, one_step=True)
+        for start in range(0, len(chains), 64):
+            questions, started = zip(*chains[start : start + 64], strict=True)
+            found += generate(llm, questions, 1, 0.0, 1.0, 1, max_new_tokens, started=started, one_step=True)
     finally:
         if llm.prompt != prompt:
             llm.set_prompt(prompt)
-    return found[0][0]["steps"][0] if found[0][0]["steps"] else ""
+    return [chain["steps"][0] if chain["steps"] else "" for (chain,) in found]
 
 
 def plan(model, llm: LLM, question: str, steps: list[str], decode: str = "speaker", speaker=None, tokenizer=None,
-         memory: str = "", at: int = 0, slots: int = 1, quantile: float = 0.9, max_new_tokens: int = 64) -> dict:
+         memory=None, at: int = 0, slots: int = 1, quantile: float = 0.9, max_new_tokens: int = 64) -> dict:
     """Finds where steps are missing, fills up to `slots` of them, says whether the chain now holds together.
 
     at: the 1-based step before which to insert; 0: where `find_gap` says. decode: `speaker` (from the predicted latent)
-    or `llm` (prompted with question, steps so far and the nearest verified steps of `memory`, a folder of latents).
+    or `llm` (prompted with question, steps so far and the nearest verified steps of `memory`, a `load_memory`).
     -> {"steps", "filled": [{"step", "text", "nearest", "valid", "reason"}], "gap", "threshold", "next_step_energies",
     "energy_before", "energy_after", "decode"}.
     """
     steps, filled, before, gap = list(steps), [], None, None
     for _ in range(slots):
         h = llm.step_latents(question, steps)
-        found, following, threshold = find_gap(model, h, quantile)
+        e = energies(model, [h])[0]
+        found, threshold = find_gap(model, e["next_step"], quantile)
         if before is None:
-            before, gap, first = chain_energy(energies(model, [h])[0]), found, following
+            before, gap, first = chain_energy(e), found, e["next_step"].tolist()
         position = at + len(filled) if at else found
         if position is None:
             break
         slot = torch.tensor([position], device=model.h_mean.device)
-        context, allowed, offsets, _ = model.around(*latents.with_slots([h], [position], slot.device), slot)
+        context, allowed, offsets = model.around(*latents.with_slots([h], [position], slot.device), slot)
         nearest = nearest_steps(model, memory, context[0, 0]) if memory else []
         if decode == "speaker":
             text = tokenizer.decode(speaker.generate(context, allowed, offsets, max_new_tokens)[0])
         else:
-            text = next_line(llm, question, steps[: position - 1], [n["text"] for n in nearest], max_new_tokens)
+            hints = [n["text"] for n in nearest]
+            text = next_lines(llm, [(question, steps[: position - 1])], max_new_tokens, hints)[0]
         text = " ".join(text.split())
         if not text:
             break
@@ -434,7 +444,7 @@ class Rerank(Writing):
 
 def run_rerank(args: Rerank) -> dict:
     path = Path(args.run) / "rerank.json"
-    load_config(args.run)
+    load_config(args.run)  # is it a run at all? before anything says that rerank.json is missing
     if args.fit:
         model, config = load_world_model(args.run, args.device)
         folder = Path(args.fit)
@@ -512,7 +522,8 @@ def run_plan(args: Plan) -> dict:
     if args.decode == "speaker":
         speaker, speak_config, folder = load_beside(args.run, args.speaker, "speak", args.device)
         tokenizer = load_tokenizer(folder, speak_config)
-    memory = args.memory or (config.latents if (Path(config.latents) / "manifest.json").is_file() else "")
+    folder = args.memory or (config.latents if (Path(config.latents) / "manifest.json").is_file() else "")
+    memory = load_memory(config, folder) if folder else None
     llm = llm_of(config, args.llm, args.device)
     return {"question": args.question, **plan(model, llm, args.question, list(args.steps), args.decode, speaker,
                                               tokenizer, memory, args.at, args.slots, args.quantile,

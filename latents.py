@@ -108,16 +108,23 @@ def chains_to_extract(args) -> tuple[list[dict], dict]:
             records = chains_of_file(path, kind, args.limit)
             split = "test" if any(r["split"] == "test" for r in records) else "train"
             return records, {"dataset": kind, "split": split, "seed": args.seed}
+    records = [r for split, problems in problems_to_extract(args)
+               for r in gold_chains(problems, split, args.counterfactual, args.seed)]
+    return records, {"dataset": args.dataset, "split": args.split, "seed": args.seed}
+
+
+def problems_to_extract(args) -> list[tuple[str, list[dict]]]:
+    """(split, its problems) of the data set that extract.Args names; `train` brings what is held out of it too."""
     if args.dataset == "synthetic":
         check(args, "limit", args.limit > 0, "must say how many synthetic problems to make")
-    records = []
+    found = []
     for split in ("train", "val") if args.split == "train" else (args.split,):
         limit = args.limit
         if args.dataset == "synthetic" and split != args.split:
             limit = -(-limit // data.VAL_EVERY)
-        problems = data.load_problems(args.dataset, split, args.data_dir, limit, args.seed, args.max_problem_steps)
-        records += gold_chains(problems, split, args.counterfactual, args.seed)
-    return records, {"dataset": args.dataset, "split": args.split, "seed": args.seed}
+        found.append((split, data.load_problems(args.dataset, split, args.data_dir, limit, args.seed,
+                                                args.max_problem_steps)))
+    return found
 
 
 # ----------------------------------------------------------------------------- writing and reading
@@ -307,26 +314,39 @@ def with_slots(parts: list[torch.Tensor], slots: list[int], device=None) -> tupl
 
 
 def collate(chains: list[dict], config, rng, device=None) -> dict:
-    """Chains with latents "h" (and "wrong_h", "wrong_step") -> the batch that RJEPA.forward documents."""
+    """Chains with latents "h" (and "wrong_h", "wrong_step") -> the batch that RJEPA.forward documents.
+
+    A counterfactual (which has a wrong_step) is masked as its chain, any other wrong chain by a mask of its own.
+    """
     orders = [np.arange(len(c["h"])) for c in chains]
     if config.shuffle_steps:
         orders = [np.append(0, 1 + rng.permutation(len(o) - 1)) for o in orders]
     orders = [torch.from_numpy(o) for o in orders]
-    latents = [c["h"][o] for c, o in zip(chains, orders, strict=True)]
-    h, is_real = pad_latents(latents)
+    parts = [c["h"][o] for c, o in zip(chains, orders, strict=True)]
+    masks, B = [draw_mask(len(z) - 1, config, rng) for z in parts], len(chains)
+    pairs = (config.hard_negatives or config.lambda_margin > 0) and any("wrong_h" in c for c in chains)
+    if pairs:
+        for c, o, mask in zip(chains, orders, masks[:B], strict=True):
+            aligned = "wrong_h" not in c or "wrong_step" in c
+            parts.append(c.get("wrong_h", c["h"])[o] if aligned else c["wrong_h"])
+            masks.append(mask if aligned else draw_mask(len(c["wrong_h"]) - 1, config, rng))
+    h, is_real = pad_latents(parts)
     is_hidden, is_target = torch.zeros_like(is_real), torch.zeros_like(is_real)
-    for i, z in enumerate(latents):
-        hidden, asked = draw_mask(len(z) - 1, config, rng)
+    for i, (hidden, asked) in enumerate(masks):
         is_hidden[i, hidden], is_target[i, asked] = True, True
-    batch = {"h": h, "is_real": is_real, "is_visible": is_real & ~is_hidden, "is_target": is_target}
-    if (config.hard_negatives or config.lambda_margin > 0) and any("wrong_h" in c for c in chains):
-        batch["wrong_h"], _ = pad_latents([c.get("wrong_h", c["h"])[o] for c, o in zip(chains, orders, strict=True)])
-        batch["is_wrong"] = torch.zeros_like(is_real)
+    both = {"h": h, "is_real": is_real, "is_visible": is_real & ~is_hidden, "is_target": is_target}
+    batch = {k: v[:B] for k, v in both.items()}
+    if pairs:
+        batch |= {f"wrong_{k}": v[B:] for k, v in both.items()}
+        is_wrong = torch.zeros_like(batch["is_real"])
         for i, (c, o) in enumerate(zip(chains, orders, strict=True)):
-            batch["is_wrong"][i, : len(o)] = o >= c.get("wrong_step", len(o))
+            is_wrong[i, : len(o)] = o >= c.get("wrong_step", len(o))
+        other = torch.tensor([["wrong_h" in c and "wrong_step" not in c] for c in chains])
+        batch |= {"is_wrong": is_wrong, "right_counts": batch["is_target"] & (is_wrong | other),
+                  "wrong_counts": batch["wrong_is_target"] & (is_wrong | other)}
     batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-    n = int(is_real.sum())
-    return {**batch, "n_tokens": n, "n_filled": n, "n_slots": is_real.numel()}
+    n = int(is_real[:B].sum())
+    return {**batch, "n_tokens": n, "n_filled": n, "n_slots": batch["is_real"].numel()}
 
 
 class Batches(data.Batches):
@@ -353,20 +373,27 @@ class Batches(data.Batches):
 
 
 def training_chains(rows: list[dict], manifest: dict, folder) -> tuple[list[dict], list[dict]]:
-    """(train, val): verified chains, each with its counterfactual's latents where there is one.
+    """(train, val): verified chains, each with the latents of a wrong one of its problem where there is one.
 
-    Raises ValueError for latents of a test split.
+    That is its counterfactual ("wrong_h", "wrong_step") or, of chains that an LLM wrote, one that the gate rejected
+    ("wrong_h" alone). Raises ValueError for latents of a test split.
     """
     if manifest["split"] == "test" or any(r["split"] == "test" for r in rows):
         raise ValueError(f"{folder} holds latents of a test split: training refuses them (extract --split train)")
-    wrong = {r["problem_id"]: r for r in rows if r["wrong_step"] is not None}
-    chains = {"train": [], "val": []}
+    wrong, chains = {}, {"train": [], "val": []}
     for r in rows:
-        if r["is_valid"]:
-            other = wrong.get(r["problem_id"])
-            if other is not None and len(other["h"]) == len(r["h"]):
-                r = r | {"wrong_h": other["h"], "wrong_step": other["wrong_step"]}
-            else:
-                r = {k: v for k, v in r.items() if k != "wrong_step"}
-            chains[r["split"]].append(r)
+        if not r["is_valid"] and r["steps"]:
+            wrong.setdefault(r["problem_id"], []).append(r)
+    for r in rows:
+        if not r["is_valid"]:
+            continue
+        others = wrong.get(r["problem_id"], [])
+        r = {k: v for k, v in r.items() if k != "wrong_step"}
+        if others:
+            other = others[len(chains[r["split"]]) % len(others)]
+            if other["wrong_step"] is None:
+                r["wrong_h"] = other["h"]
+            elif len(other["h"]) == len(r["h"]):
+                r |= {"wrong_h": other["h"], "wrong_step": other["wrong_step"]}
+        chains[r["split"]].append(r)
     return chains["train"], chains["val"]

@@ -113,7 +113,7 @@ class LLM:
 
     name, dim (width), n_layer, context (longest sequence in tokens), dtype, quantization, tokenizer_hash, device;
     layer (index into hidden_states, never negative) and pooling are those that `step_latents` uses. To write, they
-    also bring `question_ids`, `decode`, `stop_ids`, `begin` and `advance`.
+    also bring `question_ids`, `decode`, `stop_ids`, `begin` and `read`.
     """
 
     unwritten = -100  # a token that is read and never written: it has no logprob
@@ -431,7 +431,6 @@ class RunLLM(LLM):
         for layer in layers - {self.n_layer}:
             block = self.model.transformer.blocks[layer]
 
-
             def read(module, args, layer=layer):
                 seen[layer] = args[0]
                 return args if self.blend is None else (self.blended(args[0]), *args[1:])
@@ -599,16 +598,18 @@ class Row:
 
 @torch.no_grad()
 def generate(llm: LLM, questions: list[str], k: int = 1, temperature: float = 0.8, top_p: float = 0.95,
-             seed: int = 1, max_new_tokens: int = 256, nudge=None, started: list[str] = (), one_step: bool = False):
+             seed: int = 1, max_new_tokens: int = 256, nudge=None, started: list[list[str]] = (),
+             one_step: bool = False):
     """k chains for each question, with their latents and logprobs: a list of k of Row.chain's dicts for each.
 
     A question is read once for all its candidates. Candidate i of a question follows from (seed, question, i) up to
-    the rounding of a batch. temperature 0 is greedy. nudge: see infer.Nudge. With `started`, steps that are there
-    already, only what follows them is written and returned, with one_step a single step of it.
+    the rounding of a batch. temperature 0 is greedy. nudge: see infer.Nudge. With `started`, the steps
+    that each question has already, only what follows them is written and returned, with one_step a single step of it.
     """
     rows = [llm.question_ids(q) for q in questions]
-    if started:
-        rows = [llm.encode(q, [*started, "#"])[0][: llm.encode(q, [*started, "#"])[1][-1][0]] for q in questions]
+    for i, steps in enumerate(started):
+        ids, spans = llm.encode(questions[i], [*steps, "#"])
+        rows[i] = ids[: spans[-1][0]] if steps else rows[i]
     logits, prompts, memory = llm.begin(rows, k, max_new_tokens)
     writing, generators, current = [], [], []
     for question, row, h in zip(questions, rows, prompts, strict=True):

@@ -557,22 +557,21 @@ class RJEPA(nn.Module):
         """A batch of latents.collate -> {"loss" and its named parts}: means, scalars.
 
         h [B, S, D]; is_real, is_visible, is_target bool [B, S] (neither visible nor target: hidden, not asked for).
-        With counterfactuals: wrong_h [B, S, D], is_wrong bool [B, S]: the steps that differ from h's.
+        With wrong chains for some of them: wrong_h and the same three masks with wrong_ before their names; is_wrong
+        bool [B, S]: the steps that differ from h's, of counterfactuals, whose masks are h's; right_counts, wrong_counts
+        bool [B, S]: the targets that the margin compares.
         """
         cfg, h, is_target = self.config, self.standardize(batch["h"]), batch["is_target"]
         online = cfg.target_encoder == "online" and torch.is_grad_enabled()  # ablation: no stop-gradient
         z_all = self.targets(h, batch["is_real"], online)  # (B, S, C)
         z_pred, z_target = self.predict(h, batch["is_visible"], is_target), z_all[is_target]  # (N, C)
-        l1 = (z_pred - z_target).abs().mean(-1)  # (N,)
-        parts = {"l1": l1.mean()}
+        parts = {"l1": (z_pred - z_target).abs().mean()}
         parts["variance"] = F.relu(1 - z_pred.var(0, correction=0).add(1e-4).sqrt()).mean()
-        wrong, has_wrong = None, torch.zeros_like(l1, dtype=torch.bool)
-        if "wrong_h" in batch:
-            wrong_h, has_wrong = self.standardize(batch["wrong_h"]), batch["is_wrong"][is_target]
-            wrong = self.targets(wrong_h, batch["is_real"])[is_target]
         p, t = F.normalize(z_pred, dim=-1), F.normalize(z_target, dim=-1)
         logits = p @ t.T / cfg.tau  # (N, N)
-        if wrong is not None and cfg.hard_negatives:
+        wrong_h = self.standardize(batch["wrong_h"]) if "wrong_h" in batch else None
+        if wrong_h is not None and cfg.hard_negatives:
+            wrong, has_wrong = self.targets(wrong_h, batch["wrong_is_real"])[is_target], batch["is_wrong"][is_target]
             hard = (p * F.normalize(wrong, dim=-1)).sum(-1, keepdim=True) / cfg.tau
             logits = torch.cat((logits, hard.masked_fill(~has_wrong[:, None], float("-inf"))), dim=1)
         parts["infonce"] = F.cross_entropy(logits, torch.arange(len(p), device=p.device))
@@ -581,18 +580,24 @@ class RJEPA(nn.Module):
         is_step = batch["is_real"] & (self.positions(h) > 0)
         parts["own"] = F.cross_entropy(own.masked_fill(~is_step[chain], float("-inf")), step)
         parts["reconstruction"] = (self.w_out(z_pred.to(h.dtype)) - h[is_target]).abs().mean()
-        parts["margin"] = l1.new_zeros(())
-        if wrong is not None and cfg.lambda_margin > 0 and has_wrong.any():
-            # the counterfactual chain under the same mask should have the higher mean error; its target learns too
-            def error(x, z_pred):
-                return (z_pred - self.targets(x, batch["is_real"], online=True)[is_target]).abs().mean(-1)
-
-            gap = error(wrong_h, self.predict(wrong_h, batch["is_visible"], is_target)) - error(h, z_pred)
-            at = F.one_hot(chain[has_wrong], len(h)).to(gap.dtype)  # (targets that differ, B)
-            gap, n = gap[has_wrong] @ at, at.sum(0)
-            parts["margin"] = F.softplus(-gap[n > 0] / n[n > 0] / cfg.margin).mean()
+        parts["margin"] = z_pred.new_zeros(())
+        if wrong_h is not None and cfg.lambda_margin > 0:
+            # the wrong chain should have the higher mean error; its target learns too
+            wrong_pred = self.predict(wrong_h, batch["wrong_is_visible"], batch["wrong_is_target"])
+            gap = (self.chain_error(wrong_h, wrong_pred, batch["wrong_is_real"], batch["wrong_is_target"],
+                                    batch["wrong_counts"])
+                   - self.chain_error(h, z_pred, batch["is_real"], is_target, batch["right_counts"]))  # (B,)
+            paired = batch["right_counts"].any(1) & batch["wrong_counts"].any(1)
+            if paired.any():
+                parts["margin"] = F.softplus(-gap[paired] / cfg.margin).mean()
         loss = parts["l1"] + sum(getattr(cfg, f"lambda_{k}") * v for k, v in parts.items() if k != "l1")
         return {"loss": loss, **parts}
+
+    def chain_error(self, h, z_pred, is_real, is_target, counts):
+        """Mean L1 error [B] over the targets that count [B, S], of predictions z_pred [N, C]; targets with gradient."""
+        error = h.new_zeros(is_target.shape)
+        error[is_target] = (z_pred - self.targets(h, is_real, online=True)[is_target]).abs().mean(-1)
+        return (error * counts).sum(1) / counts.sum(1).clamp_min(1)
 
     @torch.no_grad()
     def hidden_steps(self, h, is_real, mode: str = "leave_one_out", max_rows: int = 2048):
@@ -625,8 +630,8 @@ class RJEPA(nn.Module):
     def around(self, h, is_real, step):
         """What a Speaker reads to say step [B] of each chain, h [B, S, D] and is_real [B, S], in which it is hidden.
 
-        -> (context [B, 1 + S, C]: the predicted latent, then the context encoder's, allowed [B, 1 + S], offsets
-        [B, 1 + S] to the step, the true latent [B, C]).
+        -> (context [B, 1 + S, C]: the predicted latent, then the context encoder's; allowed [B, 1 + S]; offsets
+        [B, 1 + S] to the step).
         """
         h, position = self.standardize(h), self.positions(h)
         is_target = position == step[:, None]
@@ -635,7 +640,11 @@ class RJEPA(nn.Module):
         z_pred = self.jepa.predictor(z_context, position, visible, is_target)[:, None].float()
         allowed = torch.cat((torch.ones_like(visible[:, :1]), visible), dim=1)
         offsets = torch.cat((torch.zeros_like(position[:, :1]), position - step[:, None]), dim=1)
-        return torch.cat((z_pred, z_context.float()), dim=1), allowed, offsets, self.targets(h, is_real)[is_target]
+        return torch.cat((z_pred, z_context.float()), dim=1), allowed, offsets
+
+    def target_of(self, h, is_real, step):
+        """Target latent [B, C] of step [B] of each chain, encoded with the whole chain h [B, S, D] in view."""
+        return self.targets(self.standardize(h), is_real)[torch.arange(len(h), device=h.device), step]
 
     def to_llm(self, z_pred):
         """Latents in the LLM's own space [N, D], through W_out, of predictions [N, C]."""
@@ -674,7 +683,17 @@ class RJEPA(nn.Module):
         return 6 * trained + 2 * encoder + attention * T
 
 
-class Guidance(nn.Module):
+class Head(nn.Module):
+    """What is trained on top of frozen models: no target encoder, and no parameter that is not counted."""
+
+    def n_params(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def update_target(self, momentum: float):
+        """No target encoder."""
+
+
+class Guidance(Head):
     """NUDGE's head: a bias over the LLM's vocabulary from the predicted next step and the state of the current token.
 
     Trained with LLM and R-JEPA frozen: cross-entropy of logits + bias, plus lambda_bias times the mean square of bias.
@@ -702,17 +721,11 @@ class Guidance(nn.Module):
                  "ce_llm": F.cross_entropy(logits, batch["targets"])}
         return {"loss": parts["ce"] + self.config.lambda_bias * parts["bias"], **parts}
 
-    def n_params(self) -> int:
-        return sum(p.numel() for p in self.parameters())
-
-    def update_target(self, momentum: float):
-        """No target encoder."""
-
     def flops_per_token(self, T: float) -> float:
         return 6 * self.n_params()
 
 
-class Speaker(nn.Module):
+class Speaker(Head):
     """A causal decoder that puts vectors into words: cross-attention to a context [B, T_ctx, context_dim].
 
     Trained with cross-entropy, whatever makes the context frozen. [EOS] opens and closes a text and is the last but
@@ -730,9 +743,6 @@ class Speaker(nn.Module):
         self.offset = nn.Embedding(2 * self.MAX_OFFSET + 1, C)
         self.project = nn.Linear(config.context_dim, C)
         init_weights(self, config.n_layer)
-
-    def n_params(self) -> int:
-        return sum(p.numel() for p in self.parameters())
 
     def prepare(self, context, offsets=None):
         """Context [B, T_ctx, context_dim] -> what cross-attention reads, [B, T_ctx, C]."""
@@ -777,9 +787,6 @@ class Speaker(nn.Module):
                 break
         rows = torch.cat(out, dim=1).tolist()
         return [row[: row.index(self.eos_id)] if self.eos_id in row else row for row in rows]
-
-    def update_target(self, momentum: float):
-        """No target encoder."""
 
     def flops_per_token(self, T: float) -> float:
         return 6 * self.n_params() + 12 * self.config.n_layer * self.config.n_embd * T

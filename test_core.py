@@ -1253,6 +1253,7 @@ def test_rjepa_losses_equal_hand_values():
                 for k in "variance infonce own reconstruction margin".split())
     assert torch.isclose(losses["loss"], losses["l1"] + parts)
     wrong_h, gaps = model.standardize(batch["wrong_h"]), {}
+    assert torch.equal(batch["wrong_is_target"], t)
     right = (model.predict(h, batch["is_visible"], t) - model.targets(h, batch["is_real"], True)[t])
     wrong = model.predict(wrong_h, batch["is_visible"], t)
     wrong = (wrong - model.targets(wrong_h, batch["is_real"], True)[t]).abs().mean(-1) - right.abs().mean(-1)
@@ -1260,7 +1261,25 @@ def test_rjepa_losses_equal_hand_values():
         if batch["is_wrong"][c, s]:
             gaps.setdefault(c, []).append(float(gap))
     margin = np.mean([math.log1p(math.exp(-np.mean(g) / model.config.margin)) for g in gaps.values()])
-    assert len(gaps) > 2 and math.isclose(float(losses["margin"]), margin, rel_tol=1e-4)
+    assert len(gaps) > 2 and math.isclose(float(losses["margin"].detach()), margin, rel_tol=1e-4)
+
+
+def test_the_margin_takes_wrong_chains_of_any_length():
+    model, chains = rjepa_model(lambda_margin=0.5), latent_chains(9, wrong=False)
+    for i, c in enumerate(chains[:6]):
+        c["wrong_h"] = latent_chains(9, seed=1)[8 - i]["h"]
+    batch = latents.collate(chains, model.config, np.random.default_rng(3))
+    assert not batch["is_wrong"].any() and batch["wrong_h"].shape == batch["h"].shape
+    assert batch["wrong_is_real"].sum(1)[:6].tolist() == [len(c["wrong_h"]) for c in chains[:6]]
+    gaps = []
+    for i in range(6):
+        errors = []
+        for kind in ("wrong_", ""):
+            h, t = model.standardize(batch[kind + "h"][i : i + 1]), batch[kind + "is_target"][i : i + 1]
+            z = model.predict(h, batch[kind + "is_visible"][i : i + 1], t)
+            errors.append(float((z - model.targets(h, batch[kind + "is_real"][i : i + 1], True)[t]).abs().mean()))
+        gaps.append(math.log1p(math.exp(-(errors[0] - errors[1]) / model.config.margin)))
+    assert math.isclose(float(model(train.strip(batch))["margin"]), np.mean(gaps), rel_tol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["ema", "copy", "online"])
@@ -1829,12 +1848,13 @@ def test_plan_never_sees_the_step_it_predicts(world):
     chains = [c["h"] for c in latent_chains(4, dim=model.config.dim, seed=3)][2:]
     changed = [torch.cat((z[:2], torch.randn(1, z.shape[1]), z[3:])) for z in chains]
     slots = torch.tensor([2, 2])
-    a, allowed, offsets, true = model.around(*latents.pad_latents(chains), slots)
-    b, _, _, other = model.around(*latents.pad_latents(changed), slots)
+    a, allowed, offsets = model.around(*latents.pad_latents(chains), slots)
+    b, _, _ = model.around(*latents.pad_latents(changed), slots)
+    true, other = (model.target_of(*latents.pad_latents(z), slots) for z in (chains, changed))
     assert torch.allclose(a[allowed], b[allowed]) and not torch.allclose(true, other) and not allowed[:, 3].any()
     assert offsets[:, :4].tolist() == [[0, -2, -1, 0]] * 2
     gapped = [torch.cat((z[:2], z[3:])) for z in chains]
-    context, allowed, _, _ = model.around(*latents.with_slots(gapped, [2, 2]), slots)
+    context, allowed, _ = model.around(*latents.with_slots(gapped, [2, 2]), slots)
     assert torch.allclose(context[allowed], a[allowed], atol=1e-5)  # an empty slot is a step that is hidden
 
 
@@ -1898,7 +1918,7 @@ def test_written_chains_are_extracted_once_and_go_on_where_they_stopped(world, t
     problems = data.synthetic_problems(40, "test", 3, 3)
 
     def go(folder):
-        return extract.extract_written(llm, problems, folder, "synthetic", "test", 4, 0.9, 0.95, 1, 40)
+        return extract.extract_written(llm, [("test", problems)], folder, "synthetic", 4, 0.9, 0.95, 1, 40)
 
     go(tmp_path / "whole")
     real = extract.generate
@@ -1919,6 +1939,28 @@ def test_written_chains_are_extracted_once_and_go_on_where_they_stopped(world, t
         go(tmp_path / "whole")
     with pytest.raises(ValueError, match="test split"):
         latents.training_chains(rows, manifest, "here")
+    for r in rows:  # as if written for training problems: right ones are paired with wrong ones of their problem
+        r["split"] = "train"
+    rows[0] |= {"is_valid": True}
+    train_chains, _ = latents.training_chains(rows, manifest | {"split": "train"}, "here")
+    assert len(train_chains) == sum(r["is_valid"] for r in rows) and "wrong_step" not in train_chains[0]
+    assert any(torch.equal(train_chains[0]["wrong_h"], r["h"]) for r in rows[1:4])
+
+
+def test_written_training_chains_are_held_out_by_problem(world, tmp_path):
+    base = world[0]
+    argv = ["--generate", "2", "--llm", str(base / "llm"), "--name", "mine", "--dataset", "synthetic", "--limit", "30",
+            "--max_new_tokens", "8", "--out", str(tmp_path / "own"), "--device", "cpu"]
+    extract.main(argv)
+    rows, manifest = latents.load_latents(tmp_path / "own")
+    assert manifest["llm"] == "mine" and [r["split"] for r in rows] == ["train"] * 60 + ["val"] * 4
+
+
+def test_what_follows_many_chains_is_what_follows_each(world):
+    llm = llms.load_llm(str(world[0] / "llm"), "cpu")
+    chains = [(p["question"], data.split_steps(p["answer"])[: i % 3]) for i, p in
+              enumerate(data.synthetic_problems(6, "test", 3, 3))]
+    assert infer.next_lines(llm, chains, 16) == [infer.next_lines(llm, [c], 16)[0] for c in chains]
 
 
 def test_a_speaker_learns_to_say_what_its_context_holds():

@@ -181,7 +181,8 @@ class LatentJob:
                 e = model.energy(batch["h"], batch["is_real"], mode)
                 values.append(e[~e.isnan()].cpu())
             later = e[:, 2:].nan_to_num(-1.0)  # next-step energies after the first step
-            energies[2].append(later.amax(1)[later.amax(1) >= 0].cpu() if later.shape[1] else later.new_zeros(0).cpu())
+            highest = later.amax(1) if later.shape[1] else later.new_zeros(0)
+            energies[2].append(highest[highest >= 0].cpu())
         for row, values in zip(model.quantiles, energies, strict=True):
             if len(found := torch.cat(values)):
                 row.copy_(torch.quantile(found, torch.linspace(0, 1, len(row))))
@@ -308,9 +309,9 @@ class SpeakJob(WorldJob):
         eos, config = self.config.vocab_size - 2, self.config
         steps = [c["hole"] for c in chains]
         at = torch.tensor(steps, device=device)
-        context, allowed, offsets, _ = self.world.around(
-            *latents.with_slots([c["gapped"] for c in chains], steps, device), at)
-        true = self.world.around(*latents.pad_latents([c["h"] for c in chains], device), at)[3]
+        gapped = latents.with_slots([c["gapped"] for c in chains], steps, device)
+        context, allowed, offsets = self.world.around(*gapped, at)
+        true = self.world.target_of(*latents.pad_latents([c["h"] for c in chains], device), at)
         share = config.predicted_share if predicted is None else predicted
         from_true = torch.from_numpy(rng.random(len(chains)) >= share).to(device)
         context[from_true, 0] = true[from_true]
