@@ -9,6 +9,8 @@ nanojepa_llm_jepa    the same step, against three forward passes (text, question
 nanojepa_overhead    answer_context = question with the latent loss, against a plain language model (ratio = cost)
 attention            model.attend against SDPA at the shape of nanojepa-small, forward and backward
 generate             decoding with the KV cache, against recomputing the whole row for every token
+tjepa_packed         T-JEPA's first phase on packed documents, against padded ones (shape of tjepa-small)
+speaker_cache        the Speaker writing 256 tokens, against recomputing all of them for every token (tjepa-speak)
 
 Tokens are real ones, never padding; the answer rows that only the latent needs count as cost, not as tokens.
 """
@@ -21,18 +23,19 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
 
 import config as cfg
 import data
-from model import NanoJEPA, attend, configure_optimizers, question_row
+from model import TJEPA, NanoJEPA, Speaker, attend, configure_optimizers, question_row
 from runs import pick_device, pick_dtype
 from train import strip
 
 NAMES = Literal["all", "nanojepa_step", "nanojepa_mask", "nanojepa_llm_jepa", "nanojepa_overhead", "attention",
-                "generate"]  # fmt: skip
+                "generate", "tjepa_packed", "speaker_cache"]  # fmt: skip
 
 
 @dataclass
@@ -149,6 +152,61 @@ class Bench:
             return work
 
         return self.compare(run(attend), run(F.scaled_dot_product_attention))
+
+    def tjepa_packed(self):
+        config = dataclasses.replace(cfg.pick_preset("tjepa-small"), vocab_size=self.tokenizer.vocab_size)
+        documents = [d for p in self.problems for d in data.encode_document(
+            f"{p['question']}\n{data.answer_text(p, 'solution')}", self.tokenizer, config.block_size)]
+        packed, rng = data.Documents(documents, config), np.random.default_rng(0)
+        n = round(config.batch_size * config.block_size / np.mean([len(d["tokens"]) for d in documents]))
+        padded = [[[d] for d in documents[i : i + n]] for i in range(0, len(documents) - n, n)]  # in random order
+
+        def trainer(batch_of):
+            torch.manual_seed(0)
+            model, count = TJEPA(config).to(self.device), [0]
+            optimizer = configure_optimizers(model, config)
+
+            def step():
+                batch = batch_of(count[0])
+                count[0] += 1
+                with self.autocast():
+                    loss = model(strip(batch))["loss"]
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                model.update_target(0.996)
+                return batch["n_tokens"]
+
+            return step
+
+        return self.compare(trainer(lambda i: packed(i, self.device)), trainer(
+            lambda i: data.collate_documents(padded[i % len(padded)], config, rng, self.device)))
+
+    @torch.no_grad()
+    def speaker_cache(self):
+        config = dataclasses.replace(cfg.pick_preset("tjepa-speak"), vocab_size=self.tokenizer.vocab_size, dropout=0.0,
+                                     context_dim=256)
+        torch.manual_seed(0)
+        speaker, n = Speaker(config).to(self.device).eval(), 256
+        speaker.embed.weight[speaker.eos_id] = 0.0  # never the likeliest: all 256 tokens are written
+        context = torch.randn(8, 100, config.context_dim, device=self.device)
+        allowed = torch.ones(context.shape[:2], dtype=torch.bool, device=self.device)
+
+        def recompute():
+            idx = torch.full((len(context), 1), speaker.eos_id, device=self.device)
+            for _ in range(n):
+                h = speaker.transformer(speaker.embed(idx), is_causal=True, context=speaker.prepare(context),
+                                        context_allowed=allowed)[:, -1]
+                token = F.linear(h, speaker.embed.weight[: speaker.eos_id]).argmax(-1, keepdim=True)
+                idx = torch.cat((idx, token), dim=1)
+            return n * len(context)
+
+        def cached():
+            written = speaker.generate(context, allowed, max_new_tokens=n)
+            assert all(len(row) == n for row in written), "the Speaker stopped early: nothing to compare"
+            return n * len(context)
+
+        return self.compare(cached, recompute)
 
     @torch.no_grad()
     def generate(self):

@@ -11,7 +11,7 @@ import difflib
 import json
 import sys
 from dataclasses import dataclass
-from typing import Literal, get_args, get_origin
+from typing import ClassVar, Literal, get_args, get_origin
 
 PICK = Literal["auto", "on", "off"]
 
@@ -197,6 +197,7 @@ class GuideConfig(RunConfig):
 class SpeakConfig(RunConfig):
     """A Speaker that puts the latents of a frozen R-JEPA (init_from) into words, on that run's verified chains."""
 
+    offsets: ClassVar[bool] = True  # what the Speaker attends to are steps: it is told how far away they are
     tokenizer: Literal["gpt2", "bpe"] = "bpe"  # a BPE is trained on the chains' steps
     vocab_size: int = 2048  # size of the trained BPE with its special ids; the run stores the true size
     n_layer: int = 4  # decoder blocks
@@ -218,11 +219,106 @@ class SpeakConfig(RunConfig):
             check(self, name, 0 <= getattr(self, name) <= 1, "must lie in [0, 1]")
 
 
+@dataclass
+class TextConfig(RunConfig):
+    """What the jobs of T-JEPA share: the documents, the tokenizer, the Transformer that is trained."""
+
+    # documents: a problem with its solution is one, unless --text names others
+    text: str = ""  # a folder of .txt files, or a text data set of the hub; empty: the problems of --dataset
+    text_field: str = "text"  # the column of the data set that holds the text
+    tokenizer: Literal["gpt2", "bpe"] = "gpt2"  # a BPE is trained on the documents; a run started from brings its own
+    vocab_size: int = 4096  # size of the trained BPE with its special ids; the run stores the true size
+    block_size: int = 512  # tokens a row, in which several documents lie; longer ones are cut between sentences
+
+    # network
+    n_layer: int = 12  # Transformer blocks
+    n_head: int = 12  # attention heads
+    n_embd: int = 768  # width
+    dropout: float = 0.0  # on embeddings and residual branches
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in "n_layer n_head n_embd".split():
+            check(self, name, getattr(self, name) > 0, "must be positive")
+        check(self, "vocab_size", self.vocab_size >= 258, "must be at least 258 (256 bytes and two special tokens)")
+        check(self, "block_size", self.block_size >= 16, "must be at least 16")
+        check(self, "n_head", self.n_embd % (2 * self.n_head) == 0, f"must divide n_embd={self.n_embd} into even parts")
+        check(self, "dropout", 0 <= self.dropout < 1, "must lie in [0, 1)")
+
+
+@dataclass
+class TJEPAConfig(TextConfig):
+    """T-JEPA, phase 1: predicts the latents of masked spans of text from the text around them."""
+
+    predictor_n_layer: int = 4  # blocks of the predictor
+    predictor_n_embd: int = 384  # its width
+
+    # masks: spans of whole sentences
+    mask_min: float = 0.3  # share of a document's tokens that are hidden: from about this ...
+    mask_max: float = 0.6  # ... to this
+    span_max: int = 4  # sentences in the longest span that is drawn as such
+    paragraph_share: float = 0.3  # share of the spans that are one to three whole paragraphs
+
+    # objective: MSE(z_pred, z_target) + lambda_* times each of the following
+    standardize_target: bool = True  # per dimension, over the batch; off: as published, which collapses (LOG.md)
+    lambda_variance: float = 0.1  # hinge on the std of every dimension of the context encoder's output
+    lambda_covariance: float = 0.003  # mean square of its covariances off the diagonal, a dimension
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in "predictor_n_layer predictor_n_embd span_max".split():
+            check(self, name, getattr(self, name) > 0, "must be positive")
+        check(self, "predictor_n_embd", self.predictor_n_embd % (2 * self.n_head) == 0,
+              f"must be a multiple of 2 x {self.n_head}")
+        check(self, "mask_min", 0 < self.mask_min <= self.mask_max < 1, "needs 0 < mask_min <= mask_max < 1")
+        check(self, "paragraph_share", 0 <= self.paragraph_share <= 1, "must lie in [0, 1]")
+        for name in ("lambda_variance", "lambda_covariance"):
+            check(self, name, getattr(self, name) >= 0, "must not be negative")
+
+
+@dataclass
+class DistillConfig(TextConfig):
+    """A text encoder (n_layer, n_head, n_embd) that learns the outputs of a larger one on the same documents."""
+
+    teacher: str = ""  # run folder of the teacher: T-JEPA, or itself distilled
+    teacher_dim: int = 0  # its width; the run stores it
+    world: str = ""  # hash of its weights; the run stores it
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, "teacher", bool(self.teacher), "give the teacher's run folder")
+
+
+@dataclass
+class AnswerConfig(TextConfig):
+    """T-JEPA, phase 2: a Speaker (n_layer, n_head, n_embd) on an encoder learns to answer questions."""
+
+    offsets: ClassVar[bool] = False
+
+    # init_from: a run whose encoder reads the questions, or `random`: one of the shape below
+    train_encoder: bool = False  # the encoder learns too; with `random`: end to end
+    encoder_n_layer: int = 4  # of the encoder; a run started from brings its own
+    encoder_n_head: int = 4  # likewise
+    encoder_n_embd: int = 256  # likewise
+    context_dim: int = 0  # the encoder's width; the run stores it
+    answer_text: Literal["solution", "final"] = "solution"  # what is written: the worked solution, or its last line
+    world: str = ""  # hash of the weights that the encoder came from; the run stores it
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, "init_from", bool(self.init_from), "give the run folder of an encoder, or random")
+        for name in "encoder_n_layer encoder_n_head encoder_n_embd".split():
+            check(self, name, getattr(self, name) > 0, "must be positive")
+        check(self, "encoder_n_head", self.encoder_n_embd % (2 * self.encoder_n_head) == 0,
+              f"must divide encoder_n_embd={self.encoder_n_embd} into even parts")
+
+
 # fields that a run takes over from the one it starts from: they say which weights there are and what they mean
 NETWORK = {
     NanoJEPAConfig: """tokenizer vocab_size block_size n_layer n_head n_embd answer_context pooling standardize_target
                        target_encoder""".split(),
     RJEPAConfig: """n_layer n_head n_embd predictor_n_layer predictor_n_embd target_positions""".split(),
+    TJEPAConfig: """tokenizer vocab_size n_layer n_head n_embd predictor_n_layer predictor_n_embd""".split(),
 }
 
 
@@ -280,6 +376,22 @@ PRESETS = {
         init_from="out/rjepa-small", batch_size=8, epochs=1.0, weight_decay=0.01, eval_every=100, val_problems=64,
     ),
     "rjepa-speak": SpeakConfig(init_from="out/rjepa-small", batch_size=64, epochs=10.0, eval_every=200),
+    # T-JEPA: about 190 M parameters with EMA copy and predictor, GPT-2 BPE; one GPU with 12 GB
+    "tjepa": TJEPAConfig(batch_size=16, grad_accum=2, lr=6e-4, epochs=40.0, weight_decay=0.05),
+    # the same for a CPU
+    "tjepa-small": TJEPAConfig(
+        tokenizer="bpe", vocab_size=2048, block_size=256, n_layer=4, n_head=4, n_embd=256, predictor_n_layer=2,
+        predictor_n_embd=128, batch_size=16, epochs=12.0, weight_decay=0.05, eval_every=250, save_every=500,
+    ),
+    # a student of half the width learns its outputs; then a Speaker learns to answer questions through either
+    "tjepa-distill": DistillConfig(
+        teacher="out/tjepa-small", block_size=256, n_layer=4, n_head=4, n_embd=128, batch_size=16, epochs=6.0,
+        weight_decay=0.05, eval_every=250, save_every=500,
+    ),
+    "tjepa-speak": AnswerConfig(
+        init_from="out/tjepa-small", tokenizer="bpe", vocab_size=2048, block_size=512, n_layer=3, n_head=4, n_embd=256,
+        dropout=0.1, batch_size=32, epochs=6.0, eval_every=250, save_every=500,
+    ),
     # the same for this project's own LLM, `python train.py student-small`
     "rjepa-student": RJEPAConfig(
         dataset="synthetic", n_synthetic=9000, max_problem_steps=4, llm="out/student-small", batch_size=128,
@@ -328,7 +440,8 @@ def from_json(text: str, where: str):
         preset, job = fields.pop("preset"), fields.pop("job")
     except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{where} is not a run's config.json ({error!r})") from None
-    jobs = {c.__name__: c for c in (NanoJEPAConfig, RJEPAConfig, GuideConfig, SpeakConfig)}
+    kinds = (NanoJEPAConfig, RJEPAConfig, GuideConfig, SpeakConfig, TJEPAConfig, DistillConfig, AnswerConfig)
+    jobs = {c.__name__: c for c in kinds}
     if not isinstance(job, str) or job not in jobs:
         raise ValueError(f"{where}: unknown job '{job}'; this version knows {', '.join(jobs)}")
     names = {f.name for f in dataclasses.fields(jobs[job])}

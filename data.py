@@ -1,4 +1,4 @@
-"""Problems, chains, tokens, batches.
+"""Problems, chains, documents, tokens, masked spans, batches.
 
     problem {"id", "question", "answer"}        chain {"id", "question", "steps", "answer", "is_valid", "source"}
 
@@ -7,6 +7,7 @@ sees the split `train` less the problems of `val`; `test` is for the final figur
 """
 
 import base64
+import bisect
 import hashlib
 import random
 import re
@@ -588,7 +589,8 @@ class Batches:
         q, a, t = np.array([[len(e[k]) for k in ("question", "answer", "target")] for e in self.examples],
                            dtype=float).T
         # with `question` one row, and the target's; without one (lambda_jepa = 0) the batches stay the same
-        return np.stack([q, a] if config.answer_context != "question" else [q + a, t], axis=1)
+        one_row = getattr(config, "answer_context", "") == "question"
+        return np.stack([q + a, t] if one_row else [q, a], axis=1)
 
     def __call__(self, index: int) -> list[dict]:
         epoch, i = divmod(index, self.per_epoch)
@@ -672,3 +674,154 @@ def flatten_targets(batch: dict, prefix: str, losses: list[list[tuple[int, int]]
     flat = [(b * T + i, token) for b, row in enumerate(losses) for i, token in row]
     at, targets = (torch.tensor(x, dtype=torch.long) for x in (zip(*flat, strict=True) if flat else ((), ())))
     batch[prefix + "loss_at"], batch[prefix + "targets"] = at, targets
+
+
+# ----------------------------------------------------------------------------- documents and masked spans (T-JEPA)
+
+
+def load_texts(config, split: str) -> list[str]:
+    """The documents of `train` or `val` that a TextConfig names; every 20th is of `val`.
+
+    A problem with its solution, a .txt file, or a row of a text data set of the hub (empty rows are left out). Raises
+    ValueError or FileNotFoundError naming the file that is empty or no text.
+    """
+    if not config.text:
+        n = config.val_problems if split == "val" else config.limit
+        if config.dataset == "synthetic":
+            n = n or config.n_synthetic
+        problems = load_problems(config.dataset, split, config.data_dir, n, config.seed, config.max_problem_steps)
+        return [f"{p['question']}\n{answer_text(p, 'solution')}" for p in problems]
+    texts, folder = [], Path(config.text)
+    if folder.is_dir():
+        for path in sorted(folder.rglob("*.txt")):
+            try:
+                texts.append(path.read_text("utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+            if not texts[-1].strip():
+                raise ValueError(f"{path} is empty: remove it, or take another --text")
+    else:
+        import datasets
+
+        try:
+            rows = datasets.load_dataset(config.text, split="train")
+        except Exception as error:  # the hub's own, requests' and datasets' kinds
+            raise FileNotFoundError(f"--text {config.text}: no folder, and no data set that could be loaded "
+                                    f"({type(error).__name__}: {str(error)[:120]})") from None
+        if config.text_field not in rows.column_names:
+            raise ValueError(f"--text_field {config.text_field}: {config.text} has {', '.join(rows.column_names)}")
+        texts = [t for t in rows[config.text_field] if t.strip()]
+    texts = [t for i, t in enumerate(texts) if (i % VAL_EVERY == VAL_EVERY - 1) == (split == "val")]
+    return texts[: (config.val_problems if split == "val" else config.limit) or None]
+
+
+def sentence_pieces(text: str) -> list[tuple[str, int]]:
+    """(sentence with the white space before it, number of its paragraph): the pieces make up the text, stripped.
+
+    Paragraphs are divided by empty lines or, in a text without any, by line ends.
+    """
+    text, pieces, at, end = text.strip(), [], 0, "\n"
+    if re.search(r"\n[^\S\n]*\n", text):
+        end = r"\n[^\S\n]*\n"
+    for number, paragraph in enumerate(p for p in re.split(end, text) if p.strip()):
+        for sentence in split_sentences(paragraph.strip()):
+            begin = text.index(sentence, at)
+            pieces.append((text[at : begin + len(sentence)], number))
+            at = begin + len(sentence)
+    return pieces
+
+
+def encode_document(text: str, tokenizer: Tokenizer, block_size: int) -> list[dict]:
+    """A text as documents of at most block_size tokens: {"tokens", "sentences" (tokens of each), "paragraphs"}.
+
+    A longer text is cut between sentences, a sentence longer than a third of a block inside. A text of one sentence
+    alone has nothing to be predicted from: no document.
+    """
+    parts, part = [], []
+    for piece, number in sentence_pieces(text):
+        ids = tokenizer.encode(piece)
+        for start in range(0, len(ids), block_size // 3):
+            ids_here = ids[start : start + block_size // 3]
+            if sum(len(s) for s, _ in part) + len(ids_here) > block_size:
+                parts.append(part)
+                part = []
+            part.append((ids_here, number))
+    if parts and len(part) == 1:  # a part that was full has three sentences at least
+        part.insert(0, parts[-1].pop())
+    return [{"tokens": [t for ids, _ in part for t in ids], "sentences": [len(ids) for ids, _ in part],
+             "paragraphs": [number for _, number in part]} for part in [*parts, part] if len(part) > 1]
+
+
+def draw_spans(document: dict, config, rng) -> np.ndarray:
+    """Which of a document's sentences are hidden, bool [n]: spans of sentences or of whole paragraphs.
+
+    Spans are drawn until the share of tokens drawn for this document is hidden; the last sentence that is still visible
+    stays so. Every sentence can be hidden.
+    """
+    lengths, paragraphs = np.array(document["sentences"]), np.array(document["paragraphs"])
+    hidden, n = np.zeros(len(lengths), dtype=bool), len(lengths)
+    wanted = rng.uniform(config.mask_min, config.mask_max) * lengths.sum()
+    while lengths[hidden].sum() < wanted and hidden.sum() < n - 1:
+        first = int(rng.integers(n))
+        if rng.random() < config.paragraph_share:
+            last = paragraphs[first] + rng.integers(3)
+            span = np.flatnonzero((paragraphs >= paragraphs[first]) & (paragraphs <= last))
+        else:
+            span = np.arange(first, min(n, first + 1 + int(rng.integers(config.span_max))))
+        for i in span:
+            if hidden.sum() < n - 1 and lengths[hidden].sum() < wanted:
+                hidden[i] = True
+    return hidden
+
+
+def pack(lengths: list[int], block_size: int) -> list[list[int]]:
+    """Rows of at most block_size tokens: which documents lie in each (best fit, the longest first)."""
+    rows, free = [], []  # free: (tokens left, row), sorted
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        at = bisect.bisect_left(free, (lengths[i], -1))
+        left, row = free.pop(at) if at < len(free) else (block_size, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(i)
+        bisect.insort(free, (left - lengths[i], row))
+    return rows
+
+
+def collate_documents(rows: list[list[dict]], config, rng, device=None) -> dict:
+    """Rows of documents -> the batch that TJEPA.forward documents; masks are drawn where config says how."""
+    T, masks = max(sum(len(d["tokens"]) for d in row) for row in rows), hasattr(config, "mask_min")
+    idx, positions = torch.zeros(len(rows), T, dtype=torch.long), torch.zeros(len(rows), T, dtype=torch.long)
+    segment, is_target = torch.full((len(rows), T), -1), torch.zeros(len(rows), T, dtype=torch.bool)
+    for b, row in enumerate(rows):
+        at = 0
+        for number, d in enumerate(row):
+            here = slice(at, at := at + len(d["tokens"]))
+            idx[b, here], positions[b, here] = torch.tensor(d["tokens"]), torch.arange(len(d["tokens"]))
+            segment[b, here] = number
+            if masks:
+                is_target[b, here] = torch.from_numpy(draw_spans(d, config, rng).repeat(d["sentences"]))
+    batch = {"idx": idx, "positions": positions, "segment": segment, "is_target": is_target}
+    n = int((segment >= 0).sum())
+    return {**{k: v.to(device, non_blocking=True) for k, v in batch.items()},
+            "n_tokens": n, "n_filled": n, "n_slots": idx.numel()}  # fmt: skip
+
+
+class Documents(Batches):
+    """Deterministic batches of packed rows of documents: a pure function of (seed, index)."""
+
+    unit = "rows of documents"
+
+    def __init__(self, documents: list[dict], config):
+        rows = pack([len(d["tokens"]) for d in documents], config.block_size)
+        super().__init__([[documents[i] for i in row] for row in rows], config)
+
+    def measure(self, config):
+        return None
+
+    def __call__(self, index: int, device=None) -> dict:
+        rng = np.random.default_rng([self.seed, 1, index])
+        return collate_documents(super().__call__(index), self.config, rng, device)
+
+    def shuffle(self, epoch: int) -> np.ndarray:
+        kept = np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
+        return kept[: self.per_epoch * self.batch_size].reshape(self.per_epoch, self.batch_size)

@@ -5,11 +5,15 @@
     python eval_alignment.py out/rjepa-small                                    # R-JEPA on its own held-out chains
     python eval_alignment.py out/rjepa-small --latents out/latents/candidates   # does energy tell right from wrong?
     python eval_alignment.py out/rjepa-small --step_errors FILE                 # does it find the first wrong step?
+    python eval_alignment.py out/tjepa-small                                    # T-JEPA: masked spans, probes
+    python eval_alignment.py out/tjepa-distill --teacher out/tjepa-small        # a student beside its teacher
+    python eval_alignment.py out/tjepa-speak                                    # token loss given the question
 
 Looks at problems that the run has never seen (`test`) and prints a table with its controls: mismatched pairs, the
 best constant prediction, the same network with fresh weights, and whether the prediction is nearer to the true
 answer than to a counterfactual one (same words, one step wrong), which the topic alone cannot tell. For R-JEPA:
-the error beside predict-the-mean and copy-a-neighbour, energy against correctness, and retrieval of a hidden step.
+the error beside predict-the-mean and copy-a-neighbour, energy against correctness, and retrieval of a hidden step. For
+T-JEPA: the error of masked spans beside the same controls, and what a linear probe reads from a question's thought.
 """
 
 import json
@@ -27,10 +31,19 @@ import data
 import extract
 import infer
 import latents
+import train
 import verify
-from config import RJEPAConfig, check
-from model import alignment, latent_figures, wilson
-from runs import build_model, load_config, load_run, load_tokenizer
+from config import AnswerConfig, RJEPAConfig, TextConfig, TJEPAConfig, check
+from model import TextEncoder, alignment, latent_figures, wilson
+from runs import (
+    build_model,
+    encoder_shape,
+    load_config,
+    load_encoder,
+    load_run,
+    load_tokenizer,
+    tokenizer_digest,
+)
 
 
 @dataclass
@@ -48,6 +61,7 @@ class Args:
     plan: bool = False  # R-JEPA: PLAN on the problems' own solutions with a middle step taken out
     quantile: float = 0.9  # PLAN: a gap is a next-step energy above this quantile of verified steps' energies
     decode_limit: int = 500  # PLAN: chains whose missing step is put into words
+    teacher: str = ""  # T-JEPA: a run whose outputs a linear map of this run's is fitted to
     llm: str = ""  # where the run's LLM lies, if not under the name it was trained with
     device: str = "auto"
 
@@ -382,6 +396,113 @@ def evaluate_step_errors(run: str, args) -> dict:
                                                                                   len(rows))), "n": len(rows)}
 
 
+# ----------------------------------------------------------------------------- T-JEPA
+
+
+def probes(encoder, tokenizer, train_problems: list[dict], problems: list[dict], seed: int) -> dict:
+    """R2 on `problems` of ridge regressions, fitted on `train_problems`, from the question's thought vector.
+
+    steps: how many steps the solution has; magnitude: log10(1 + |answer|). 0 is what the mean gets.
+    """
+    from sklearn.linear_model import RidgeCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    def labels(some):
+        answers = [verify.answer_value(data.answer_text(p, "final")) for p in some]
+        kept = [i for i, a in enumerate(answers) if a is not None]
+        steps = [len(data.split_steps(some[i]["answer"])) - 1 for i in kept]
+        return kept, {"steps": np.array(steps), "magnitude": np.log10([1 + abs(float(answers[i])) for i in kept])}
+
+    features, truths = [], []
+    for some in (train_problems, problems):
+        kept, truth = labels(some)
+        features.append(encoder.thoughts([tokenizer.encode(some[i]["question"]) for i in kept]).cpu().numpy())
+        truths.append(truth)
+    result, rng = {"n_train": len(features[0]), "n": len(features[1])}, np.random.default_rng(seed)
+    for name in truths[0]:
+        fitted = make_pipeline(StandardScaler(), RidgeCV(np.logspace(0, 5, 11))).fit(features[0], truths[0][name])
+        truth, error = truths[1][name], truths[1][name] - fitted.predict(features[1])
+        r2 = [1 - np.square(error[i]).mean() / truth[i].var() for i in
+              (np.arange(len(truth)), *rng.integers(0, len(truth), (1000, len(truth))))]
+        result[name] = {"r2": float(r2[0]), "ci95": [float(x) for x in np.quantile(r2[1:], [0.025, 0.975])]}
+    return result
+
+
+@torch.no_grad()
+def teacher_alignment(encoder, teacher, train_rows: list[list[int]], rows: list[list[int]]) -> dict:
+    """Mean cosine of the teacher's outputs on `rows` (token ids) and a linear map of the encoder's.
+
+    The map is fitted by least squares on `train_rows`, so that runs with and without a projection of their own compare.
+    best_constant: the cosine of the teacher's mean output.
+    """
+    def outputs(net, some):
+        device, out = net.embed.weight.device, []
+        for row in some:
+            z = net(torch.tensor([row], device=device), torch.ones(1, len(row), dtype=torch.bool, device=device))[0]
+            out.append(F.layer_norm(z.float(), z.shape[-1:]).cpu())
+        return torch.cat(out)
+
+    def inputs(some):
+        x = outputs(encoder, some)
+        return torch.cat((x, torch.ones(len(x), 1)), dim=1)
+
+    weights = torch.linalg.lstsq(inputs(train_rows), outputs(teacher, train_rows)).solution
+    target = outputs(teacher, rows)
+    return {"cos": float(F.cosine_similarity(inputs(rows) @ weights, target, dim=-1).mean()),
+            "best_constant": float(F.cosine_similarity(target.mean(0)[None], target, dim=-1).mean()), "n": len(target)}
+
+
+def evaluate_tjepa(run: str, args) -> dict:
+    """Masked spans (a pre-trained run), probes beside those of a random encoder, alignment to --teacher."""
+    encoder, config, tokenizer = load_encoder(run, args.device)
+    problems = held_out(args, config)
+    dataset = args.dataset or config.dataset
+    data_dir = args.data_dir or (config.data_dir if dataset == config.dataset else "")
+    limit = 2000 if dataset == "synthetic" else 0
+    train_problems = data.load_problems(dataset, "train", data_dir, limit, config.seed, config.max_problem_steps)
+    torch.manual_seed(args.seed)
+    result, untrained = {}, TextEncoder(config.vocab_size, *encoder_shape(config)).eval()
+    if isinstance(config, TJEPAConfig):
+        model, _ = load_run(run, args.device)
+        fresh = build_model(config).to(encoder.embed.weight.device).eval()
+        texts = [f"{p['question']}\n{data.answer_text(p, 'solution')}" for p in problems]
+        texts = data.load_texts(config, "val") if config.text else texts
+        documents = [d for t in texts for d in data.encode_document(t, tokenizer, config.block_size)]
+        figures = [train.span_figures(net, documents, config, encoder.embed.weight.device) for net in (model, fresh)]
+        result |= figures[0] | {"untrained": figures[1]}
+    result["probe"] = probes(encoder, tokenizer, train_problems, problems, args.seed)
+    result["probe_random"] = probes(untrained.to(encoder.embed.weight.device), tokenizer, train_problems, problems,
+                                    args.seed)
+    if args.teacher:
+        teacher, theirs, other = load_encoder(args.teacher, args.device)
+        if tokenizer_digest(other) != tokenizer_digest(tokenizer):
+            raise ValueError(f"{run} and --teacher {args.teacher} read other tokens: they cannot be compared")
+        parts = [[tokenizer.encode(p["question"])[: theirs.block_size] for p in some]
+                 for some in (train_problems[:1000], problems[:1000])]
+        result["teacher"] = teacher_alignment(encoder, teacher, *parts)
+        result["teacher_random"] = teacher_alignment(untrained, teacher, *parts)
+    return result | {"n_problems": len(problems)}
+
+
+def evaluate_answers(run: str, args) -> dict:
+    """Token loss of held-out responses, nats: given their question, given another problem's; `gap` between the two."""
+    model, config = load_run(run, args.device)
+    tokenizer, problems = load_tokenizer(run, config), held_out(args, config)
+    if len(problems) < 2:
+        raise ValueError(f"{len(problems)} problem: a pair is needed to mismatch, raise --limit")
+    examples = train.encode_answers(problems, tokenizer, config)
+    losses = train.answer_losses(model, examples, config, model.text_encoder.embed.weight.device)
+    own, other, n = losses["lm_loss"][:, 0], losses["lm_loss_shuffled"][:, 0], losses["lm_loss"][:, 1]
+    draws = np.random.default_rng(args.seed).integers(0, len(n), (1000, len(n)))
+    result = {"n": len(n), "tokens": int(n.sum())}
+    for name, values in (("lm_loss", own), ("lm_loss_shuffled", other), ("gap", other - own)):
+        means = (values * n)[draws].sum(1) / n[draws].sum(1)
+        result[name] = float(np.average(values, weights=n))
+        result[f"{name}_ci95"] = [float(x) for x in np.quantile(means, [0.025, 0.975])]
+    return result
+
+
 def print_figures(result: dict, name: str = ""):
     """Every number of a nested result on a line of its own."""
     for key, value in result.items():
@@ -394,12 +515,16 @@ def print_figures(result: dict, name: str = ""):
 def main():
     args = tyro.cli(Args)
     try:
-        is_rjepa = isinstance(load_config(args.run)[1], RJEPAConfig)
+        config = load_config(args.run)[1]
+        is_rjepa = isinstance(config, RJEPAConfig)
         if (args.latents or args.step_errors or args.plan) and not is_rjepa:
             raise ValueError(f"--latents, --step_errors and --plan are for R-JEPA runs; {args.run} is none")
         if is_rjepa:
             evaluate = evaluate_plan if args.plan else evaluate_step_errors if args.step_errors else evaluate_rjepa
             result = evaluate(args.run, args)
+            print_figures(result)
+        elif isinstance(config, TextConfig):
+            result = (evaluate_answers if isinstance(config, AnswerConfig) else evaluate_tjepa)(args.run, args)
             print_figures(result)
         else:
             result = evaluate_nanojepa(args.run, args)

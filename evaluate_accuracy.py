@@ -68,9 +68,9 @@ def interval(right: np.ndarray, seed: int, draws: int = 2000) -> list[float]:
     return [float(x) for x in np.quantile(means, [0.025, 0.975])]
 
 
-def generate(model, tokenizer, examples, args) -> list[list[str]]:
-    """K answer texts for every problem; greedy for k = 1. Batches hold questions of like length."""
-    questions = [e["question"] for e in examples for _ in range(args.k)]
+def generate(model, questions: list[list[int]], tokenizer, args) -> list[list[str]]:
+    """K answer texts for every question; greedy for k = 1. Batches hold questions of like length."""
+    questions = [q for q in questions for _ in range(args.k)]
     order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
     texts = [""] * len(questions)
     for start in range(0, len(order), args.batch_size):
@@ -117,7 +117,10 @@ def evaluate_run(run: str, args) -> dict:
     model, config = load_run(run, args.device)
     tokenizer = load_tokenizer(run, config)
     problems = eval_alignment.held_out(args, config)
-    texts = generate(model, tokenizer, data.encode_problems(problems, tokenizer, config), args)
+    if not hasattr(model, "generate"):
+        raise ValueError(f"{run} is a run of preset '{model.preset}', which writes no answers: python train.py "
+                         f"tjepa-speak --init_from {run}")
+    texts = generate(model, [tokenizer.encode(p["question"]) for p in problems], tokenizer, args)
     truths = [data.answer_text(p, "final") for p in problems]
     right = np.array([[verify.check_answer(t, truth) for t in row] for row, truth in zip(texts, truths, strict=True)])
     name = (f"generations-{args.dataset or config.dataset}-{args.split}-n{len(problems)}-k{args.k}"

@@ -1,5 +1,5 @@
 """R-JEPA at work: how coherent is each step of a chain (score), which of K candidates is it (RERANK), where should the
-next step go (NUDGE), and what is missing (PLAN)?
+next step go (NUDGE), and what is missing (PLAN)? And T-JEPA: which texts are alike (think), what is the answer (speak)?
 
     python infer.py score out/rjepa-small --question "Tom has 3 apples and buys 4. How many?" --steps "3+4 = 7" "#### 7"
     python infer.py score out/rjepa-small --chains FILE      # one JSON object a line for each chain, then a summary
@@ -7,6 +7,8 @@ next step go (NUDGE), and what is missing (PLAN)?
     python infer.py rerank out/rjepa-small --question "..." --k 8
     python infer.py nudge out/rjepa-small --question "..." --alpha 0.5         # after train.py rjepa-guide
     python infer.py plan out/rjepa-small --question "..." --steps "..." "..."  # after train.py rjepa-speak
+    python infer.py think out/tjepa-small --text "..."                         # nearest among its training texts
+    python infer.py speak out/tjepa-speak --question "..."
 
 A step's energy is the L1 error of its latent when it is hidden and predicted from the others (leave-one-out) or from
 what comes before it alone (next-step). Two things to know: its target is encoded from the whole chain, and the LLM's
@@ -23,12 +25,13 @@ import numpy as np
 import torch
 import tyro
 
+import data
 import extract
 import latents
 import verify
 from config import check
 from llm import LLM, HuggingFaceLLM, generate, load_llm
-from runs import load_config, load_run, load_tokenizer, weights_digest, write_atomic
+from runs import load_config, load_encoder, load_run, load_tokenizer, weights_digest, write_atomic
 
 # ----------------------------------------------------------------------------- functions to import
 
@@ -368,6 +371,35 @@ def plan(model, llm: LLM, question: str, steps: list[str], decode: str = "speake
             "energy_before": before, "energy_after": after, "decode": decode}
 
 
+# ----------------------------------------------------------------------------- T-JEPA
+
+
+def think(encoder, tokenizer, block_size: int, texts: list[str]) -> torch.Tensor:
+    """Thought vectors [len(texts), C] fp32; a text longer than a block is the mean over its parts' tokens.
+
+    Raises ValueError for an empty text.
+    """
+    parts, owner = [], []
+    for i, text in enumerate(texts):
+        ids = tokenizer.encode(text.strip())
+        if not ids:
+            raise ValueError(f"text {i} is empty")
+        for start in range(0, len(ids), block_size):
+            parts.append(ids[start : start + block_size])
+            owner.append(i)
+    weights, owner = torch.tensor([float(len(p)) for p in parts])[:, None], torch.tensor(owner)
+    total = torch.zeros(len(texts), encoder.transformer.n_embd)
+    total.index_add_(0, owner, encoder.thoughts(parts).cpu() * weights)
+    return total / torch.zeros(len(texts), 1).index_add_(0, owner, weights)
+
+
+def nearest_texts(thought: torch.Tensor, stored: torch.Tensor, texts: list[str], k: int = 5) -> list[dict]:
+    """The k stored texts whose thoughts [N, C] are nearest to a thought [C], by cosine less the stored ones' mean."""
+    mean = stored.mean(0)
+    cos = torch.cosine_similarity((thought - mean)[None], stored - mean, dim=1)
+    return [{"text": texts[i], "cos": float(cos[i])} for i in cos.argsort(descending=True)[:k].tolist()]
+
+
 # ----------------------------------------------------------------------------- command line
 
 
@@ -530,8 +562,68 @@ def run_plan(args: Plan) -> dict:
                                               args.max_new_tokens)}
 
 
+@dataclass
+class Think:
+    """The thought vector of a text, and the texts that are nearest to it."""
+
+    run: Annotated[str, tyro.conf.Positional]  # a T-JEPA run folder: pre-trained, distilled, or with a Speaker
+    text: str = ""
+    stored: str = ""  # a file with a text a line to search; empty: the run's own training texts, its questions alone
+    k: int = 5  # how many
+    device: str = "auto"
+
+    def __post_init__(self):
+        check(self, "k", self.k > 0, "must be positive")
+        check(self, "text", bool(self.text.strip()), "is empty: give a text")
+
+
+def run_think(args: Think) -> dict:
+    encoder, config, tokenizer = load_encoder(args.run, args.device)
+    if args.stored:
+        texts = [line.strip() for line in Path(args.stored).read_text("utf-8").splitlines() if line.strip()]
+    elif config.text:
+        texts = data.load_texts(config, "train")
+    else:
+        limit = config.limit or (config.n_synthetic if config.dataset == "synthetic" else 0)
+        texts = [p["question"] for p in data.load_problems(config.dataset, "train", config.data_dir, limit, config.seed,
+                                                           config.max_problem_steps)]
+    if not texts:
+        raise ValueError(f"--stored {args.stored}: holds no text")
+    thoughts = think(encoder, tokenizer, config.block_size, [args.text, *texts])
+    return {"text": args.text, "nearest": nearest_texts(thoughts[0], thoughts[1:], texts, args.k),
+            "thought": [round(x, 5) for x in thoughts[0].tolist()]}
+
+
+@dataclass
+class Speak:
+    """What a Speaker answers to a question."""
+
+    run: Annotated[str, tyro.conf.Positional]  # a run of train.py tjepa-speak
+    question: str = ""
+    temperature: float = 0.0  # 0: greedy
+    seed: int = 1
+    max_new_tokens: int = 256
+    device: str = "auto"
+
+    def __post_init__(self):
+        check(self, "question", bool(self.question.strip()), "is empty: give the text of the problem")
+        check(self, "temperature", self.temperature >= 0, "must not be negative")
+        check(self, "max_new_tokens", self.max_new_tokens > 0, "must be positive")
+
+
+def run_speak(args: Speak) -> dict:
+    model, config = load_run(args.run, args.device)
+    if not hasattr(model, "speaker"):
+        raise ValueError(f"{args.run} is a run of preset '{model.preset}' and has no Speaker: python train.py "
+                         f"tjepa-speak --init_from RUN")
+    tokenizer = load_tokenizer(args.run, config)
+    ids = model.generate([tokenizer.encode(args.question)], args.max_new_tokens, args.temperature, args.seed)[0]
+    text = tokenizer.decode(ids)
+    return {"question": args.question, "response": text, "answer": verify.extract_answer(text)}
+
+
 COMMANDS = {"score": (Score, run_score), "rerank": (Rerank, run_rerank), "nudge": (NudgeArgs, run_nudge),
-            "plan": (Plan, run_plan)}
+            "plan": (Plan, run_plan), "think": (Think, run_think), "speak": (Speak, run_speak)}  # fmt: skip
 
 
 def main(argv=None):

@@ -1,7 +1,8 @@
-"""The networks: one Transformer, one JEPA core, nanoJEPA, R-JEPA.
+"""The networks: one Transformer, one JEPA core, nanoJEPA, R-JEPA, T-JEPA.
 
 Reads top to bottom: Attention, MLP, Block, Transformer; the JEPA core (context encoder, EMA target encoder,
-predictor); NanoJEPA; RJEPA; the figures that tell learning from collapse. Nothing here reads files or arguments.
+predictor); NanoJEPA; RJEPA; the Speaker; TJEPA; the figures that tell learning from collapse. Nothing here reads files
+or arguments.
 
 Letters: B batch, T tokens, C width, V vocabulary, N targets, nh heads, hs head size. Masks say their sense:
 attn_allowed (True = may attend), is_real (True = not padding), is_target (True = to be predicted).
@@ -74,12 +75,18 @@ class Attention(nn.Module):
         self.kv = nn.Linear(n_embd, 2 * n_embd, bias=False)
         self.proj = nn.Linear(n_embd, n_embd, bias=False)
 
+    def keys(self, source):
+        """Keys and values [B, nh, T, hs] of source [B, T, C]."""
+        return self.kv(source).view(*source.shape[:2], 2, self.n_head, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
     def forward(self, x, cos_sin=None, attn_allowed=None, is_causal=False, context=None, cache=None, positions=None):
-        """x [B, T, C] -> [B, T, C]. attn_allowed: bool, broadcastable to [B, nh, T, T_keys]; context [B, T_keys, C]."""
+        """x [B, T, C] -> [B, T, C]. attn_allowed: bool, broadcastable to [B, nh, T, T_keys].
+
+        context: [B, T_keys, C], or its `keys` where they are computed once for many calls.
+        """
         B, T, C = x.shape
-        source = x if context is None else context
         q = self.q(x).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
-        k, v = self.kv(source).view(B, source.shape[1], 2, self.n_head, -1).permute(2, 0, 3, 1, 4)
+        k, v = context if isinstance(context, tuple) else self.keys(x if context is None else context)
         if cos_sin is not None:
             q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
         if cache is not None:
@@ -133,7 +140,7 @@ class Transformer(nn.Module):
         """x [B, T, C] -> [B, T, C].
 
         positions: int [B or 1, T], 0 … T-1 by default. attn_allowed: bool [B or 1, T, T_keys]. context [B, T_ctx, C]
-        with context_allowed [B, T_ctx], for cross-attention. caches: one KVCache a block (see `new_caches`).
+        or its `context_keys`, with context_allowed [B, T_ctx], for cross-attention. caches: see `new_caches`.
         """
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]
@@ -143,10 +150,16 @@ class Transformer(nn.Module):
         x = self.drop(x)
         for i, block in enumerate(self.blocks):
             cache = None if caches is None else caches[i]
-            x = block(x, cos_sin, attn_allowed, is_causal, context, context_allowed, cache, positions)
+            source = context[i] if isinstance(context, list) else context
+            x = block(x, cos_sin, attn_allowed, is_causal, source, context_allowed, cache, positions)
         return self.norm(x)
 
+    def context_keys(self, context) -> list[tuple]:
+        """The cross-attention keys and values of a context [B, T_ctx, C], of each block."""
+        return [block.cross.keys(context) for block in self.blocks]
+
     def new_caches(self, batch_size: int, max_tokens: int, device, dtype) -> list[KVCache]:
+        """One KVCache a block."""
         shape = (batch_size, self.n_head, max_tokens, self.n_embd // self.n_head)
         return [KVCache(shape, device, dtype) for _ in self.blocks]
 
@@ -183,7 +196,7 @@ def frozen_copy(module: nn.Module) -> nn.Module:
 class Predictor(nn.Module):
     """Predicts latents at hidden positions from the visible ones (I-JEPA, Assran et al. 2023, narrow Transformer).
 
-    forward(z_context [B, S, C], positions, is_visible, is_target [B, S]) -> [N, C], N = number of targets.
+    forward(z_context [B, S, C], positions, is_visible, is_target, segment [B, S]) -> [N, C], N = number of targets.
     Every target slot holds the same learned mask token; only its position tells one from another.
     """
 
@@ -195,10 +208,18 @@ class Predictor(nn.Module):
         self.proj_out = nn.Linear(n_embd, width)
         init_weights(self, n_layer)
 
-    def forward(self, z_context, positions, is_visible, is_target):
+    def forward(self, z_context, positions, is_visible, is_target, segment=None):
         x = torch.where(is_target[..., None], self.mask_token, self.proj_in(z_context))
-        allowed = (is_visible | is_target)[:, None, :].expand(-1, x.shape[1], -1)
+        allowed = isolate((is_visible | is_target)[:, None, :].expand(-1, x.shape[1], -1), segment)
         return self.proj_out(self.transformer(x, positions, attn_allowed=allowed)[is_target])
+
+
+def isolate(allowed, segment):
+    """allowed [B, S, S], within segments [B, S] alone where several sequences lie packed in a row."""
+    if segment is None:
+        return allowed
+    own = torch.eye(allowed.shape[-1], dtype=torch.bool, device=allowed.device)  # a row without any key would be NaN
+    return allowed & (segment[:, :, None] == segment[:, None, :]) | own
 
 
 class JEPA(nn.Module):
@@ -211,13 +232,13 @@ class JEPA(nn.Module):
         self.target_encoder = frozen_copy(encoder)
         self.predictor = predictor
 
-    def encode(self, encoder, x, positions, visible):
+    def encode(self, encoder, x, positions, visible, segment=None):
         """Bidirectional encoding in which no position attends to one that is not visible [B, S]. -> [B, S, C]
 
-        What comes out at a position that is not visible is meaningless.
+        What comes out at a position that is not visible is meaningless. segment: see `isolate`.
         """
         own = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)  # a row without any key would be NaN
-        return encoder(x, positions, attn_allowed=visible[:, None, :] | own)
+        return encoder(x, positions, attn_allowed=isolate(visible[:, None, :] | own, segment))
 
     def forward(self, x, positions, is_real, is_target):
         """x [B, S, C], positions int [B, S], is_real, is_target bool [B, S] -> z_pred, z_target [N, C].
@@ -227,15 +248,15 @@ class JEPA(nn.Module):
         z_pred = self.predict(x, positions, is_real & ~is_target, is_target)
         return z_pred, self.targets(x, positions, is_real)[is_target]
 
-    def predict(self, x, positions, is_visible, is_target):
+    def predict(self, x, positions, is_visible, is_target, segment=None):
         """z_pred [N, C] of the N targets from what is visible [B, S]. What is neither is not there at all."""
-        z_context = self.encode(self.context_encoder, x, positions, is_visible)
-        return self.predictor(z_context, positions, is_visible, is_target)
+        z_context = self.encode(self.context_encoder, x, positions, is_visible, segment)
+        return self.predictor(z_context, positions, is_visible, is_target, segment)
 
     @torch.no_grad()
-    def targets(self, x, positions, is_real):
+    def targets(self, x, positions, is_real, segment=None):
         """Layer-normed target latents [B, S, C] fp32 of every position."""
-        z = self.encode(self.target_encoder, x, positions, is_real)
+        z = self.encode(self.target_encoder, x, positions, is_real, segment)
         return F.layer_norm(z.float(), z.shape[-1:])
 
     def update_target(self, momentum: float):
@@ -728,8 +749,8 @@ class Guidance(Head):
 class Speaker(Head):
     """A causal decoder that puts vectors into words: cross-attention to a context [B, T_ctx, context_dim].
 
-    Trained with cross-entropy, whatever makes the context frozen. [EOS] opens and closes a text and is the last but
-    one id of the vocabulary. `offsets` [B, T_ctx] say where a context vector lies relative to what is spoken.
+    Trained with cross-entropy on what an R-JEPA predicts or a T-JEPA thinks. [EOS] opens and closes a text and is the
+    last but one id of the vocabulary. `offsets` [B, T_ctx] say where a context vector lies relative to what is spoken.
     """
 
     MAX_OFFSET = 8
@@ -740,7 +761,7 @@ class Speaker(Head):
         self.eos_id = config.vocab_size - 2
         self.embed = nn.Embedding(-(-config.vocab_size // 64) * 64, C)  # tied with the output
         self.transformer = Transformer(config.n_layer, config.n_head, C, config.dropout, cross=True)
-        self.offset = nn.Embedding(2 * self.MAX_OFFSET + 1, C)
+        self.offset = nn.Embedding(2 * self.MAX_OFFSET + 1, C) if config.offsets else None
         self.project = nn.Linear(config.context_dim, C)
         init_weights(self, config.n_layer)
 
@@ -753,20 +774,26 @@ class Speaker(Head):
 
     def forward(self, batch: dict) -> dict:
         """idx [B, T] ([EOS], then the text), targets [B, T] (-100: no loss), context, context_allowed, offsets."""
-        context = self.prepare(batch["context"], batch.get("offsets"))
+        loss = self.losses(batch).sum() / (batch["targets"] >= 0).sum()
+        return {"loss": loss, "lm_loss": loss}
+
+    def losses(self, batch: dict) -> torch.Tensor:
+        """Cross-entropy [B, T] of every token, 0 where there is none; a batch of `forward`."""
+        context, kept = self.prepare(batch["context"], batch.get("offsets")), batch["targets"] >= 0
         h = self.transformer(self.embed(batch["idx"]), is_causal=True, context=context,
                              context_allowed=batch["context_allowed"])
-        kept = batch["targets"] >= 0
         logits = F.linear(h[kept], self.embed.weight[: self.config.vocab_size])
-        loss = F.cross_entropy(logits.float(), batch["targets"][kept])
-        return {"loss": loss, "lm_loss": loss}
+        losses = h.new_zeros(kept.shape, dtype=torch.float32)
+        losses[kept] = F.cross_entropy(logits.float(), batch["targets"][kept], reduction="none")
+        return losses
 
     @torch.no_grad()
     def generate(self, context, context_allowed, offsets=None, max_new_tokens: int = 64, temperature: float = 0.0,
                  seed: int = 0) -> list[list[int]]:
         """Token ids of one text a row, without [EOS]; KV cache. Greedy at temperature 0, else sampled."""
         self.eval()
-        context, B, device = self.prepare(context, offsets), len(context), context.device
+        B, device = len(context), context.device
+        context = self.transformer.context_keys(self.prepare(context, offsets))
         caches = self.transformer.new_caches(B, max_new_tokens, device, self.embed.weight.dtype)
         generator, slots = torch.Generator(device).manual_seed(seed), torch.arange(max_new_tokens, device=device)
         token = torch.full((B, 1), self.eos_id, device=device)
@@ -792,20 +819,183 @@ class Speaker(Head):
         return 6 * self.n_params() + 12 * self.config.n_layer * self.config.n_embd * T
 
 
-def latent_figures(z_pred, z_target, z_copy) -> dict:
-    """Learning or collapse? z_pred, z_target, z_copy (a neighbour's target) [N, C].
+# ----------------------------------------------------------------------------- T-JEPA
 
-    l1 beside that of the best constant (the targets' median: what minimises L1) and of copying; of the predictions
-    effective_rank, mean per-dimension std and mean cosine of different pairs; effective_rank and std of the targets.
+
+class TextEncoder(nn.Module):
+    """A bidirectional Transformer over token embeddings: what T-JEPA trains, freezes and distils."""
+
+    def __init__(self, vocab_size: int, n_layer: int, n_head: int, n_embd: int, dropout: float = 0.0):
+        super().__init__()
+        self.embed = nn.Embedding(-(-vocab_size // 64) * 64, n_embd)
+        self.transformer = Transformer(n_layer, n_head, n_embd, dropout)
+        init_weights(self, n_layer)
+
+    def forward(self, idx, is_real, positions=None, segment=None):
+        """idx [B, T], is_real bool [B, T] (and of packed rows positions, segment [B, T]) -> [B, T, C]."""
+        own = torch.eye(idx.shape[1], dtype=torch.bool, device=idx.device)
+        allowed = isolate(is_real[:, None, :] | own, segment)
+        return self.transformer(self.embed(idx), positions, attn_allowed=allowed)
+
+    @torch.no_grad()
+    def thoughts(self, rows: list[list[int]], batch_size: int = 64) -> torch.Tensor:
+        """Thought vectors [len(rows), C] fp32 of texts (token ids): the mean over their tokens' outputs."""
+
+        def encode(part):
+            idx = pad_rows(part, 0, self.embed.weight.device)
+            is_real = pad_rows([[1] * len(row) for row in part], 0, idx.device).bool()
+            z = self(idx, is_real).float() * is_real[..., None]
+            return z.sum(1) / is_real.sum(1, keepdim=True)
+
+        return in_batches(rows, batch_size, encode)
+
+
+class TJEPA(nn.Module):
+    """JEPA over text: the latents of the tokens of masked spans, predicted from the text around them.
+
+    Spans are whole sentences to paragraphs, and their tokens are absent from the context encoder's input: what is
+    visible is gathered and encoded alone. MSE to the layer-normed targets of the EMA encoder (I-JEPA; for text after
+    data2vec, Baevski et al. 2022). Several documents lie packed in a row and never see each other.
     """
-    p, n = F.normalize(z_pred.double(), dim=-1), len(z_pred)
-    l1 = float((z_pred - z_target).abs().mean())
-    return {
-        "l1": l1, "l1_predict_mean": float((z_target - z_target.median(0).values).abs().mean()),
-        "l1_copy": float((z_copy - z_target).abs().mean()), "effective_rank": effective_rank(z_pred),
-        "std": float(z_pred.std(0).mean()), "mean_cos": float((p.sum(0).square().sum() - n) / (n * (n - 1))),
-        "target_effective_rank": effective_rank(z_target), "target_std": float(z_target.std(0).mean()), "n": n,
-    }  # fmt: skip
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, C = config, config.n_embd
+        encoder = TextEncoder(config.vocab_size, config.n_layer, config.n_head, C, config.dropout)
+        self.embed, self.embed_target = encoder.embed, frozen_copy(encoder.embed)
+        predictor = Predictor(C, config.predictor_n_layer, config.n_head, config.predictor_n_embd)
+        self.jepa = JEPA(encoder.transformer, predictor)
+
+    def n_params(self) -> int:
+        """All parameters, the EMA copy included."""
+        return sum(p.numel() for p in self.parameters())
+
+    def encoder(self) -> dict:
+        """The weights of a TextEncoder: the EMA encoder's, which is what is evaluated, frozen and distilled."""
+        parts = (("embed", self.embed_target), ("transformer", self.jepa.target_encoder))
+        return {f"{name}.{k}": v for name, part in parts for k, v in part.state_dict().items()}
+
+    @torch.no_grad()
+    def encode(self, idx, is_real):
+        """idx [B, T], is_real bool [B, T] -> what the (EMA) encoder makes of every token, [B, T, C]."""
+        positions = torch.arange(idx.shape[1], device=idx.device)[None]
+        return self.jepa.encode(self.jepa.target_encoder, self.embed_target(idx), positions, is_real)
+
+    def targets(self, idx, positions, segment):
+        """Layer-normed target latents [B, T, C] fp32 of every token."""
+        with torch.no_grad():
+            return self.jepa.targets(self.embed_target(idx), positions, segment >= 0, segment)
+
+    def see(self, idx, positions, segment, is_target):
+        """(what the context encoder makes of the visible tokens [B, T, C], visible [B, T]); it runs on them alone."""
+        visible = (segment >= 0) & ~is_target
+        kept = visible.int().argsort(dim=1, descending=True, stable=True)[:, : int(visible.sum(1).max())]
+        z = self.jepa.encode(self.jepa.context_encoder, self.embed(idx.gather(1, kept)),
+                             *(x.gather(1, kept) for x in (positions, visible, segment)))  # (B, T_visible, C)
+        return z.new_zeros(*idx.shape, z.shape[-1]).scatter(1, kept[..., None].expand_as(z), z), visible
+
+    def predict(self, idx, positions, segment, is_target, seen=None):
+        """z_pred [N, C] fp32 of the N hidden tokens; seen: what `see` has returned already."""
+        z_context, visible = seen or self.see(idx, positions, segment, is_target)
+        return self.jepa.predictor(z_context, positions, visible, is_target, segment).float()
+
+    def forward(self, batch: dict) -> dict:
+        """idx, positions, segment (-1: padding) int [B, T], is_target bool [B, T] -> {"loss" and its named parts}.
+
+        mse of the hidden tokens' latents, standardised over the batch where config says so; variance and covariance
+        (VICReg, Bardes et al. 2022, eq. 1 and 4) of what the context encoder makes of the visible ones.
+        """
+        cfg = self.config
+        seen = z_context, visible = self.see(**batch)
+        z_pred = self.predict(**batch, seen=seen)
+        z_target = self.targets(batch["idx"], batch["positions"], batch["segment"])[batch["is_target"]]
+        if cfg.standardize_target:
+            z_target = (z_target - z_target.mean(0)) / z_target.std(0, correction=0).clamp_min(1e-3)
+        z = z_context[visible].float()
+        with torch.autocast(z.device.type, enabled=False):
+            covariance = (z - z.mean(0)).T @ (z - z.mean(0)) / (len(z) - 1)  # (C, C)
+        spread = covariance.diagonal()
+        parts = {"mse": F.mse_loss(z_pred, z_target), "variance": F.relu(1 - spread.add(1e-4).sqrt()).mean(),
+                 "covariance": (covariance.square().sum() - spread.square().sum()) / len(spread)}
+        loss = parts["mse"] + cfg.lambda_variance * parts["variance"] + cfg.lambda_covariance * parts["covariance"]
+        return {"loss": loss, **parts}
+
+    def update_target(self, momentum: float):
+        update_target(self.embed_target, self.embed, momentum)
+        self.jepa.update_target(momentum)
+
+    def flops_per_token(self, T: float) -> float:
+        """Forward and backward of encoder and predictor, the target encoder's forward; about half is hidden."""
+        cfg, encoder = self.config, sum(p.numel() for p in self.jepa.context_encoder.parameters())
+        predictor = sum(p.numel() for p in self.jepa.predictor.parameters())
+        return 3 * encoder + 2 * encoder + 6 * predictor + 10 * cfg.n_layer * cfg.n_embd * T
+
+
+class DistilledEncoder(Head):
+    """A TextEncoder that learns a teacher's outputs, through a projection, by MSE: JEPA-to-JEPA distillation."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.student = TextEncoder(config.vocab_size, config.n_layer, config.n_head, config.n_embd, config.dropout)
+        self.project = nn.Linear(config.n_embd, config.teacher_dim)
+
+    def encoder(self) -> dict:
+        return self.student.state_dict()
+
+    def forward(self, batch: dict) -> dict:
+        """idx, positions, segment [B, T], z_teacher [B, T, C_teacher] layer-normed -> {"loss", "mse", "cos"}."""
+        is_real = batch["segment"] >= 0
+        z = self.project(self.student(batch["idx"], is_real, batch["positions"], batch["segment"])[is_real]).float()
+        z_teacher = batch["z_teacher"][is_real]
+        mse = F.mse_loss(z, z_teacher)
+        return {"loss": mse, "mse": mse, "cos": F.cosine_similarity(z, z_teacher, dim=-1).mean()}
+
+    def flops_per_token(self, T: float) -> float:
+        return 6 * self.n_params() + 12 * self.config.n_layer * self.config.n_embd * T
+
+
+class SpeakingTJEPA(Head):
+    """T-JEPA's second phase: a TextEncoder reads the question, a Speaker that attends to it writes the response.
+
+    The encoder is frozen unless config.train_encoder.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        shape = (config.vocab_size, config.encoder_n_layer, config.encoder_n_head, config.encoder_n_embd)
+        self.text_encoder = TextEncoder(*shape, config.dropout if config.train_encoder else 0.0)
+        self.text_encoder.requires_grad_(config.train_encoder)
+        self.speaker = Speaker(config)
+        self.eos_id = self.speaker.eos_id
+
+    def encoder(self) -> dict:
+        return self.text_encoder.state_dict()
+
+    def think(self, idx, is_real):
+        """Questions idx [B, T], is_real bool [B, T] -> what the Speaker attends to, [B, T, C]."""
+        with torch.set_grad_enabled(self.config.train_encoder and torch.is_grad_enabled()):
+            return self.text_encoder(idx, is_real)
+
+    def forward(self, batch: dict) -> dict:
+        """A batch of Speaker.forward with question [B, T] and context_allowed [B, T] in place of the context."""
+        return self.speaker(batch | {"context": self.think(batch["question"], batch["context_allowed"])})
+
+    @torch.no_grad()
+    def generate(self, questions: list[list[int]], max_new_tokens: int, temperature: float = 0.0, seed: int = 0):
+        """Responses to questions (token ids) -> list of token lists, up to [EOS]; see Speaker.generate."""
+        self.eval()
+        for i, q in enumerate(questions):
+            if not 0 < len(q) <= self.config.block_size:
+                raise ValueError(f"question {i} has {len(q)} tokens; the model reads 1 to block_size="
+                                 f"{self.config.block_size}")
+        idx = pad_rows(questions, 0, self.text_encoder.embed.weight.device)
+        allowed = pad_rows([[1] * len(q) for q in questions], 0, idx.device).bool()
+        return self.speaker.generate(self.think(idx, allowed), allowed, None, max_new_tokens, temperature, seed)
+
+    def flops_per_token(self, T: float) -> float:
+        return self.speaker.flops_per_token(T)
 
 
 # ----------------------------------------------------------------------------- optimiser, MFU
@@ -832,6 +1022,25 @@ def estimate_mfu(flops_per_s: float, device_name: str) -> float | None:
 
 
 # ----------------------------------------------------------------------------- learning or collapse?
+
+
+def latent_figures(z_pred, z_target, z_copy, error: str = "l1") -> dict:
+    """Learning or collapse? z_pred, z_target, z_copy (a neighbour's target) [N, C].
+
+    The error, `l1` or `mse`, beside that of the best constant (the targets' median, or mean) and of copying; of the
+    predictions effective_rank, mean per-dimension std and mean cosine of different pairs; effective_rank and std of
+    the targets.
+    """
+    p, n = F.normalize(z_pred.double(), dim=-1), len(z_pred)
+    measure = {"l1": F.l1_loss, "mse": F.mse_loss}[error]
+    constant = z_target.median(0).values if error == "l1" else z_target.mean(0)
+    return {
+        error: float(measure(z_pred, z_target)), f"{error}_copy": float(measure(z_copy, z_target)),
+        f"{error}_predict_mean": float(measure(constant.expand_as(z_target), z_target)),
+        "effective_rank": effective_rank(z_pred),
+        "std": float(z_pred.std(0).mean()), "mean_cos": float((p.sum(0).square().sum() - n) / (n * (n - 1))),
+        "target_effective_rank": effective_rank(z_target), "target_std": float(z_target.std(0).mean()), "n": n,
+    }  # fmt: skip
 
 
 def effective_rank(z: torch.Tensor) -> float:

@@ -14,12 +14,12 @@ import torch
 import config as cfg
 import data
 import latents
-from model import RJEPA, Guidance, NanoJEPA, Speaker
+from model import RJEPA, TJEPA, DistilledEncoder, Guidance, NanoJEPA, Speaker, SpeakingTJEPA, TextEncoder
 
 # ----------------------------------------------------------------------------- devices
 
 RUN_FILES = ["model.safetensors", "config.json", "state.pt", "log.jsonl", "tokenizer.tiktoken", "token_loss_curve.png",
-             "jepa_loss_curve.png", "l1_curve.png", "rank_curve.png"]  # fmt: skip
+             "jepa_loss_curve.png", "l1_curve.png", "mse_curve.png", "rank_curve.png"]  # fmt: skip
 
 
 def pick_device(name: str = "auto") -> str:
@@ -73,7 +73,8 @@ def write_atomic(path: Path, write):
 def build_model(config) -> torch.nn.Module:
     """The model that a config describes, with fresh weights."""
     return {cfg.NanoJEPAConfig: NanoJEPA, cfg.RJEPAConfig: RJEPA, cfg.GuideConfig: Guidance,
-            cfg.SpeakConfig: Speaker}[type(config)](config)
+            cfg.SpeakConfig: Speaker, cfg.TJEPAConfig: TJEPA, cfg.DistillConfig: DistilledEncoder,
+            cfg.AnswerConfig: SpeakingTJEPA}[type(config)](config)
 
 
 def load_config(folder) -> tuple:
@@ -109,12 +110,25 @@ ADAPTERS = ("w_in.", "w_in_target.", "w_out.", "h_mean", "h_std", "quantiles")  
 
 
 def inherit(config):
-    """Takes over the network fields of the run that config.init_from names. Raises ValueError for another job's."""
-    preset, theirs = load_config(config.init_from)
-    if type(theirs) is not type(config):
-        raise ValueError(f"--init_from {config.init_from}: a run of preset '{preset}', which is another kind of model")
-    for name in cfg.NETWORK[type(config)]:
-        setattr(config, name, getattr(theirs, name))
+    """Takes over what the run that config.init_from (or config.teacher) names decides: network, tokenizer.
+
+    Raises ValueError for a run of another job.
+    """
+    source = getattr(config, "teacher", config.init_from)
+    if isinstance(config, (cfg.DistillConfig, cfg.AnswerConfig)) and source != "random":
+        preset, theirs = load_config(source)
+        if not isinstance(theirs, cfg.TextConfig):
+            raise ValueError(f"{source} is a run of preset '{preset}', not of T-JEPA (train.py tjepa-small)")
+        config.tokenizer, config.vocab_size = theirs.tokenizer, theirs.vocab_size
+        if isinstance(config, cfg.AnswerConfig):
+            config.encoder_n_layer, config.encoder_n_head, config.encoder_n_embd = encoder_shape(theirs)
+    elif type(config) in cfg.NETWORK and config.init_from:
+        preset, theirs = load_config(config.init_from)
+        if type(theirs) is not type(config):
+            raise ValueError(f"--init_from {config.init_from}: a run of preset '{preset}', which is another kind of "
+                             "model")
+        for name in cfg.NETWORK[type(config)]:
+            setattr(config, name, getattr(theirs, name))
 
 
 def start_from(model, config):
@@ -128,6 +142,22 @@ def start_from(model, config):
         latents.check_same_llm(theirs, ours, f"--init_from {config.init_from} (rjepa-calibrate: another LLM)")
     left = model.load_state_dict(weights, strict=not adapters_only)
     assert all(k.startswith(ADAPTERS) for k in left.missing_keys) and not left.unexpected_keys
+
+
+def load_encoder(folder, device: str = "auto"):
+    """(TextEncoder in eval mode, config, tokenizer) of any T-JEPA run: pre-trained, distilled or with a Speaker."""
+    model, config = load_run(folder, device)
+    if not hasattr(model, "encoder"):
+        raise ValueError(f"{folder} is a run of preset '{model.preset}', not of T-JEPA (train.py tjepa-small)")
+    encoder = TextEncoder(config.vocab_size, *encoder_shape(config)).eval().requires_grad_(False)
+    encoder.load_state_dict(model.encoder())
+    return encoder.to(pick_device(device)), config, load_tokenizer(folder, config)
+
+
+def encoder_shape(config) -> tuple[int, int, int]:
+    """(n_layer, n_head, n_embd) of the text encoder that a run of T-JEPA holds."""
+    prefix = "encoder_" if isinstance(config, cfg.AnswerConfig) else ""
+    return tuple(getattr(config, prefix + name) for name in ("n_layer", "n_head", "n_embd"))
 
 
 def weights_digest(folder) -> str:
@@ -144,9 +174,10 @@ def load_tokenizer(folder, config) -> data.Tokenizer:
     return tokenizer
 
 
+# from `latents` on: what follows from a job's identity
 FREE_ON_RESUME = set("""out_dir overwrite device threads log_every save_every data_dir vocab_size
                         latents llm layer pooling prompt dim
-                        z_dim h_dim context_dim world""".split())  # second line on: follows from a job's identity
+                        z_dim h_dim context_dim teacher_dim world""".split())
 
 
 def open_run(folder: Path, preset: str, config) -> dict | None:
@@ -214,6 +245,8 @@ def save_plots(folder: Path):
         ("token_loss_curve.png", "lm_loss", "token loss (nats)", {}),
         ("jepa_loss_curve.png", "jepa_loss", "1 - cos(pred, answer)", {"predict_mean_loss": "best constant"}),
         ("l1_curve.png", "l1", "L1 of hidden steps", {"l1_predict_mean": "constant", "l1_copy": "copy a neighbour"}),
+        ("mse_curve.png", "mse", "squared error of hidden tokens",
+         {"mse_predict_mean": "constant", "mse_copy": "copy a neighbour"}),
         ("rank_curve.png", "effective_rank", "effective rank", {"target_effective_rank": "targets"}),
     ]
     for name, key, title, controls in plots:

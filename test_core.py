@@ -2017,3 +2017,268 @@ def test_the_linear_contrast_finds_what_the_counterfactuals_changed(tmp_path, mo
     right, wrong, more = (evaluate_accuracy.contrast_scores(rjepa_config(latents=str(tmp_path)), part) for part in x)
     assert (right > wrong).all() and (more > right).all()
     assert evaluate_accuracy.contrast_scores(rjepa_config(latents=str(tmp_path / "none")), x[0]) is None
+
+
+# ----------------------------------------------------------------------------- T-JEPA
+
+
+def text_config(kind=cfg.TJEPAConfig, **fields):
+    base = dict(dataset="synthetic", n_synthetic=64, max_problem_steps=3, tokenizer="bpe", vocab_size=300,
+                block_size=128, n_layer=2, n_head=2, n_embd=32, batch_size=4, max_steps=8, val_problems=16,
+                eval_every=4, save_every=4, log_every=1, threads=1, dtype="fp32", device="cpu")  # fmt: skip
+    if kind is cfg.TJEPAConfig:
+        base |= dict(predictor_n_layer=1, predictor_n_embd=16)
+    if kind is cfg.AnswerConfig:
+        base |= dict(block_size=256)
+    return kind(**(base | fields))
+
+
+def documents(n=12, block_size=64, seed=0):
+    tokenizer, texts = data.train_bpe(["a b c"], 258), []
+    rng = random.Random(seed)
+    for i in range(n):
+        sentences = [f"{'Abcdefghij'[: rng.randint(2, 9)]}{j}." for j in range(2 + i % 5)]
+        texts.append("\n".join(" ".join(sentences[k : k + 2]) for k in range(0, len(sentences), 2)))
+    return [d for t in texts for d in data.encode_document(t, tokenizer, block_size)]
+
+
+def test_sentence_pieces_make_up_the_text_and_know_their_paragraph():
+    prose = "Dr. Smith came in.  He sat\ndown. Then he\nleft.\n\nNobody spoke! Was it 3.5 p.m. yet?\n \nYes."
+    pieces = data.sentence_pieces(prose)
+    assert "".join(p for p, _ in pieces) == prose and [n for _, n in pieces] == [0, 0, 0, 1, 1, 2]
+    lines = "Tom has 3 pens. He buys 4.\nHe has 3+4 = 7 pens.\n#### 7"
+    pieces = data.sentence_pieces(lines)
+    assert "".join(p for p, _ in pieces) == lines and [n for _, n in pieces] == [0, 0, 1, 2]
+
+
+def test_long_texts_are_cut_between_sentences_and_nothing_is_lost():
+    tokenizer = data.train_bpe(["a b c"], 258)
+    text = " ".join(f"Sentence number {i} is here." for i in range(20)) + " " + "long " * 40 + "end."
+    parts = data.encode_document(text, tokenizer, 64)
+    assert tokenizer.decode([t for p in parts for t in p["tokens"]]) == text
+    assert all(len(p["tokens"]) == sum(p["sentences"]) <= 64 and len(p["sentences"]) > 1 for p in parts)
+    assert data.encode_document("Only one sentence.", tokenizer, 64) == []
+
+
+def test_spans_hide_the_share_asked_for_reach_every_sentence_and_never_all():
+    tokenizer, rng = data.train_bpe(["a b c"], 258), np.random.default_rng(0)
+    text = "\n\n".join(" ".join(f"Sentence {i} of {p}." for i in range(4)) for p in range(6))
+    (document,) = data.encode_document(text, tokenizer, 1024)
+    drawn = np.array([data.draw_spans(document, text_config(), rng) for _ in range(400)])
+    share = (drawn * document["sentences"]).sum(1) / sum(document["sentences"])
+    assert share.min() >= 0.3 and share.max() < 0.7 and 0.4 < share.mean() < 0.53
+    assert drawn.any(0).all() and (~drawn).any(0).all()
+    runs_of = np.diff(np.pad(drawn, ((0, 0), (1, 0))).astype(int), axis=1).clip(0).sum(1)
+    assert (runs_of > 1).mean() > 0.5  # several spans
+    longest = max(len(list(g)) for row in drawn for hidden, g in itertools.groupby(row) if hidden)
+    assert longest >= 8  # two paragraphs
+    (short,) = data.encode_document("First one. Second.", tokenizer, 64)
+    drawn = np.array([data.draw_spans(short, text_config(), rng) for _ in range(50)])
+    assert (drawn.sum(1) == 1).all() and drawn.any(0).all()
+
+
+def test_packing_keeps_every_document_once_and_fills_rows():
+    lengths = [random.Random(i).randint(1, 60) for i in range(200)]
+    rows = data.pack(lengths, 64)
+    assert sorted(i for row in rows for i in row) == list(range(200))
+    filled = [sum(lengths[i] for i in row) for row in rows]
+    assert max(filled) <= 64 and np.mean(filled) > 60
+
+
+def packed_batch(config, rows, seed=0):
+    return train.strip(data.collate_documents(rows, config, np.random.default_rng(seed)))
+
+
+def test_packed_documents_never_see_each_other():
+    config = text_config(vocab_size=258)
+    torch.manual_seed(0)
+    model, parts = m.TJEPA(config).eval(), documents()[:4]
+    batch = packed_batch(config, [parts])
+    z, z_pred = model.targets(batch["idx"], batch["positions"], batch["segment"]), model.predict(**batch)
+    encoder = m.TextEncoder(258, 2, 2, 32).eval()
+    encoder.load_state_dict(model.encoder())
+    out = encoder(batch["idx"], batch["segment"] >= 0, batch["positions"], batch["segment"])
+    at = 0
+    for d in parts:
+        idx = torch.tensor([d["tokens"]])
+        alone = model.encode(idx, torch.ones_like(idx, dtype=torch.bool))[0]
+        here = slice(at, at := at + len(d["tokens"]))
+        torch.testing.assert_close(out[0, here], alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(z[0, here], F.layer_norm(alone, (32,)), atol=1e-5, rtol=1e-5)
+    changed = batch | {"idx": torch.where(batch["segment"] == 1, 7, batch["idx"])}
+    other = batch["segment"][batch["is_target"]] != 1
+    after = model.predict(**changed)
+    assert torch.equal(z_pred[other], after[other]) and not torch.allclose(z_pred[~other], after[~other])
+
+
+def test_the_context_encoder_runs_on_visible_tokens_alone():
+    config = text_config(vocab_size=258)
+    torch.manual_seed(0)
+    model = m.TJEPA(config).eval()
+    batch = packed_batch(config, [documents()[:3], documents()[3:5]])
+    lengths = []
+    model.jepa.context_encoder.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    z_pred = model.predict(**batch)
+    visible = (batch["segment"] >= 0) & ~batch["is_target"]
+    assert lengths == [int(visible.sum(1).max())] and lengths[0] < batch["idx"].shape[1]
+    hidden_changed = batch | {"idx": torch.where(batch["is_target"], 9, batch["idx"])}
+    assert torch.equal(z_pred, model.predict(**hidden_changed))
+    reference = model.jepa.predict(model.embed(batch["idx"]), batch["positions"], visible, batch["is_target"],
+                                   batch["segment"])  # all tokens there, the hidden ones masked
+    torch.testing.assert_close(z_pred, reference, atol=1e-5, rtol=1e-5)
+
+
+def test_tjepa_losses_equal_hand_values():
+    config = text_config(vocab_size=258, lambda_variance=0.3, lambda_covariance=0.2)
+    torch.manual_seed(0)
+    model = m.TJEPA(config)
+    batch = packed_batch(config, [documents()[:3], documents()[3:5]])
+    losses, z_pred = model(batch), model.predict(**batch)
+    z = model.targets(batch["idx"], batch["positions"], batch["segment"])[batch["is_target"]]
+    assert torch.isclose(losses["mse"], F.mse_loss(z_pred, (z - z.mean(0)) / z.std(0, correction=0)))
+    seen, visible = model.see(**batch)
+    cov = torch.cov(seen[visible].T)
+    off = cov - torch.diag(cov.diagonal())
+    assert torch.isclose(losses["covariance"], off.square().sum() / 32, rtol=1e-4)
+    assert torch.isclose(losses["variance"], (1 - (cov.diagonal() + 1e-4).sqrt()).clamp_min(0).mean(), rtol=1e-4)
+    assert torch.isclose(losses["loss"], losses["mse"] + 0.3 * losses["variance"] + 0.2 * losses["covariance"])
+    plain = m.TJEPA(dataclasses.replace(config, standardize_target=False))
+    plain.load_state_dict(model.state_dict())
+    assert torch.isclose(plain(batch)["mse"], F.mse_loss(z_pred, z))
+
+
+def test_the_neighbour_of_a_hidden_token_is_visible_and_of_its_document():
+    is_target = np.array([[0, 1, 1, 0, 1, 1, 0, 0]], dtype=bool)
+    segment = np.array([[0, 0, 0, 0, 1, 1, 1, -1]])
+    assert train.nearest_visible(is_target, segment).tolist() == [0, 0, 6, 6]
+
+
+@pytest.fixture(scope="module")
+def thinkers(tmp_path_factory):
+    """A T-JEPA, a Speaker on it, a distilled student of half the width."""
+    base = tmp_path_factory.mktemp("thinkers")
+    train.train("tjepa-small", text_config(out_dir=str(base / "tjepa")))
+    train.train("tjepa-speak", text_config(cfg.AnswerConfig, init_from=str(base / "tjepa"), n_layer=1, n_embd=16,
+                                           out_dir=str(base / "speak")))
+    train.train("tjepa-distill", text_config(cfg.DistillConfig, teacher=str(base / "tjepa"), n_embd=16, max_steps=30,
+                                             lr=5e-3, out_dir=str(base / "student")))
+    return base
+
+
+def test_phase_two_leaves_the_encoder_as_it_was_and_trains_the_speaker_alone(thinkers):
+    before, _, _ = runs.load_encoder(thinkers / "tjepa", "cpu")
+    after, config, _ = runs.load_encoder(thinkers / "speak", "cpu")
+    for (name, a), b in zip(before.state_dict().items(), after.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    model, _ = runs.load_run(thinkers / "speak", "cpu")
+    problems = data.synthetic_problems(6, "val", 1, 3)
+    batch = train.strip(train.collate_answers(train.encode_answers(
+        problems, runs.load_tokenizer(thinkers / "speak", config), config), model.eos_id, "cpu"))
+    for trained in (False, True):
+        model = m.SpeakingTJEPA(dataclasses.replace(config, train_encoder=trained))
+        model(batch)["loss"].backward()
+        assert all((p.grad is not None) == trained for p in model.text_encoder.parameters())
+        assert all(p.grad is not None for p in model.speaker.parameters())
+
+
+def test_a_speaker_writes_the_same_with_caches_as_without(thinkers):
+    model, config = runs.load_run(thinkers / "speak", "cpu")
+    model.speaker.embed.weight.data[model.eos_id] = 0.0  # never the likeliest: it goes on
+    tokenizer = runs.load_tokenizer(thinkers / "speak", config)
+    questions = [tokenizer.encode(p["question"]) for p in data.synthetic_problems(3, "val", 1, 3)]
+    written = model.generate(questions, 12)
+    assert [len(w) for w in written] == [12] * 3
+    for q, w in zip(questions, written, strict=True):
+        batch = train.strip(train.collate_answers([{"question": q, "answer": w}], model.eos_id, "cpu"))
+        context = model.speaker.prepare(model.think(batch["question"], batch["context_allowed"]))
+        h = model.speaker.transformer(model.speaker.embed(batch["idx"]), is_causal=True, context=context)
+        assert F.linear(h, model.speaker.embed.weight[: model.eos_id + 1]).argmax(-1)[0, :-1].tolist() == w
+
+
+def test_distillation_brings_the_student_to_its_teacher(thinkers):
+    log = [json.loads(line) for line in (thinkers / "student/log.jsonl").read_text().splitlines()]
+    val = [r for r in log if r["split"] == "val"]
+    assert val[-1]["mse"] < val[0]["mse"] and val[-1]["cos"] > val[0]["cos"]
+    encoder, config, _ = runs.load_encoder(thinkers / "student", "cpu")
+    assert encoder.transformer.n_embd == 16 and config.teacher_dim == 32
+    again = train.train("tjepa-distill", text_config(  # along a chain
+        cfg.DistillConfig, teacher=str(thinkers / "student"), n_embd=8, n_head=1, out_dir=str(thinkers / "grandchild")))
+    assert again["params"] < 8_000
+
+
+def test_tjepa_commands(thinkers, capsys):
+    def evaluate(*args):
+        sys.argv = ["eval_alignment.py", *args, "--device", "cpu"]
+        eval_alignment.main()
+        return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+    found = evaluate(str(thinkers / "tjepa"), "--limit", "24")
+    assert {"mse", "mse_predict_mean", "mse_copy", "effective_rank", "std", "untrained"} <= set(found)
+    assert found["probe"]["n"] == 24 and -1 < found["probe_random"]["steps"]["r2"] <= 1
+    found = evaluate(str(thinkers / "student"), "--limit", "24", "--teacher", str(thinkers / "tjepa"))
+    assert found["teacher"]["cos"] > found["teacher"]["best_constant"] - 0.05
+    found = evaluate(str(thinkers / "speak"), "--limit", "24")
+    assert math.isclose(found["gap"], found["lm_loss_shuffled"] - found["lm_loss"], abs_tol=1e-6)
+    assert found["lm_loss_ci95"][0] < found["lm_loss"] < found["lm_loss_ci95"][1]
+    sys.argv = ["evaluate_accuracy.py", str(thinkers / "speak"), "--limit", "8", "--max_new_tokens", "8"]
+    evaluate_accuracy.main()
+    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["n"] == 8
+    found = infer_main(capsys, "think", str(thinkers / "speak"), "--text", "Ann has 3 pens.", "--device", "cpu")
+    assert len(found["nearest"]) == 5 and len(found["thought"]) == 32
+    stored = thinkers / "stored.txt"
+    stored.write_text("Ann has 3 pens.\nBob sold 5 cups to Ivan.\n")
+    found = infer_main(capsys, "think", str(thinkers / "tjepa"), "--text", "Ann has 3 pens.", "--stored", str(stored),
+                       "--device", "cpu")
+    best = found["nearest"][0]
+    assert best["text"] == "Ann has 3 pens." and math.isclose(best["cos"], 1, abs_tol=1e-4)
+    found = infer_main(capsys, "speak", str(thinkers / "speak"), "--question", "How many?", "--max_new_tokens", "4")
+    assert set(found) == {"question", "response", "answer"}
+
+
+def test_a_thought_of_a_long_text_is_the_mean_over_its_tokens(thinkers):
+    encoder, config, tokenizer = runs.load_encoder(thinkers / "tjepa", "cpu")
+    text = "Ann has 3 pens. " * 20
+    ids = tokenizer.encode(text.strip())
+    parts = [ids[s : s + 64] for s in range(0, len(ids), 64)]
+    mean = sum(encoder.thoughts([p])[0] * len(p) for p in parts) / len(ids)
+    torch.testing.assert_close(infer.think(encoder, tokenizer, 64, ["Bob.", text])[1], mean, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("what, message", [
+    (dict(text="EMPTY"), "b.txt is empty"),
+    (dict(text="LATIN"), "not UTF-8"),
+    (dict(text="SHORT"), "two sentences"),
+    (dict(text="no/such/folder"), "no/such/folder"),
+    (dict(kind=cfg.AnswerConfig, init_from="RJEPA"), "not of T-JEPA"),
+    (dict(kind=cfg.AnswerConfig, init_from="THINKERS/tjepa", block_size=16), "block_size"),
+    (dict(kind=cfg.DistillConfig, teacher="THINKERS/tjepa", init_from="OTHER", n_embd=16), "other tokens"),
+    (dict(kind=cfg.DistillConfig, teacher="THINKERS/tjepa", block_size=256), "block_size"),
+])
+def test_bad_input_to_tjepa(thinkers, tmp_path, what, message):
+    for name, texts in (("EMPTY", [b"One. Two.", b" \n"]), ("LATIN", [b"caf\xe9"]), ("SHORT", [b"One sentence."] * 40)):
+        (tmp_path / name).mkdir()
+        for i, text in enumerate(texts):
+            (tmp_path / name / f"{'abcdefghijklmnopqrstuvwxyz'[i % 26]}{'' if i < 26 else i}.txt").write_bytes(text)
+    if what.get("init_from") == "OTHER":
+        train.train("tjepa-small", text_config(vocab_size=280, n_embd=16, predictor_n_embd=8, max_steps=1,
+                                               out_dir=str(tmp_path / "OTHER")))
+    if what.get("init_from") == "RJEPA":
+        run(tmp_path / "RJEPA", max_steps=1)
+    fields = {k: str(tmp_path / v) if v in ("EMPTY", "LATIN", "SHORT", "OTHER", "RJEPA") else
+              v.replace("THINKERS", str(thinkers)) if isinstance(v, str) else v for k, v in what.items()}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train.train("tjepa-small", text_config(**fields, out_dir=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["think", "THINKERS/tjepa", "--text", " "], "text"),
+    (["think", "THINKERS/tjepa", "--text", "a", "--k", "0"], "k 0"),
+    (["speak", "THINKERS/tjepa", "--question", "Who?"], "train.py tjepa-speak"),
+    (["speak", "THINKERS/speak", "--question", ""], "question"),
+    (["speak", "THINKERS/speak", "--question", "Who has more? " * 60], "block_size"),
+])
+def test_bad_input_to_think_and_speak(thinkers, argv, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        infer.main([a.replace("THINKERS", str(thinkers)) for a in argv])
+    assert message in str(caught.value) + capsys.readouterr().err

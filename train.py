@@ -4,6 +4,7 @@
     python train.py nanojepa                                # 45 M parameters on GSM8K, one GPU
     python train.py nanojepa-small --data_dir DATA/gsm8k    # about 3 M on a CPU, from a local folder
     python train.py rjepa-small --data_dir DATA/gsm8k       # R-JEPA over SmolLM2's hidden states, on a CPU
+    python train.py tjepa-small --data_dir DATA/gsm8k       # T-JEPA: a text encoder; then tjepa-speak, tjepa-distill
     torchrun --standalone --nproc_per_node 2 train.py quickstart
     python train.py nanojepa --help                         # every field
 
@@ -35,6 +36,7 @@ from runs import (
     build_model,
     digest,
     inherit,
+    load_encoder,
     load_run,
     load_tokenizer,
     open_run,
@@ -320,11 +322,7 @@ class SpeakJob(WorldJob):
             allowed[alone, 1:] = False
         texts = [self.tokenizer.encode(c["steps"][s - 1])[: config.block_size - 1]
                  for c, s in zip(chains, steps, strict=True)]
-        idx = pad_rows([[eos, *t] for t in texts], eos, device)
-        targets = pad_rows([[*t, eos] for t in texts], -100, device)
-        n = sum(len(t) + 1 for t in texts)
-        return {"idx": idx, "targets": targets, "context": context, "context_allowed": allowed, "offsets": offsets,
-                "n_tokens": n, "n_filled": n, "n_slots": idx.numel()}
+        return {"context": context, "context_allowed": allowed, "offsets": offsets, **spoken(texts, eos, device)}
 
     @torch.no_grad()
     def evaluate(self, model, device, autocast) -> dict:
@@ -344,7 +342,225 @@ class SpeakJob(WorldJob):
         return {k: v / n for k, v in sums.items()}
 
 
-JOBS = {cfg.NanoJEPAConfig: TextJob, cfg.RJEPAConfig: LatentJob, cfg.GuideConfig: GuideJob, cfg.SpeakConfig: SpeakJob}
+def spoken(texts: list[list[int]], eos: int, device) -> dict:
+    """Texts (token ids) -> what of a batch of Speaker.forward the Speaker itself reads and writes, and its counts."""
+    idx = pad_rows([[eos, *t] for t in texts], eos, device)
+    n = sum(len(t) + 1 for t in texts)
+    return {"idx": idx, "targets": pad_rows([[*t, eos] for t in texts], -100, device),
+            "n_tokens": n, "n_filled": n, "n_slots": idx.numel()}  # fmt: skip
+
+
+class DocumentJob:
+    """What the loop needs to train TJEPA: packed documents with masked spans."""
+
+    unit = "rows of documents"
+
+    def __init__(self, config, out: Path):
+        self.config, asked_vocab_size = config, config.vocab_size
+        texts = {split: data.load_texts(config, split) for split in ("train", "val")}
+        self.tokenizer = pick_tokenizer(config, out, texts["train"], getattr(config, "teacher", config.init_from))
+        config.vocab_size = self.tokenizer.vocab_size
+        coded = {split: [data.encode_document(t, self.tokenizer, config.block_size) for t in part]
+                 for split, part in texts.items()}
+        if short := sum(not d for part in coded.values() for d in part):
+            say(f"{short} texts of one sentence left out: there is nothing to predict it from")
+        documents = {split: [d for parts in part for d in parts] for split, part in coded.items()}
+        for split, part in documents.items():
+            if not part:
+                raise ValueError(f"{config.text or config.dataset}: no document of two sentences and more among "
+                                 f"{len(texts[split])} to {'train' if split == 'train' else 'validate'} on")
+        self.batches, self.val = data.Documents(documents["train"], config), documents["val"]
+        self.train = self.batches.examples
+        self.identity = {"vocab_size": asked_vocab_size, "tokenizer": tokenizer_digest(self.tokenizer),
+                         "documents": digest(json.dumps([d["tokens"] for d in documents["train"]]))}
+
+    def batch(self, index: int, device) -> dict:
+        return self.batches(index, device)
+
+    def fit(self, model):
+        """Nothing is taken from the data before the first step."""
+
+    def write(self, out: Path):
+        write_atomic(out / "tokenizer.tiktoken", self.tokenizer.save)
+
+    @torch.no_grad()
+    def evaluate(self, model, device, autocast) -> dict:
+        model.eval()
+        with autocast():
+            figures = span_figures(model, self.val, self.config, device)
+        model.train()
+        return figures
+
+
+@torch.no_grad()
+def span_figures(model, documents: list[dict], config, device) -> dict:
+    """model.latent_figures of a TJEPA on documents under fixed masks; `copy` is the nearest visible token before
+    (without one, after) a hidden one."""
+    rows = data.pack([len(d["tokens"]) for d in documents], config.block_size)
+    found = [[], [], []]
+    for start in range(0, len(rows), config.batch_size):
+        part = [[documents[i] for i in row] for row in rows[start : start + config.batch_size]]
+        batch = strip(data.collate_documents(part, config, np.random.default_rng([0, start]), device))
+        is_target, z = batch["is_target"], model.targets(batch["idx"], batch["positions"], batch["segment"])
+        found[0].append(model.predict(**batch).cpu())
+        found[1].append(z[is_target].cpu())
+        at = nearest_visible(is_target.cpu().numpy(), batch["segment"].cpu().numpy())
+        found[2].append(z[is_target.nonzero()[:, 0], torch.from_numpy(at).to(z.device)].cpu())
+    z_pred, z_target, z_copy = (torch.cat(z) for z in found)
+    if model.config.standardize_target:  # as in training, by these very tokens
+        mean, std = z_target.mean(0), z_target.std(0, correction=0).clamp_min(1e-3)
+        z_target, z_copy = (z_target - mean) / std, (z_copy - mean) / std
+    return latent_figures(z_pred, z_target, z_copy, error="mse")
+
+
+def nearest_visible(is_target: np.ndarray, segment: np.ndarray) -> np.ndarray:
+    """Of every target (row by row): position of the last visible token of its segment before it, else the first."""
+    out = []
+    for targets, segments in zip(is_target, segment, strict=True):
+        for i in np.flatnonzero(targets):
+            visible = np.flatnonzero((segments == segments[i]) & ~targets)
+            out.append(visible[max(0, np.searchsorted(visible, i) - 1)])
+    return np.array(out)
+
+
+class DistillJob(DocumentJob):
+    """What the loop needs to train DistilledEncoder: the documents, and what the teacher makes of them."""
+
+    def __init__(self, config, out: Path):
+        self.teacher, theirs, tokenizer = load_encoder(config.teacher, config.device)
+        super().__init__(config, out)
+        config.teacher_dim, config.world = self.teacher.transformer.n_embd, weights_digest(config.teacher)
+        if config.block_size > theirs.block_size:
+            raise ValueError(f"--block_size {config.block_size}: the teacher has seen rows of {theirs.block_size}")
+        self.start = None
+        if config.init_from not in ("", "random"):
+            self.start, _, ours = load_encoder(config.init_from, "cpu")
+            if tokenizer_digest(ours) != tokenizer_digest(tokenizer):
+                raise ValueError(f"--init_from {config.init_from} and --teacher {config.teacher} read other tokens: "
+                                 "a student learns from a teacher of its own tokenizer")
+        self.identity["teacher"] = config.world
+
+    def fit(self, model):
+        """Where init_from names a run, the student starts from its encoder."""
+        if self.start is not None:
+            model.student.load_state_dict(self.start.state_dict())
+
+    def batch(self, index: int, device) -> dict:
+        return self.taught(self.batches(index, device))
+
+    @torch.no_grad()
+    def taught(self, batch: dict) -> dict:
+        z = self.teacher(batch["idx"], batch["segment"] >= 0, batch["positions"], batch["segment"]).float()
+        return batch | {"z_teacher": torch.nn.functional.layer_norm(z, z.shape[-1:])}
+
+    @torch.no_grad()
+    def evaluate(self, model, device, autocast) -> dict:
+        """Held-out mse and cos to the teacher's outputs, and the mse of the best constant."""
+        model.eval()
+        rows, sums, seen = data.pack([len(d["tokens"]) for d in self.val], self.config.block_size), {}, []
+        for start in range(0, len(rows), self.config.batch_size):
+            part = [[self.val[i] for i in row] for row in rows[start : start + self.config.batch_size]]
+            batch = self.taught(data.collate_documents(part, self.config, None, device))
+            with autocast():
+                losses = model(strip(batch))
+            for k in ("mse", "cos"):
+                sums[k] = sums.get(k, 0.0) + float(losses[k]) * batch["n_tokens"]
+            seen.append(batch["z_teacher"][batch["segment"] >= 0].cpu())
+        model.train()
+        z, n = torch.cat(seen), sum(map(len, seen))
+        return {k: v / n for k, v in sums.items()} | {"mse_predict_mean": float(z.var(0, correction=0).mean()), "n": n}
+
+
+class AnswerJob:
+    """What the loop needs to train SpeakingTJEPA: questions, responses, and the encoder to start from."""
+
+    unit = "problems"
+
+    def __init__(self, config, out: Path):
+        self.config, asked_vocab_size, self.start = config, config.vocab_size, None
+        if config.init_from != "random":
+            self.start, _, self.tokenizer = load_encoder(config.init_from, "cpu")
+            config.world = weights_digest(config.init_from)
+        n = config.limit or (config.n_synthetic if config.dataset == "synthetic" else 0)
+        common = dict(data_dir=config.data_dir, seed=config.seed, max_steps=config.max_problem_steps)
+        train = data.load_problems(config.dataset, "train", limit=n, **common)
+        val = data.load_problems(config.dataset, "val", limit=config.val_problems, **common)
+        if len(val) < 2:
+            raise ValueError(f"{len(val)} validation problem of {config.dataset}: two are needed")
+        if self.start is None:
+            texts = [f"{p['question']}\n{data.answer_text(p, 'solution')}" for p in train]
+            self.tokenizer = pick_tokenizer(config, out, texts)
+        config.vocab_size, config.context_dim = self.tokenizer.vocab_size, config.encoder_n_embd
+        self.train, self.val = (encode_answers(p, self.tokenizer, config) for p in (train, val))
+        self.batches = data.Batches(self.train, config)
+        self.identity = {"vocab_size": asked_vocab_size, "tokenizer": tokenizer_digest(self.tokenizer),
+                         "encoder": config.world, "training problems": digest(json.dumps(self.train))}
+
+    def fit(self, model):
+        """The encoder that init_from names."""
+        if self.start is not None:
+            model.text_encoder.load_state_dict(self.start.state_dict())
+
+    def write(self, out: Path):
+        write_atomic(out / "tokenizer.tiktoken", self.tokenizer.save)
+
+    def batch(self, index: int, device) -> dict:
+        return self.collate(self.batches(index), device)
+
+    def collate(self, examples: list[dict], device, questions: list[dict] = ()) -> dict:
+        """A batch of SpeakingTJEPA.forward; the questions may be those of other examples."""
+        return collate_answers(examples, self.config.vocab_size - 2, device, questions)
+
+    @torch.no_grad()
+    def evaluate(self, model, device, autocast) -> dict:
+        model.eval()
+        with autocast():
+            losses = answer_losses(model, self.val, self.config, device)
+        model.train()
+        return {name: float(np.average(a[:, 0], weights=a[:, 1])) for name, a in losses.items()}
+
+
+def encode_answers(problems: list[dict], tokenizer, config) -> list[dict]:
+    """Problems -> {"id", "question", "answer", "target": token ids}. Raises ValueError naming one that is too long."""
+    examples = []
+    for p in problems:
+        q, a = (tokenizer.encode(t) for t in (p["question"], data.answer_text(p, config.answer_text)))
+        if max(len(q), len(a) + 1) > config.block_size:
+            raise ValueError(f"problem {p['id']} has a question of {len(q)} and a response of {len(a) + 1} tokens; "
+                             f"both must fit --block_size {config.block_size}")
+        examples.append({"id": p["id"], "question": q, "answer": a, "target": a})
+    return examples
+
+
+def collate_answers(examples: list[dict], eos: int, device, questions: list[dict] = ()) -> dict:
+    rows = [e["question"] for e in questions or examples]
+    return {"question": pad_rows(rows, 0, device),
+            "context_allowed": pad_rows([[1] * len(row) for row in rows], 0, device).bool(),
+            **spoken([e["answer"] for e in examples], eos, device)}
+
+
+@torch.no_grad()
+def answer_losses(model, examples: list[dict], config, device) -> dict[str, np.ndarray]:
+    """Cross-entropy of each response, [n, 2] (mean a token, tokens): `lm_loss` given its question, `lm_loss_shuffled`
+    given that of another example."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["answer"]))
+    ordered, eos = [examples[i] for i in order], config.vocab_size - 2
+    others = ordered[1:] + ordered[:1]
+    out = {name: np.zeros((len(examples), 2)) for name in ("lm_loss", "lm_loss_shuffled")}
+    for start in range(0, len(order), config.batch_size):
+        here = slice(start, start + config.batch_size)
+        for name, questions in (("lm_loss", ordered[here]), ("lm_loss_shuffled", others[here])):
+            batch = strip(collate_answers(ordered[here], eos, device, questions))
+            context = model.think(batch["question"], batch["context_allowed"])
+            loss = model.speaker.losses(batch | {"context": context})  # (B, T)
+            counts = (batch["targets"] >= 0).sum(1)
+            out[name][order[here], 0] = (loss.sum(1) / counts).cpu()
+            out[name][order[here], 1] = counts.cpu()
+    return out
+
+
+JOBS = {cfg.NanoJEPAConfig: TextJob, cfg.RJEPAConfig: LatentJob, cfg.GuideConfig: GuideJob, cfg.SpeakConfig: SpeakJob,
+        cfg.TJEPAConfig: DocumentJob, cfg.DistillConfig: DistillJob, cfg.AnswerConfig: AnswerJob}  # fmt: skip
 
 
 def default_latents(config) -> Path:
@@ -403,9 +619,7 @@ def train(preset: str, config) -> dict:
     beside = {"rjepa-guide": "guide", "rjepa-speak": "speak"}.get(preset)  # where infer.py looks for them
     out = Path(config.out_dir or (f"{Path(config.init_from)}-{beside}" if beside else f"out/{preset}"))
     config.out_dir = str(out)
-    inherits = config.init_from and type(config) in cfg.NETWORK
-    if inherits:
-        inherit(config)
+    inherit(config)
     state = open_run(out, preset, config)
     job = JOBS[type(config)](config, out)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_ON_RESUME}
@@ -418,7 +632,7 @@ def train(preset: str, config) -> dict:
     torch.manual_seed(config.seed)
     model = build_model(config)
     job.fit(model)
-    if inherits:
+    if config.init_from and type(config) in cfg.NETWORK:
         start_from(model, config)
     model.to(device)
     optimizer = configure_optimizers(model, config)
@@ -547,8 +761,9 @@ def strip(batch: dict) -> dict:
 
 
 def short(figures: dict) -> str:
-    names = """lm_loss lm_loss_predicted ce ce_llm ce_shuffled jepa_loss l1 l1_predict_mean l1_copy infonce own margin
-               cos_matched cos_mismatched retrieval_top1 effective_rank""".split()
+    names = """lm_loss lm_loss_shuffled lm_loss_predicted mse mse_predict_mean mse_copy cos ce ce_llm ce_shuffled
+               jepa_loss l1 l1_predict_mean l1_copy infonce own margin cos_matched cos_mismatched retrieval_top1
+               effective_rank""".split()
     return " ".join(f"{k} {figures[k]:.3f}" for k in names if k in figures)
 
 
