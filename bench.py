@@ -30,9 +30,9 @@ import tyro
 
 import config as cfg
 import data
+from jobs import strip
 from model import TJEPA, NanoJEPA, Speaker, attend, configure_optimizers, question_row
 from runs import pick_device, pick_dtype
-from train import strip
 
 NAMES = Literal["all", "nanojepa_step", "nanojepa_mask", "nanojepa_llm_jepa", "nanojepa_overhead", "attention",
                 "generate", "tjepa_packed", "speaker_cache"]  # fmt: skip

@@ -231,7 +231,7 @@ class TextConfig(RunConfig):
     block_size: int = 512  # tokens a row, in which several documents lie; longer ones are cut between sentences
 
     # network
-    n_layer: int = 12  # Transformer blocks
+    n_layer: int = 8  # Transformer blocks
     n_head: int = 12  # attention heads
     n_embd: int = 768  # width
     dropout: float = 0.0  # on embeddings and residual branches
@@ -376,7 +376,7 @@ PRESETS = {
         init_from="out/rjepa-small", batch_size=8, epochs=1.0, weight_decay=0.01, eval_every=100, val_problems=64,
     ),
     "rjepa-speak": SpeakConfig(init_from="out/rjepa-small", batch_size=64, epochs=10.0, eval_every=200),
-    # T-JEPA: about 190 M parameters with EMA copy and predictor, GPT-2 BPE; one GPU with 12 GB
+    # T-JEPA: about 100 M parameters that are trained, GPT-2 BPE; one GPU with 12 GB
     "tjepa": TJEPAConfig(batch_size=16, grad_accum=2, lr=6e-4, epochs=40.0, weight_decay=0.05),
     # the same for a CPU
     "tjepa-small": TJEPAConfig(

@@ -30,8 +30,8 @@ import tyro
 import data
 import extract
 import infer
+import jobs
 import latents
-import train
 import verify
 from config import AnswerConfig, RJEPAConfig, TextConfig, TJEPAConfig, check
 from model import TextEncoder, alignment, latent_figures, wilson
@@ -469,7 +469,7 @@ def evaluate_tjepa(run: str, args) -> dict:
         texts = [f"{p['question']}\n{data.answer_text(p, 'solution')}" for p in problems]
         texts = data.load_texts(config, "val") if config.text else texts
         documents = [d for t in texts for d in data.encode_document(t, tokenizer, config.block_size)]
-        figures = [train.span_figures(net, documents, config, encoder.embed.weight.device) for net in (model, fresh)]
+        figures = [jobs.span_figures(net, documents, config, encoder.embed.weight.device) for net in (model, fresh)]
         result |= figures[0] | {"untrained": figures[1]}
     result["probe"] = probes(encoder, tokenizer, train_problems, problems, args.seed)
     result["probe_random"] = probes(untrained.to(encoder.embed.weight.device), tokenizer, train_problems, problems,
@@ -491,8 +491,8 @@ def evaluate_answers(run: str, args) -> dict:
     tokenizer, problems = load_tokenizer(run, config), held_out(args, config)
     if len(problems) < 2:
         raise ValueError(f"{len(problems)} problem: a pair is needed to mismatch, raise --limit")
-    examples = train.encode_answers(problems, tokenizer, config)
-    losses = train.answer_losses(model, examples, config, model.text_encoder.embed.weight.device)
+    examples = jobs.encode_answers(problems, tokenizer, config)
+    losses = jobs.answer_losses(model, examples, config, model.text_encoder.embed.weight.device)
     own, other, n = losses["lm_loss"][:, 0], losses["lm_loss_shuffled"][:, 0], losses["lm_loss"][:, 1]
     draws = np.random.default_rng(args.seed).integers(0, len(n), (1000, len(n)))
     result = {"n": len(n), "tokens": int(n.sum())}

@@ -33,6 +33,7 @@ import eval_alignment
 import evaluate_accuracy
 import extract
 import infer
+import jobs
 import latents
 import llm as llms
 import model as m
@@ -81,7 +82,7 @@ def examples(n=6, seed=0):
 
 
 def tensors(batch):
-    return train.strip(batch)
+    return jobs.strip(batch)
 
 
 # ----------------------------------------------------------------------------- Transformer
@@ -536,7 +537,7 @@ def finished(tmp_path_factory):
 
 def test_a_run_folder_and_its_figures(finished):
     folder, result = finished
-    assert {p.name for p in folder.iterdir()} == set(runs.RUN_FILES) - {"l1_curve.png"}
+    assert {p.name for p in folder.iterdir()} == set(runs.RUN_FILES) - {"l1_curve.png", "mse_curve.png"}
     assert result["steps"] == 12 and result["params"] > 0 and set(result["val"]) >= {"cos_matched", "retrieval_top1"}
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in log if r["split"] == "train"] == list(range(1, 13))
@@ -748,7 +749,7 @@ def test_importing_a_script_runs_nothing():
 
 
 def test_imports_run_one_way():
-    level = {"config": 0, "model": 1, "verify": 1, "data": 2, "latents": 3, "runs": 4, "llm": 5, "train": 6,
+    level = {"config": 0, "model": 1, "verify": 1, "data": 2, "latents": 3, "runs": 4, "llm": 5, "jobs": 6, "train": 7,
              "extract": 7, "infer": 8, "eval_alignment": 9, "evaluate_accuracy": 10, "bench": 9}  # fmt: skip
     for name, own in level.items():
         for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
@@ -1231,7 +1232,7 @@ def test_coherence_is_the_rank_among_verified_energies():
 def test_rjepa_losses_equal_hand_values():
     model = rjepa_model(lambda_margin=0.5).train()
     batch = latents.collate(latent_chains(12), model.config, np.random.default_rng(3))
-    losses = model(train.strip(batch))
+    losses = model(jobs.strip(batch))
     h, t = model.standardize(batch["h"]), batch["is_target"]
     z_all = model.targets(h, batch["is_real"])
     z, p = z_all[t], model.predict(h, batch["is_visible"], t)
@@ -1277,9 +1278,10 @@ def test_the_margin_takes_wrong_chains_of_any_length():
         for kind in ("wrong_", ""):
             h, t = model.standardize(batch[kind + "h"][i : i + 1]), batch[kind + "is_target"][i : i + 1]
             z = model.predict(h, batch[kind + "is_visible"][i : i + 1], t)
-            errors.append(float((z - model.targets(h, batch[kind + "is_real"][i : i + 1], True)[t]).abs().mean()))
+            error = z - model.targets(h, batch[kind + "is_real"][i : i + 1], True)[t]
+            errors.append(float(error.detach().abs().mean()))
         gaps.append(math.log1p(math.exp(-(errors[0] - errors[1]) / model.config.margin)))
-    assert math.isclose(float(model(train.strip(batch))["margin"]), np.mean(gaps), rel_tol=1e-4)
+    assert math.isclose(float(model(jobs.strip(batch))["margin"]), np.mean(gaps), rel_tol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["ema", "copy", "online"])
@@ -1819,7 +1821,7 @@ def test_a_pull_moves_what_is_above_and_leaves_the_states_that_are_kept(world):
 
 def test_guidance_sees_the_state_and_the_prediction_of_its_token(world):
     _, rjepa, _, _ = world
-    job = train.GuideJob(cfg.GuideConfig(init_from=rjepa, batch_size=8, device="cpu"), Path("."))
+    job = jobs.GuideJob(cfg.GuideConfig(init_from=rjepa, batch_size=8, device="cpu"), Path("."))
     chains = [c for c in job.train if len(c["steps"]) == 3][:2]
     batch = job.collate(chains, None, "cpu")
     h, is_real = latents.pad_latents([c["h"] for c in chains])
@@ -2086,7 +2088,7 @@ def test_packing_keeps_every_document_once_and_fills_rows():
 
 
 def packed_batch(config, rows, seed=0):
-    return train.strip(data.collate_documents(rows, config, np.random.default_rng(seed)))
+    return jobs.strip(data.collate_documents(rows, config, np.random.default_rng(seed)))
 
 
 def test_packed_documents_never_see_each_other():
@@ -2150,7 +2152,7 @@ def test_tjepa_losses_equal_hand_values():
 def test_the_neighbour_of_a_hidden_token_is_visible_and_of_its_document():
     is_target = np.array([[0, 1, 1, 0, 1, 1, 0, 0]], dtype=bool)
     segment = np.array([[0, 0, 0, 0, 1, 1, 1, -1]])
-    assert train.nearest_visible(is_target, segment).tolist() == [0, 0, 6, 6]
+    assert jobs.nearest_visible(is_target, segment).tolist() == [0, 0, 6, 6]
 
 
 @pytest.fixture(scope="module")
@@ -2172,7 +2174,7 @@ def test_phase_two_leaves_the_encoder_as_it_was_and_trains_the_speaker_alone(thi
         assert torch.equal(a, b), name
     model, _ = runs.load_run(thinkers / "speak", "cpu")
     problems = data.synthetic_problems(6, "val", 1, 3)
-    batch = train.strip(train.collate_answers(train.encode_answers(
+    batch = jobs.strip(jobs.collate_answers(jobs.encode_answers(
         problems, runs.load_tokenizer(thinkers / "speak", config), config), model.eos_id, "cpu"))
     for trained in (False, True):
         model = m.SpeakingTJEPA(dataclasses.replace(config, train_encoder=trained))
@@ -2189,7 +2191,7 @@ def test_a_speaker_writes_the_same_with_caches_as_without(thinkers):
     written = model.generate(questions, 12)
     assert [len(w) for w in written] == [12] * 3
     for q, w in zip(questions, written, strict=True):
-        batch = train.strip(train.collate_answers([{"question": q, "answer": w}], model.eos_id, "cpu"))
+        batch = jobs.strip(jobs.collate_answers([{"question": q, "answer": w}], model.eos_id, "cpu"))
         context = model.speaker.prepare(model.think(batch["question"], batch["context_allowed"]))
         h = model.speaker.transformer(model.speaker.embed(batch["idx"]), is_causal=True, context=context)
         assert F.linear(h, model.speaker.embed.weight[: model.eos_id + 1]).argmax(-1)[0, :-1].tolist() == w

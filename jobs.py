@@ -1,0 +1,575 @@
+"""What train.py's one loop needs to know of each kind of model: a job brings the data, the batches, the evaluation.
+
+    TextJob      NanoJEPA on problems
+    LatentJob    RJEPA on the latents of verified chains;  GuideJob, SpeakJob  what is trained on top of one
+    DocumentJob  TJEPA on packed documents;  DistillJob  a student of one;  AnswerJob  a Speaker on an encoder
+
+A job has `train` and `batches` (with `per_epoch`), `unit` (what a batch holds), `identity` (what a resumed run must
+share), `batch(index, device)`, `fit(model)` before the first step, `evaluate(model, device, autocast)` and
+`write(folder)`.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import config as cfg
+import data
+import latents
+from llm import load_llm
+from model import alignment, latent_figures, pad_rows
+from runs import (
+    digest,
+    load_encoder,
+    load_run,
+    load_tokenizer,
+    say,
+    tokenizer_digest,
+    weights_digest,
+    write_atomic,
+)
+
+
+def strip(batch: dict) -> dict:
+    """The tensors of a batch, without the counts kept for the record."""
+    return {k: v for k, v in batch.items() if torch.is_tensor(v)}
+
+
+FIT_ON = 1024  # training problems from which an evaluation takes the latents' mean and std
+
+
+def pick_tokenizer(config, out: Path, texts: list[str], init_from: str = "") -> data.Tokenizer:
+    """GPT-2's, the run folder's own, that of the run it starts from, or a BPE trained on the texts."""
+    if config.tokenizer == "gpt2":
+        return data.gpt2_tokenizer()
+    if (out / "tokenizer.tiktoken").is_file() and not config.overwrite:
+        return data.load_bpe(out / "tokenizer.tiktoken")
+    return load_tokenizer(init_from, config) if init_from else data.train_bpe(texts, config.vocab_size)
+
+
+class TextJob:
+    """What the loop needs to train NanoJEPA: its data, its batches, its evaluation.
+
+    The tokenizer is the run folder's own, else GPT-2's or a BPE trained here; sets config.vocab_size to the true size.
+    """
+
+    unit = "problems"
+
+    def __init__(self, config, out: Path):
+        self.config, asked_vocab_size = config, config.vocab_size
+        n = config.limit or (config.n_synthetic if config.dataset == "synthetic" else 0)
+        common = dict(data_dir=config.data_dir, seed=config.seed, max_steps=config.max_problem_steps)
+        train = data.load_problems(config.dataset, "train", limit=n, **common)
+        val = data.load_problems(config.dataset, "val", limit=config.val_problems, **common)
+        if len(val) < 2:
+            raise ValueError(f"{len(val)} validation problem of {config.dataset}: two are needed, from "
+                             f"{2 * data.VAL_EVERY} training problems on")
+        texts = [t for p in train for t in (p["question"], data.answer_text(p, "solution"))]
+        tokenizer = pick_tokenizer(config, out, texts, config.init_from)
+        config.vocab_size, self.tokenizer = tokenizer.vocab_size, tokenizer
+        self.train, self.val = (data.encode_problems(p, tokenizer, config) for p in (train, val))
+        self.batches = data.Batches(self.train, config)
+        text = json.dumps([[e["question"], e["answer"], e["target"]] for e in self.train])
+        self.identity = {"vocab_size": asked_vocab_size, "training problems": digest(text),
+                         "tokenizer": tokenizer_digest(tokenizer)}
+
+    def batch(self, index: int, device) -> dict:
+        return data.collate(self.batches(index), self.config, device)
+
+    def fit(self, model):
+        """Nothing is taken from the data before the first step."""
+
+    def write(self, out: Path):
+        write_atomic(out / "tokenizer.tiktoken", self.tokenizer.save)
+
+    @torch.no_grad()
+    def evaluate(self, model, device, autocast) -> dict:
+        """Held-out lm_loss, jepa_loss and the collapse diagnostics of model.alignment; draws no random number.
+
+        First takes the latents' statistics from training examples.
+        """
+        model.eval()
+        config, total, n = self.config, 0.0, 0
+        by_length = sorted(self.val, key=lambda e: len(e["question"]) + len(e["answer"]))
+        for start in range(0, len(by_length), config.batch_size):
+            part = by_length[start : start + config.batch_size]
+            with autocast():
+                total += float(model(data.collate(part, config, device))["lm_loss"]) * len(part)
+            n += len(part)
+        with autocast():
+            model.fit_standardize([e["target"] for e in self.train[:FIT_ON]])
+            pred, target = model.encode([e["question"] for e in self.val], [e["target"] for e in self.val])
+        figures = alignment(pred, target)
+        model.train()
+        return {"lm_loss": total / n, "jepa_loss": 1 - figures["cos_matched"],
+                "predict_mean_loss": 1 - figures["predict_mean_cos"], **figures}
+
+
+class LatentJob:
+    """What the loop needs to train RJEPA: verified chains' latents, extracted first where they are missing.
+
+    Sets config's llm, layer, pooling, prompt and dim to what the latents say.
+    """
+
+    unit = "chains"
+
+    def __init__(self, config, out: Path):
+        self.config, folder = config, Path(config.latents or default_latents(config))
+        if not (folder / "manifest.json").is_file() and not config.latents:
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                raise ValueError(f"{folder} holds no finished latents: run extract.py, then torchrun with --latents")
+            extract_latents(config, folder)
+        rows, manifest = latents.load_latents(folder, config.where)
+        config.latents = str(folder)
+        for name in latents.SAME_LLM:
+            setattr(config, name, manifest[name])
+        self.train, self.val = latents.training_chains(rows, manifest, folder)
+        self.train, self.val = self.train[: config.limit or None], self.val[: config.val_problems]
+        if len(self.val) < 2:
+            raise ValueError(f"{folder}: {len(self.val)} chain to validate on: two are needed")
+        self.batches = latents.Batches(self.train, config)
+        parts = [[r["id"], r["steps"], r.get("wrong_step")] for r in self.train]
+        self.identity = {"latents": digest(json.dumps([parts, manifest], sort_keys=True))}
+
+    def batch(self, index: int, device) -> dict:
+        return self.batches(index, device)
+
+    def fit(self, model):
+        """The latents' mean and std, from the training chains."""
+        model.fit_standardize(torch.cat([r["h"] for r in self.train]))
+
+    def write(self, out: Path):
+        """The latents stay where they are; config.json names the folder."""
+
+    @torch.no_grad()
+    def evaluate(self, model, device, autocast) -> dict:
+        """Figures of model.latent_figures on held-out chains under fixed masks; stores the energies' quantiles."""
+        model.eval()
+        clean = dataclasses.replace(self.config, shuffle_steps=False)
+        z_pred, z_target, z_copy, sums = [], [], [], {}
+        energies = [[], [], []]  # the rows of model.quantiles
+        for start in range(0, len(self.val), self.config.batch_size):
+            part = self.val[start : start + self.config.batch_size]
+            batch = latents.collate(part, clean, np.random.default_rng([0, start]), device)
+            with autocast():
+                losses = model(batch)
+                h, is_target = model.standardize(batch["h"]), batch["is_target"]
+                z = model.targets(h, batch["is_real"])
+                z_pred.append(model.predict(h, batch["is_visible"], is_target).cpu())
+            z_target.append(z[is_target].cpu())
+            z_copy.append(z[:, :-1][is_target[:, 1:]].cpu())  # the step before, or the question
+            for k, v in losses.items():
+                sums[k] = sums.get(k, 0.0) + float(v) * len(part) / len(self.val)
+            for mode, values in zip(model.ENERGIES, energies, strict=False):
+                e = model.energy(batch["h"], batch["is_real"], mode)
+                values.append(e[~e.isnan()].cpu())
+            later = e[:, 2:].nan_to_num(-1.0)  # next-step energies after the first step
+            highest = later.amax(1) if later.shape[1] else later.new_zeros(0)
+            energies[2].append(highest[highest >= 0].cpu())
+        for row, values in zip(model.quantiles, energies, strict=True):
+            if len(found := torch.cat(values)):
+                row.copy_(torch.quantile(found, torch.linspace(0, 1, len(row))))
+        model.train()
+        return {**sums, **latent_figures(torch.cat(z_pred), torch.cat(z_target), torch.cat(z_copy))}
+
+
+class WorldJob:
+    """What GuideJob and SpeakJob share: the frozen R-JEPA that init_from names, and the verified chains it saw."""
+
+    unit = "chains"
+
+    def __init__(self, config, out: Path):
+        self.config = config
+        self.world, self.world_config = load_run(config.init_from, config.device)
+        if not isinstance(self.world_config, cfg.RJEPAConfig):
+            raise ValueError(f"--init_from {config.init_from}: a run of preset '{self.world.preset}', not of R-JEPA "
+                             "(train.py rjepa-small)")
+        self.world.requires_grad_(False)
+        rows, manifest = latents.load_latents(self.world_config.latents, self.world_config.where)
+        latents.check_same_llm(self.world_config, manifest, f"{config.init_from} and {self.world_config.latents}")
+        self.train, self.val = latents.training_chains(rows, manifest, self.world_config.latents)
+        self.train, self.val = self.train[: config.limit or None], self.val[: config.val_problems]
+        if len(self.val) < 2:
+            raise ValueError(f"{self.world_config.latents}: {len(self.val)} chain to validate on: two are needed")
+        self.batches = latents.Batches(self.train, config)
+        parts = [[r["id"], r["steps"]] for r in self.train]
+        config.world = weights_digest(config.init_from)
+        self.identity = {"chains": digest(json.dumps([parts, manifest], sort_keys=True)), "world model": config.world}
+        world = self.world_config
+        self.llm = load_llm(world.llm, config.device, layer=world.layer, pooling=world.pooling).set_prompt(world.prompt)
+
+    def fit(self, model):
+        """Nothing is taken from the data before the first step."""
+
+    def write(self, out: Path):
+        """Nothing beside the weights."""
+
+    def batch(self, index: int, device) -> dict:
+        return self.collate(*self.batches.chains(index), device)
+
+
+class GuideJob(WorldJob):
+    """What the loop needs to train NUDGE's Guidance: the LLM reads verified chains, R-JEPA predicts every next step."""
+
+    def __init__(self, config, out: Path):
+        super().__init__(config, out)
+        config.z_dim, config.h_dim = self.world_config.n_embd, self.llm.dim
+        config.vocab_size = self.llm.vocab_size
+
+    @torch.no_grad()
+    def collate(self, chains: list[dict], rng, device) -> dict:
+        """A batch of Guidance.forward over all tokens of the steps, the line end (or end of text) after each with it.
+
+        Besides: z_other, the prediction for another chain's step of the same number (or its last): the control.
+        """
+        coded = [self.llm.encode(c["question"], c["steps"]) for c in chains]
+        seen, final = self.llm.states(pad_rows([ids for ids, _ in coded], 0, self.llm.device), {self.llm.layer}, True)
+        h, is_real = latents.pad_latents([c["h"] for c in chains], device)
+        chain, step, z_pred, _ = self.world.hidden_steps(h, is_real, "next_step")
+        at = {(int(c), int(s)): i for i, (c, s) in enumerate(zip(chain, step, strict=True))}
+        rows, columns, tokens, mine, others = [], [], [], [], []
+        for i, (ids, spans) in enumerate(coded):
+            j, ids = (i + 1) % len(coded), [*ids, self.llm.end_id]
+            for s, (begin, end) in enumerate(spans[1:], 1):
+                end = spans[s + 1][0] if s + 1 < len(spans) else len(ids)
+                n = end - begin
+                rows += [i] * n
+                columns += range(begin - 1, end - 1)
+                tokens += ids[begin:end]
+                mine += [at[i, s]] * n
+                others += [at[j, min(s, len(coded[j][1]) - 1)]] * n
+        return {"h": seen[self.llm.layer][rows, columns].float().to(device), "z_pred": z_pred[mine],
+                "z_other": z_pred[others], "targets": torch.tensor(tokens, device=device),
+                "logits": self.llm.logits(final[rows, columns]).to(device),
+                "n_tokens": len(tokens), "n_filled": len(tokens), "n_slots": len(tokens)}
+
+    @torch.no_grad()
+    def evaluate(self, model, device, autocast) -> dict:
+        """Held-out cross-entropy a token: of the LLM, guided, and guided by predictions for other chains."""
+        model.eval()
+        sums, n = {"ce_llm": 0.0, "ce": 0.0, "ce_shuffled": 0.0, "bias": 0.0}, 0
+        for start in range(0, len(self.val) - 1, self.config.batch_size):
+            part = self.val[start : start + self.config.batch_size]
+            batch = self.collate(part, None, device)
+            with autocast():
+                found = model(strip(batch))
+                shuffled = model(strip(batch) | {"z_pred": batch["z_other"]})["ce"]
+            for k, v in (found | {"ce_shuffled": shuffled}).items():
+                if k in sums:
+                    sums[k] += float(v) * batch["n_tokens"]
+            n += batch["n_tokens"]
+        model.train()
+        return {k: v / n for k, v in sums.items()}
+
+
+class SpeakJob(WorldJob):
+    """What the loop needs to train a Speaker on an R-JEPA's latents: one hidden step of each chain, put into words.
+
+    The LLM reads every chain of two steps and more once without that step, as PLAN finds it: the states of later steps
+    would tell of it.
+    """
+
+    def __init__(self, config, out: Path):
+        super().__init__(config, out)
+        self.train, self.val = ([c for c in part if len(c["steps"]) > 1] for part in (self.train, self.val))
+        rng = np.random.default_rng(config.seed)
+        say(f"reading {len(self.train) + len(self.val):,} chains with a step left out")
+        for part in (self.train, self.val):
+            holes = [int(rng.integers(1, len(c["h"]))) for c in part]
+            left = [(c["question"], c["steps"][: k - 1] + c["steps"][k:]) for c, k in zip(part, holes, strict=True)]
+            for c, k, z in zip(part, holes, self.llm.read_chains(left), strict=True):
+                c["hole"], c["gapped"] = k, z
+        self.batches = latents.Batches(self.train, config)
+        self.tokenizer = pick_tokenizer(config, out, [s for c in self.train for s in c["steps"]])
+        config.vocab_size, config.context_dim = self.tokenizer.vocab_size, self.world_config.n_embd
+        self.identity["tokenizer"] = tokenizer_digest(self.tokenizer)
+
+    def write(self, out: Path):
+        write_atomic(out / "tokenizer.tiktoken", self.tokenizer.save)
+
+    def collate(self, chains: list[dict], rng, device, predicted: float | None = None) -> dict:
+        """A batch of Speaker.forward; `predicted` is the share that speaks from predicted latents, else config's."""
+        eos, config = self.config.vocab_size - 2, self.config
+        steps = [c["hole"] for c in chains]
+        at = torch.tensor(steps, device=device)
+        gapped = latents.with_slots([c["gapped"] for c in chains], steps, device)
+        context, allowed, offsets = self.world.around(*gapped, at)
+        true = self.world.target_of(*latents.pad_latents([c["h"] for c in chains], device), at)
+        share = config.predicted_share if predicted is None else predicted
+        from_true = torch.from_numpy(rng.random(len(chains)) >= share).to(device)
+        context[from_true, 0] = true[from_true]
+        if predicted is None:
+            alone = torch.from_numpy(rng.random(len(chains)) < config.alone_share).to(device)
+            allowed[alone, 1:] = False
+        texts = [self.tokenizer.encode(c["steps"][s - 1])[: config.block_size - 1]
+                 for c, s in zip(chains, steps, strict=True)]
+        return {"context": context, "context_allowed": allowed, "offsets": offsets, **spoken(texts, eos, device)}
+
+    @torch.no_grad()
+    def evaluate(self, model, device, autocast) -> dict:
+        """Held-out token loss from true latents, from predicted ones, and from the true one of another chain."""
+        model.eval()
+        sums, n = {"lm_loss": 0.0, "lm_loss_predicted": 0.0, "lm_loss_shuffled": 0.0}, 0
+        for start in range(0, len(self.val), self.config.batch_size):
+            part = self.val[start : start + self.config.batch_size]
+            for name, share in (("lm_loss", 0.0), ("lm_loss_predicted", 1.0), ("lm_loss_shuffled", 0.0)):
+                batch = self.collate(part, np.random.default_rng([0, start]), device, share)
+                if name == "lm_loss_shuffled":  # the latent alone, its surroundings stay
+                    batch["context"][:, 0] = batch["context"][:, 0].roll(1, 0)
+                with autocast():
+                    sums[name] += float(model(strip(batch))["loss"]) * len(part)
+            n += len(part)
+        model.train()
+        return {k: v / n for k, v in sums.items()}
+
+
+def spoken(texts: list[list[int]], eos: int, device) -> dict:
+    """Texts (token ids) -> what of a batch of Speaker.forward the Speaker itself reads and writes, and its counts."""
+    idx = pad_rows([[eos, *t] for t in texts], eos, device)
+    n = sum(len(t) + 1 for t in texts)
+    return {"idx": idx, "targets": pad_rows([[*t, eos] for t in texts], -100, device),
+            "n_tokens": n, "n_filled": n, "n_slots": idx.numel()}  # fmt: skip
+
+
+class DocumentJob:
+    """What the loop needs to train TJEPA: packed documents with masked spans."""
+
+    unit = "rows of documents"
+
+    def __init__(self, config, out: Path):
+        self.config, asked_vocab_size = config, config.vocab_size
+        texts = {split: data.load_texts(config, split) for split in ("train", "val")}
+        self.tokenizer = pick_tokenizer(config, out, texts["train"], getattr(config, "teacher", config.init_from))
+        config.vocab_size = self.tokenizer.vocab_size
+        coded = {split: [data.encode_document(t, self.tokenizer, config.block_size) for t in part]
+                 for split, part in texts.items()}
+        if short := sum(not d for part in coded.values() for d in part):
+            say(f"{short} texts of one sentence left out: there is nothing to predict it from")
+        documents = {split: [d for parts in part for d in parts] for split, part in coded.items()}
+        for split, part in documents.items():
+            if not part:
+                raise ValueError(f"{config.text or config.dataset}: no document of two sentences and more among "
+                                 f"{len(texts[split])} to {'train' if split == 'train' else 'validate'} on")
+        self.batches, self.val = data.Documents(documents["train"], config), documents["val"]
+        self.train = self.batches.examples
+        self.identity = {"vocab_size": asked_vocab_size, "tokenizer": tokenizer_digest(self.tokenizer),
+                         "documents": digest(json.dumps([d["tokens"] for d in documents["train"]]))}
+
+    def batch(self, index: int, device) -> dict:
+        return self.batches(index, device)
+
+    def fit(self, model):
+        """Nothing is taken from the data before the first step."""
+
+    def write(self, out: Path):
+        write_atomic(out / "tokenizer.tiktoken", self.tokenizer.save)
+
+    @torch.no_grad()
+    def evaluate(self, model, device, autocast) -> dict:
+        model.eval()
+        with autocast():
+            figures = span_figures(model, self.val, self.config, device)
+        model.train()
+        return figures
+
+
+@torch.no_grad()
+def span_figures(model, documents: list[dict], config, device) -> dict:
+    """model.latent_figures of a TJEPA on documents under fixed masks; `copy` is the nearest visible token before
+    (without one, after) a hidden one."""
+    rows = data.pack([len(d["tokens"]) for d in documents], config.block_size)
+    found = [[], [], []]
+    for start in range(0, len(rows), config.batch_size):
+        part = [[documents[i] for i in row] for row in rows[start : start + config.batch_size]]
+        batch = strip(data.collate_documents(part, config, np.random.default_rng([0, start]), device))
+        is_target, z = batch["is_target"], model.targets(batch["idx"], batch["positions"], batch["segment"])
+        found[0].append(model.predict(**batch).cpu())
+        found[1].append(z[is_target].cpu())
+        at = nearest_visible(is_target.cpu().numpy(), batch["segment"].cpu().numpy())
+        found[2].append(z[is_target.nonzero()[:, 0], torch.from_numpy(at).to(z.device)].cpu())
+    z_pred, z_target, z_copy = (torch.cat(z) for z in found)
+    if model.config.standardize_target:  # as in training, by these very tokens
+        mean, std = z_target.mean(0), z_target.std(0, correction=0).clamp_min(1e-3)
+        z_target, z_copy = (z_target - mean) / std, (z_copy - mean) / std
+    return latent_figures(z_pred, z_target, z_copy, error="mse")
+
+
+def nearest_visible(is_target: np.ndarray, segment: np.ndarray) -> np.ndarray:
+    """Of every target (row by row): position of the last visible token of its segment before it, else the first."""
+    out = []
+    for targets, segments in zip(is_target, segment, strict=True):
+        for i in np.flatnonzero(targets):
+            visible = np.flatnonzero((segments == segments[i]) & ~targets)
+            out.append(visible[max(0, np.searchsorted(visible, i) - 1)])
+    return np.array(out)
+
+
+class DistillJob(DocumentJob):
+    """What the loop needs to train DistilledEncoder: the documents, and what the teacher makes of them."""
+
+    def __init__(self, config, out: Path):
+        self.teacher, theirs, tokenizer = load_encoder(config.teacher, config.device)
+        super().__init__(config, out)
+        config.teacher_dim, config.world = self.teacher.transformer.n_embd, weights_digest(config.teacher)
+        if config.block_size > theirs.block_size:
+            raise ValueError(f"--block_size {config.block_size}: the teacher has seen rows of {theirs.block_size}")
+        self.start = None
+        if config.init_from not in ("", "random"):
+            self.start, _, ours = load_encoder(config.init_from, "cpu")
+            if tokenizer_digest(ours) != tokenizer_digest(tokenizer):
+                raise ValueError(f"--init_from {config.init_from} and --teacher {config.teacher} read other tokens: "
+                                 "a student learns from a teacher of its own tokenizer")
+        self.identity["teacher"] = config.world
+
+    def fit(self, model):
+        """Where init_from names a run, the student starts from its encoder."""
+        if self.start is not None:
+            model.student.load_state_dict(self.start.state_dict())
+
+    def batch(self, index: int, device) -> dict:
+        return self.taught(self.batches(index, device))
+
+    @torch.no_grad()
+    def taught(self, batch: dict) -> dict:
+        z = self.teacher(batch["idx"], batch["segment"] >= 0, batch["positions"], batch["segment"]).float()
+        return batch | {"z_teacher": torch.nn.functional.layer_norm(z, z.shape[-1:])}
+
+    @torch.no_grad()
+    def evaluate(self, model, device, autocast) -> dict:
+        """Held-out mse and cos to the teacher's outputs, and the mse of the best constant."""
+        model.eval()
+        rows, sums, seen = data.pack([len(d["tokens"]) for d in self.val], self.config.block_size), {}, []
+        for start in range(0, len(rows), self.config.batch_size):
+            part = [[self.val[i] for i in row] for row in rows[start : start + self.config.batch_size]]
+            batch = self.taught(data.collate_documents(part, self.config, None, device))
+            with autocast():
+                losses = model(strip(batch))
+            for k in ("mse", "cos"):
+                sums[k] = sums.get(k, 0.0) + float(losses[k]) * batch["n_tokens"]
+            seen.append(batch["z_teacher"][batch["segment"] >= 0].cpu())
+        model.train()
+        z, n = torch.cat(seen), sum(map(len, seen))
+        return {k: v / n for k, v in sums.items()} | {"mse_predict_mean": float(z.var(0, correction=0).mean()), "n": n}
+
+
+class AnswerJob:
+    """What the loop needs to train SpeakingTJEPA: questions, responses, and the encoder to start from."""
+
+    unit = "problems"
+
+    def __init__(self, config, out: Path):
+        self.config, asked_vocab_size, self.start = config, config.vocab_size, None
+        if config.init_from != "random":
+            self.start, _, self.tokenizer = load_encoder(config.init_from, "cpu")
+            config.world = weights_digest(config.init_from)
+        n = config.limit or (config.n_synthetic if config.dataset == "synthetic" else 0)
+        common = dict(data_dir=config.data_dir, seed=config.seed, max_steps=config.max_problem_steps)
+        train = data.load_problems(config.dataset, "train", limit=n, **common)
+        val = data.load_problems(config.dataset, "val", limit=config.val_problems, **common)
+        if len(val) < 2:
+            raise ValueError(f"{len(val)} validation problem of {config.dataset}: two are needed")
+        if self.start is None:
+            texts = [f"{p['question']}\n{data.answer_text(p, 'solution')}" for p in train]
+            self.tokenizer = pick_tokenizer(config, out, texts)
+        config.vocab_size, config.context_dim = self.tokenizer.vocab_size, config.encoder_n_embd
+        self.train, self.val = (encode_answers(p, self.tokenizer, config) for p in (train, val))
+        self.batches = data.Batches(self.train, config)
+        self.identity = {"vocab_size": asked_vocab_size, "tokenizer": tokenizer_digest(self.tokenizer),
+                         "encoder": config.world, "training problems": digest(json.dumps(self.train))}
+
+    def fit(self, model):
+        """The encoder that init_from names."""
+        if self.start is not None:
+            model.text_encoder.load_state_dict(self.start.state_dict())
+
+    def write(self, out: Path):
+        write_atomic(out / "tokenizer.tiktoken", self.tokenizer.save)
+
+    def batch(self, index: int, device) -> dict:
+        return self.collate(self.batches(index), device)
+
+    def collate(self, examples: list[dict], device, questions: list[dict] = ()) -> dict:
+        """A batch of SpeakingTJEPA.forward; the questions may be those of other examples."""
+        return collate_answers(examples, self.config.vocab_size - 2, device, questions)
+
+    @torch.no_grad()
+    def evaluate(self, model, device, autocast) -> dict:
+        model.eval()
+        with autocast():
+            losses = answer_losses(model, self.val, self.config, device)
+        model.train()
+        return {name: float(np.average(a[:, 0], weights=a[:, 1])) for name, a in losses.items()}
+
+
+def encode_answers(problems: list[dict], tokenizer, config) -> list[dict]:
+    """Problems -> {"id", "question", "answer", "target": token ids}. Raises ValueError naming one that is too long."""
+    examples = []
+    for p in problems:
+        q, a = (tokenizer.encode(t) for t in (p["question"], data.answer_text(p, config.answer_text)))
+        if max(len(q), len(a) + 1) > config.block_size:
+            raise ValueError(f"problem {p['id']} has a question of {len(q)} and a response of {len(a) + 1} tokens; "
+                             f"both must fit --block_size {config.block_size}")
+        examples.append({"id": p["id"], "question": q, "answer": a, "target": a})
+    return examples
+
+
+def collate_answers(examples: list[dict], eos: int, device, questions: list[dict] = ()) -> dict:
+    rows = [e["question"] for e in questions or examples]
+    return {"question": pad_rows(rows, 0, device),
+            "context_allowed": pad_rows([[1] * len(row) for row in rows], 0, device).bool(),
+            **spoken([e["answer"] for e in examples], eos, device)}
+
+
+@torch.no_grad()
+def answer_losses(model, examples: list[dict], config, device) -> dict[str, np.ndarray]:
+    """Cross-entropy of each response, [n, 2] (mean a token, tokens): `lm_loss` given its question, `lm_loss_shuffled`
+    given that of another example."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["answer"]))
+    ordered, eos = [examples[i] for i in order], config.vocab_size - 2
+    others = ordered[1:] + ordered[:1]
+    out = {name: np.zeros((len(examples), 2)) for name in ("lm_loss", "lm_loss_shuffled")}
+    for start in range(0, len(order), config.batch_size):
+        here = slice(start, start + config.batch_size)
+        for name, questions in (("lm_loss", ordered[here]), ("lm_loss_shuffled", others[here])):
+            batch = strip(collate_answers(ordered[here], eos, device, questions))
+            context = model.think(batch["question"], batch["context_allowed"])
+            loss = model.speaker.losses(batch | {"context": context})  # (B, T)
+            counts = (batch["targets"] >= 0).sum(1)
+            out[name][order[here], 0] = (loss.sum(1) / counts).cpu()
+            out[name][order[here], 1] = counts.cpu()
+    return out
+
+
+JOBS = {cfg.NanoJEPAConfig: TextJob, cfg.RJEPAConfig: LatentJob, cfg.GuideConfig: GuideJob, cfg.SpeakConfig: SpeakJob,
+        cfg.TJEPAConfig: DocumentJob, cfg.DistillConfig: DistillJob, cfg.AnswerConfig: AnswerJob}  # fmt: skip
+
+
+def default_latents(config) -> Path:
+    """Where the latents of a job lie unless --latents names a folder: the name follows from what is extracted."""
+    which = [config.limit, config.data_dir, config.seed, *([config.prompt] if config.prompt else [])]
+    if config.dataset == "synthetic":
+        which = [config.n_synthetic, config.max_problem_steps, config.seed]
+    llm = "".join(c if c.isalnum() or c in "-." else "-" for c in config.llm)
+    name = f"{config.dataset}-{llm}-layer{config.layer}-{config.pooling}-{digest(json.dumps(which))[:6]}"
+    return Path("out/latents") / name
+
+
+def extract_latents(config, folder: Path):
+    """Runs extract.py for a job's training chains and counterfactuals; says so."""
+    import subprocess
+
+    command = [sys.executable, str(Path(__file__).with_name("extract.py")), "--llm", config.llm, "--dataset",
+               config.dataset, "--layer", str(config.layer), "--pooling", config.pooling, "--counterfactual",
+               "--out", str(folder), "--prompt", config.prompt, "--seed", str(config.seed),
+               "--max_problem_steps", str(config.max_problem_steps),
+               "--threads", str(config.threads), "--device", config.device]  # fmt: skip
+    limit = config.n_synthetic if config.dataset == "synthetic" else config.limit
+    command += ["--limit", str(limit), *(["--data_dir", config.data_dir] if config.data_dir else [])]
+    say(f"{folder} holds no finished latents: extracting them first\n  {' '.join(command)}")
+    if subprocess.run(command, stdout=sys.stderr).returncode:
+        raise ValueError(f"{folder}: extraction failed (see above); the same command continues it")
