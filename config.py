@@ -259,10 +259,10 @@ class TJEPAConfig(TextConfig):
     span_max: int = 4  # sentences in the longest span that is drawn as such
     paragraph_share: float = 0.3  # share of the spans that are one to three whole paragraphs
 
-    # objective: MSE(z_pred, z_target) + lambda_* times each of the following
+    # objective: MSE(z_pred, z_target) - lambda_rate * coding rate of the context encoder's output
     standardize_target: bool = True  # per dimension, over the batch; off: as published, which collapses (LOG.md)
-    lambda_variance: float = 0.1  # hinge on the std of every dimension of the context encoder's output
-    lambda_covariance: float = 0.003  # mean square of its covariances off the diagonal, a dimension
+    lambda_rate: float = 0.3  # what keeps the latents from collapsing
+    rate_eps: float = 0.25  # variance below eps² does not count
 
     def __post_init__(self):
         super().__post_init__()
@@ -272,8 +272,8 @@ class TJEPAConfig(TextConfig):
               f"must be a multiple of 2 x {self.n_head}")
         check(self, "mask_min", 0 < self.mask_min <= self.mask_max < 1, "needs 0 < mask_min <= mask_max < 1")
         check(self, "paragraph_share", 0 <= self.paragraph_share <= 1, "must lie in [0, 1]")
-        for name in ("lambda_variance", "lambda_covariance"):
-            check(self, name, getattr(self, name) >= 0, "must not be negative")
+        check(self, "lambda_rate", self.lambda_rate >= 0, "must not be negative")
+        check(self, "rate_eps", self.rate_eps > 0, "must be positive")
 
 
 @dataclass

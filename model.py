@@ -902,23 +902,16 @@ class TJEPA(nn.Module):
     def forward(self, batch: dict) -> dict:
         """idx, positions, segment (-1: padding) int [B, T], is_target bool [B, T] -> {"loss" and its named parts}.
 
-        mse of the hidden tokens' latents, standardised over the batch where config says so; variance and covariance
-        (VICReg, Bardes et al. 2022, eq. 1 and 4) of what the context encoder makes of the visible ones.
+        mse of the hidden tokens' latents, standardised over the batch where config says so; rate: what keeps them
+        from collapsing, the coding rate of what the context encoder makes of the visible tokens, nats a dimension.
         """
-        cfg = self.config
         seen = z_context, visible = self.see(**batch)
         z_pred = self.predict(**batch, seen=seen)
         z_target = self.targets(batch["idx"], batch["positions"], batch["segment"])[batch["is_target"]]
-        if cfg.standardize_target:
+        if self.config.standardize_target:
             z_target = (z_target - z_target.mean(0)) / z_target.std(0, correction=0).clamp_min(1e-3)
-        z = z_context[visible].float()
-        with torch.autocast(z.device.type, enabled=False):
-            covariance = (z - z.mean(0)).T @ (z - z.mean(0)) / (len(z) - 1)  # (C, C)
-        spread = covariance.diagonal()
-        parts = {"mse": F.mse_loss(z_pred, z_target), "variance": F.relu(1 - spread.add(1e-4).sqrt()).mean(),
-                 "covariance": (covariance.square().sum() - spread.square().sum()) / len(spread)}
-        loss = parts["mse"] + cfg.lambda_variance * parts["variance"] + cfg.lambda_covariance * parts["covariance"]
-        return {"loss": loss, **parts}
+        parts = {"mse": F.mse_loss(z_pred, z_target), "rate": coding_rate(z_context[visible], self.config.rate_eps)}
+        return {"loss": parts["mse"] - self.config.lambda_rate * parts["rate"], **parts}
 
     def update_target(self, momentum: float):
         update_target(self.embed_target, self.embed, momentum)
@@ -929,6 +922,15 @@ class TJEPA(nn.Module):
         cfg, encoder = self.config, sum(p.numel() for p in self.jepa.context_encoder.parameters())
         predictor = sum(p.numel() for p in self.jepa.predictor.parameters())
         return 3 * encoder + 2 * encoder + 6 * predictor + 10 * cfg.n_layer * cfg.n_embd * T
+
+
+def coding_rate(z, eps: float):
+    """½ log det(I + cov(z) / eps²) / C of z [N, C] (MCR², Yu et al. 2020, eq. 1, for rows of norm √C): high where
+    variance is spread over many directions; it forbids none to be large."""
+    with torch.autocast(z.device.type, enabled=False):
+        z = z.float() - z.float().mean(0)
+        cov = z.T @ z / (len(z) * eps**2)
+        return torch.logdet(cov + torch.eye(len(cov), device=z.device)) / (2 * len(cov))
 
 
 class DistilledEncoder(Head):
