@@ -902,16 +902,21 @@ class TJEPA(nn.Module):
     def forward(self, batch: dict) -> dict:
         """idx, positions, segment (-1: padding) int [B, T], is_target bool [B, T] -> {"loss" and its named parts}.
 
-        mse of the hidden tokens' latents, standardised over the batch where config says so; rate: what keeps them
-        from collapsing, the coding rate of what the context encoder makes of the visible tokens, nats a dimension.
+        mse of the hidden tokens' latents, standardised over the batch where config says so. Two terms keep them
+        from collapsing, both of what the context encoder makes of the visible tokens: covariance (VICReg, Bardes et al.
+        2022, eq. 4), against a few large directions, and rate (see `coding_rate`), against many that are nearly none.
         """
         seen = z_context, visible = self.see(**batch)
         z_pred = self.predict(**batch, seen=seen)
         z_target = self.targets(batch["idx"], batch["positions"], batch["segment"])[batch["is_target"]]
         if self.config.standardize_target:
             z_target = (z_target - z_target.mean(0)) / z_target.std(0, correction=0).clamp_min(1e-3)
-        parts = {"mse": F.mse_loss(z_pred, z_target), "rate": coding_rate(z_context[visible], self.config.rate_eps)}
-        return {"loss": parts["mse"] - self.config.lambda_rate * parts["rate"], **parts}
+        with torch.autocast(z_context.device.type, enabled=False):
+            cov = covariance(z_context[visible].float())
+            parts = {"mse": F.mse_loss(z_pred, z_target), "rate": coding_rate(cov, self.config.rate_eps),
+                     "covariance": (cov.square().sum() - cov.diagonal().square().sum()) / len(cov)}
+        loss = parts["mse"] - self.config.lambda_rate * parts["rate"]
+        return {"loss": loss + self.config.lambda_covariance * parts["covariance"], **parts}
 
     def update_target(self, momentum: float):
         update_target(self.embed_target, self.embed, momentum)
@@ -924,13 +929,16 @@ class TJEPA(nn.Module):
         return 3 * encoder + 2 * encoder + 6 * predictor + 10 * cfg.n_layer * cfg.n_embd * T
 
 
-def coding_rate(z, eps: float):
-    """½ log det(I + cov(z) / eps²) / C of z [N, C] (MCR², Yu et al. 2020, eq. 1, for rows of norm √C): high where
-    variance is spread over many directions; it forbids none to be large."""
-    with torch.autocast(z.device.type, enabled=False):
-        z = z.float() - z.float().mean(0)
-        cov = z.T @ z / (len(z) * eps**2)
-        return torch.logdet(cov + torch.eye(len(cov), device=z.device)) / (2 * len(cov))
+def covariance(z):
+    """z [N, C] -> [C, C]."""
+    z = z - z.mean(0)
+    return z.T @ z / len(z)
+
+
+def coding_rate(cov, eps: float):
+    """½ log det(I + cov / eps²) / C, nats a dimension (MCR², Yu et al. 2020, eq. 1, for rows of norm √C): high where
+    variance is spread over many directions; it forbids none to be large. cov [C, C]."""
+    return torch.logdet(torch.eye(len(cov), device=cov.device) + cov / eps**2) / (2 * len(cov))
 
 
 class DistilledEncoder(Head):

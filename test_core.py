@@ -2131,7 +2131,7 @@ def test_the_context_encoder_runs_on_visible_tokens_alone():
 
 
 def test_tjepa_losses_equal_hand_values():
-    config = text_config(vocab_size=258, lambda_rate=0.3, rate_eps=0.5)
+    config = text_config(vocab_size=258, lambda_rate=0.3, rate_eps=0.5, lambda_covariance=0.2)
     torch.manual_seed(0)
     model = m.TJEPA(config)
     batch = packed_batch(config, [documents()[:3], documents()[3:5]])
@@ -2142,7 +2142,9 @@ def test_tjepa_losses_equal_hand_values():
     cov = torch.cov(seen[visible].T, correction=0)
     rate = 0.5 * torch.log1p(torch.linalg.eigvalsh(cov.double()) / 0.25).mean()
     assert math.isclose(float(losses["rate"].detach()), float(rate.detach()), rel_tol=1e-4)
-    assert torch.isclose(losses["loss"], losses["mse"] - 0.3 * losses["rate"])
+    off = cov - torch.diag(cov.diagonal())
+    assert torch.isclose(losses["covariance"], off.square().sum() / 32, rtol=1e-4)
+    assert torch.isclose(losses["loss"], losses["mse"] - 0.3 * losses["rate"] + 0.2 * losses["covariance"])
     plain = m.TJEPA(dataclasses.replace(config, standardize_target=False))
     plain.load_state_dict(model.state_dict())
     assert torch.isclose(plain(batch)["mse"], F.mse_loss(z_pred, z))
