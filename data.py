@@ -755,23 +755,24 @@ def encode_document(text: str, tokenizer: Tokenizer, block_size: int) -> list[di
 def draw_spans(document: dict, config, rng) -> np.ndarray:
     """Which of a document's sentences are hidden, bool [n]: spans of sentences or of whole paragraphs.
 
-    Spans are drawn until the share of tokens drawn for this document is hidden; the last sentence that is still visible
-    stays so. Every sentence can be hidden.
+    Spans are drawn until one more sentence would lead away from the share of tokens drawn for this document. One is
+    hidden at least, one stays visible, and every sentence can be either.
     """
     lengths, paragraphs = np.array(document["sentences"]), np.array(document["paragraphs"])
     hidden, n = np.zeros(len(lengths), dtype=bool), len(lengths)
     wanted = rng.uniform(config.mask_min, config.mask_max) * lengths.sum()
-    while lengths[hidden].sum() < wanted and hidden.sum() < n - 1:
+    while True:
         first = int(rng.integers(n))
         if rng.random() < config.paragraph_share:
             last = paragraphs[first] + rng.integers(3)
             span = np.flatnonzero((paragraphs >= paragraphs[first]) & (paragraphs <= last))
         else:
             span = np.arange(first, min(n, first + 1 + int(rng.integers(config.span_max))))
-        for i in span:
-            if hidden.sum() < n - 1 and lengths[hidden].sum() < wanted:
-                hidden[i] = True
-    return hidden
+        for i in span[~hidden[span]]:
+            now = lengths[hidden].sum()
+            if hidden.sum() == n - 1 or (now and abs(now + lengths[i] - wanted) > abs(now - wanted)):
+                return hidden
+            hidden[i] = True
 
 
 def pack(lengths: list[int], block_size: int) -> list[list[int]]:

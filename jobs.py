@@ -393,9 +393,8 @@ def span_figures(model, documents: list[dict], config, device) -> dict:
         at = nearest_visible(is_target.cpu().numpy(), batch["segment"].cpu().numpy())
         found[2].append(z[is_target.nonzero()[:, 0], torch.from_numpy(at).to(z.device)].cpu())
     z_pred, z_target, z_copy = (torch.cat(z) for z in found)
-    if model.config.standardize_target:  # as in training, by these very tokens
-        mean, std = z_target.mean(0), z_target.std(0, correction=0).clamp_min(1e-3)
-        z_target, z_copy = (z_target - mean) / std, (z_copy - mean) / std
+    if model.config.standardize_target:  # back into the targets' own space, by these very tokens
+        z_pred = z_target.mean(0) + z_target.std(0, correction=0).clamp_min(1e-3) * z_pred
     return latent_figures(z_pred, z_target, z_copy, error="mse")
 
 

@@ -912,7 +912,8 @@ class TJEPA(nn.Module):
         if self.config.standardize_target:
             z_target = (z_target - z_target.mean(0)) / z_target.std(0, correction=0).clamp_min(1e-3)
         with torch.autocast(z_context.device.type, enabled=False):
-            cov = covariance(z_context[visible].float())
+            z = z_context[visible].float()
+            cov = covariance(F.layer_norm(z, z.shape[-1:]))  # as the targets: what scale could do is taken out
             parts = {"mse": F.mse_loss(z_pred, z_target), "rate": coding_rate(cov, self.config.rate_eps),
                      "covariance": (cov.square().sum() - cov.diagonal().square().sum()) / len(cov)}
         loss = parts["mse"] - self.config.lambda_rate * parts["rate"]

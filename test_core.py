@@ -2068,7 +2068,7 @@ def test_spans_hide_the_share_asked_for_reach_every_sentence_and_never_all():
     (document,) = data.encode_document(text, tokenizer, 1024)
     drawn = np.array([data.draw_spans(document, text_config(), rng) for _ in range(400)])
     share = (drawn * document["sentences"]).sum(1) / sum(document["sentences"])
-    assert share.min() >= 0.3 and share.max() < 0.7 and 0.4 < share.mean() < 0.53
+    assert share.min() > 0.27 and share.max() < 0.63 and 0.43 < share.mean() < 0.47
     assert drawn.any(0).all() and (~drawn).any(0).all()
     runs_of = np.diff(np.pad(drawn, ((0, 0), (1, 0))).astype(int), axis=1).clip(0).sum(1)
     assert (runs_of > 1).mean() > 0.5  # several spans
@@ -2139,7 +2139,7 @@ def test_tjepa_losses_equal_hand_values():
     z = model.targets(batch["idx"], batch["positions"], batch["segment"])[batch["is_target"]]
     assert torch.isclose(losses["mse"], F.mse_loss(z_pred, (z - z.mean(0)) / z.std(0, correction=0)))
     seen, visible = model.see(**batch)
-    cov = torch.cov(seen[visible].T, correction=0)
+    cov = torch.cov(F.layer_norm(seen[visible], (32,)).T, correction=0)
     rate = 0.5 * torch.log1p(torch.linalg.eigvalsh(cov.double()) / 0.25).mean()
     assert math.isclose(float(losses["rate"].detach()), float(rate.detach()), rel_tol=1e-4)
     off = cov - torch.diag(cov.diagonal())
