@@ -221,12 +221,9 @@ class SpeakConfig(RunConfig):
 
 @dataclass
 class TextConfig(RunConfig):
-    """What the jobs of T-JEPA share: the documents, the tokenizer, the Transformer that is trained."""
+    """What the jobs of T-JEPA share: the tokenizer, and the Transformer that is trained."""
 
-    # documents: a problem with its solution is one, unless --text names others
-    text: str = ""  # a folder of .txt files, or a text data set of the hub; empty: the problems of --dataset
-    text_field: str = "text"  # the column of the data set that holds the text
-    tokenizer: Literal["gpt2", "bpe"] = "gpt2"  # a BPE is trained on the documents; a run started from brings its own
+    tokenizer: Literal["gpt2", "bpe"] = "gpt2"  # a BPE is trained on the texts; a run started from brings its own
     vocab_size: int = 4096  # size of the trained BPE with its special ids; the run stores the true size
     block_size: int = 512  # tokens a row, in which several documents lie; longer ones are cut between sentences
 
@@ -247,7 +244,15 @@ class TextConfig(RunConfig):
 
 
 @dataclass
-class TJEPAConfig(TextConfig):
+class DocumentConfig(TextConfig):
+    """The documents that an encoder is trained on: a problem with its solution is one, unless --text names others."""
+
+    text: str = ""  # a folder of .txt files, or NAME[:CONFIGURATION] of a hub data set; empty: problems of --dataset
+    text_field: str = "text"  # the column of the data set that holds the text
+
+
+@dataclass
+class TJEPAConfig(DocumentConfig):
     """T-JEPA, phase 1: predicts the latents of masked spans of text from the text around them."""
 
     predictor_n_layer: int = 4  # blocks of the predictor
@@ -279,8 +284,11 @@ class TJEPAConfig(TextConfig):
 
 
 @dataclass
-class DistillConfig(TextConfig):
-    """A text encoder (n_layer, n_head, n_embd) that learns the outputs of a larger one on the same documents."""
+class DistillConfig(DocumentConfig):
+    """A text encoder (n_layer, n_head, n_embd) that learns the outputs of a larger one on the same documents.
+
+    It starts from fresh weights (init_from empty or `random`) or from those of a run of its shape.
+    """
 
     teacher: str = ""  # run folder of the teacher: T-JEPA, or itself distilled
     teacher_dim: int = 0  # its width; the run stores it
@@ -302,6 +310,7 @@ class AnswerConfig(TextConfig):
     encoder_n_layer: int = 4  # of the encoder; a run started from brings its own
     encoder_n_head: int = 4  # likewise
     encoder_n_embd: int = 256  # likewise
+    encoder_block_size: int = 0  # longest row that the encoder was trained on; the run stores it
     context_dim: int = 0  # the encoder's width; the run stores it
     answer_text: Literal["solution", "final"] = "solution"  # what is written: the worked solution, or its last line
     world: str = ""  # hash of the weights that the encoder came from; the run stores it

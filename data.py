@@ -589,8 +589,7 @@ class Batches:
         q, a, t = np.array([[len(e[k]) for k in ("question", "answer", "target")] for e in self.examples],
                            dtype=float).T
         # with `question` one row, and the target's; without one (lambda_jepa = 0) the batches stay the same
-        one_row = getattr(config, "answer_context", "") == "question"
-        return np.stack([q + a, t] if one_row else [q, a], axis=1)
+        return np.stack([q, a] if config.answer_context != "question" else [q + a, t], axis=1)
 
     def __call__(self, index: int) -> list[dict]:
         epoch, i = divmod(index, self.per_epoch)
@@ -680,16 +679,17 @@ def flatten_targets(batch: dict, prefix: str, losses: list[list[tuple[int, int]]
 
 
 def load_texts(config, split: str) -> list[str]:
-    """The documents of `train` or `val` that a TextConfig names; every 20th is of `val`.
+    """The documents of `train` or `val` that a DocumentConfig names.
 
-    A problem with its solution, a .txt file, or a row of a text data set of the hub (empty rows are left out). Raises
-    ValueError or FileNotFoundError naming the file that is empty or no text.
+    A problem with its solution, a .txt file, or a row of a text data set of the hub (empty rows are left out). Every
+    20th is of `val`; of fewer than 40, the last 20th of each one's paragraphs. Raises ValueError or FileNotFoundError
+    naming the file that is empty or no text.
     """
+    limit = config.val_problems if split == "val" else config.limit
     if not config.text:
-        n = config.val_problems if split == "val" else config.limit
         if config.dataset == "synthetic":
-            n = n or config.n_synthetic
-        problems = load_problems(config.dataset, split, config.data_dir, n, config.seed, config.max_problem_steps)
+            limit = limit or config.n_synthetic
+        problems = load_problems(config.dataset, split, config.data_dir, limit, config.seed, config.max_problem_steps)
         return [f"{p['question']}\n{answer_text(p, 'solution')}" for p in problems]
     texts, folder = [], Path(config.text)
     if folder.is_dir():
@@ -704,15 +704,22 @@ def load_texts(config, split: str) -> list[str]:
         import datasets
 
         try:
-            rows = datasets.load_dataset(config.text, split="train")
+            name, _, configuration = config.text.partition(":")
+            rows = datasets.load_dataset(name, configuration or None, split="train")
         except Exception as error:  # the hub's own, requests' and datasets' kinds
             raise FileNotFoundError(f"--text {config.text}: no folder, and no data set that could be loaded "
                                     f"({type(error).__name__}: {str(error)[:120]})") from None
         if config.text_field not in rows.column_names:
             raise ValueError(f"--text_field {config.text_field}: {config.text} has {', '.join(rows.column_names)}")
-        texts = [t for t in rows[config.text_field] if t.strip()]
-    texts = [t for i, t in enumerate(texts) if (i % VAL_EVERY == VAL_EVERY - 1) == (split == "val")]
-    return texts[: (config.val_problems if split == "val" else config.limit) or None]
+        texts = [t for t in rows[config.text_field] if isinstance(t, str) and t.strip()]
+    if len(texts) >= 2 * VAL_EVERY:
+        texts = [t for i, t in enumerate(texts) if (i % VAL_EVERY == VAL_EVERY - 1) == (split == "val")]
+    else:
+        parts = [re.split(r"\n[^\S\n]*\n", t.strip()) for t in texts]
+        ends = [len(part) - max(1, len(part) // VAL_EVERY) for part in parts]
+        texts = ["\n\n".join(part[end:] if split == "val" else part[:end])
+                 for part, end in zip(parts, ends, strict=True)]
+    return [t for t in texts if t][: limit or None]
 
 
 def sentence_pieces(text: str) -> list[tuple[str, int]]:
@@ -789,8 +796,8 @@ def pack(lengths: list[int], block_size: int) -> list[list[int]]:
 
 
 def collate_documents(rows: list[list[dict]], config, rng, device=None) -> dict:
-    """Rows of documents -> the batch that TJEPA.forward documents; masks are drawn where config says how."""
-    T, masks = max(sum(len(d["tokens"]) for d in row) for row in rows), hasattr(config, "mask_min")
+    """Rows of documents -> the batch that TJEPA.forward documents; without rng nothing is masked."""
+    T = max(sum(len(d["tokens"]) for d in row) for row in rows)
     idx, positions = torch.zeros(len(rows), T, dtype=torch.long), torch.zeros(len(rows), T, dtype=torch.long)
     segment, is_target = torch.full((len(rows), T), -1), torch.zeros(len(rows), T, dtype=torch.bool)
     for b, row in enumerate(rows):
@@ -799,7 +806,7 @@ def collate_documents(rows: list[list[dict]], config, rng, device=None) -> dict:
             here = slice(at, at := at + len(d["tokens"]))
             idx[b, here], positions[b, here] = torch.tensor(d["tokens"]), torch.arange(len(d["tokens"]))
             segment[b, here] = number
-            if masks:
+            if rng is not None:
                 is_target[b, here] = torch.from_numpy(draw_spans(d, config, rng).repeat(d["sentences"]))
     batch = {"idx": idx, "positions": positions, "segment": segment, "is_target": is_target}
     n = int((segment >= 0).sum())
@@ -812,15 +819,15 @@ class Documents(Batches):
 
     unit = "rows of documents"
 
-    def __init__(self, documents: list[dict], config):
-        rows = pack([len(d["tokens"]) for d in documents], config.block_size)
+    def __init__(self, documents: list[dict], config, masks: bool = True):
+        self.masks, rows = masks, pack([len(d["tokens"]) for d in documents], config.block_size)
         super().__init__([[documents[i] for i in row] for row in rows], config)
 
     def measure(self, config):
         return None
 
     def __call__(self, index: int, device=None) -> dict:
-        rng = np.random.default_rng([self.seed, 1, index])
+        rng = np.random.default_rng([self.seed, 1, index]) if self.masks else None
         return collate_documents(super().__call__(index), self.config, rng, device)
 
     def shuffle(self, epoch: int) -> np.ndarray:

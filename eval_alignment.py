@@ -37,6 +37,7 @@ from config import AnswerConfig, RJEPAConfig, TextConfig, TJEPAConfig, check
 from model import TextEncoder, alignment, latent_figures, wilson
 from runs import (
     build_model,
+    encoder_block_size,
     encoder_shape,
     load_config,
     load_encoder,
@@ -402,7 +403,8 @@ def evaluate_step_errors(run: str, args) -> dict:
 def probes(encoder, tokenizer, train_problems: list[dict], problems: list[dict], seed: int) -> dict:
     """R2 on `problems` of ridge regressions, fitted on `train_problems`, from the question's thought vector.
 
-    steps: how many steps the solution has; magnitude: log10(1 + |answer|). 0 is what the mean gets.
+    steps: how many steps the solution has; magnitude: log10(1 + |answer|). 0 is what the mean gets; None where all
+    problems have the same.
     """
     from sklearn.linear_model import RidgeCV
     from sklearn.pipeline import make_pipeline
@@ -424,8 +426,9 @@ def probes(encoder, tokenizer, train_problems: list[dict], problems: list[dict],
         fitted = make_pipeline(StandardScaler(), RidgeCV(np.logspace(0, 5, 11))).fit(features[0], truths[0][name])
         truth, error = truths[1][name], truths[1][name] - fitted.predict(features[1])
         r2 = [1 - np.square(error[i]).mean() / truth[i].var() for i in
-              (np.arange(len(truth)), *rng.integers(0, len(truth), (1000, len(truth))))]
-        result[name] = {"r2": float(r2[0]), "ci95": [float(x) for x in np.quantile(r2[1:], [0.025, 0.975])]}
+              (np.arange(len(truth)), *rng.integers(0, len(truth), (1000, len(truth)))) if truth[i].var() > 0]
+        result[name] = {"r2": float(r2[0]), "ci95": [float(x) for x in np.quantile(r2[1:], [0.025, 0.975])]} if (
+            truth.var() > 0) else {"r2": None, "ci95": None}
     return result
 
 
@@ -454,39 +457,52 @@ def teacher_alignment(encoder, teacher, train_rows: list[list[int]], rows: list[
 
 
 def evaluate_tjepa(run: str, args) -> dict:
-    """Masked spans (a pre-trained run), probes beside those of a random encoder, alignment to --teacher."""
+    """Masked spans (a pre-trained run), probes beside those of three random encoders, alignment to --teacher.
+
+    A run on --text is looked at on its own held-out documents, and on problems where --dataset names some.
+    """
     encoder, config, tokenizer = load_encoder(run, args.device)
-    problems = held_out(args, config)
+    device, own_text, result = encoder.embed.weight.device, getattr(config, "text", ""), {}
+    problems = held_out(args, config) if args.dataset or not own_text else []
+    if isinstance(config, TJEPAConfig):
+        if own_text:
+            print("documents: the run's own held-out ones, which its evaluations have seen")
+        texts = data.load_texts(config, "val")[: args.limit or None] if own_text else [
+            f"{p['question']}\n{data.answer_text(p, 'solution')}" for p in problems]
+        documents = [d for t in texts for d in data.encode_document(t, tokenizer, config.block_size)]
+        torch.manual_seed(args.seed)
+        figures = [jobs.span_figures(net, documents, config, device) for net in
+                   (load_run(run, args.device)[0], build_model(config).to(device).eval())]
+        result |= figures[0] | {"untrained": figures[1]}
+    if len(problems) < 2:
+        return result
     dataset = args.dataset or config.dataset
     data_dir = args.data_dir or (config.data_dir if dataset == config.dataset else "")
     limit = 2000 if dataset == "synthetic" else 0
     train_problems = data.load_problems(dataset, "train", data_dir, limit, config.seed, config.max_problem_steps)
-    torch.manual_seed(args.seed)
-    result, untrained = {}, TextEncoder(config.vocab_size, *encoder_shape(config)).eval()
-    if isinstance(config, TJEPAConfig):
-        model, _ = load_run(run, args.device)
-        fresh = build_model(config).to(encoder.embed.weight.device).eval()
-        texts = [f"{p['question']}\n{data.answer_text(p, 'solution')}" for p in problems]
-        texts = data.load_texts(config, "val") if config.text else texts
-        documents = [d for t in texts for d in data.encode_document(t, tokenizer, config.block_size)]
-        figures = [jobs.span_figures(net, documents, config, encoder.embed.weight.device) for net in (model, fresh)]
-        result |= figures[0] | {"untrained": figures[1]}
-    result["probe"] = probes(encoder, tokenizer, train_problems, problems, args.seed)
-    result["probe_random"] = probes(untrained.to(encoder.embed.weight.device), tokenizer, train_problems, problems,
-                                    args.seed)
+    untrained = []
+    for seed in range(args.seed, args.seed + 3):
+        torch.manual_seed(seed)
+        untrained.append(TextEncoder(config.vocab_size, *encoder_shape(config)).eval().to(device))
+    result["probe"], *random = (probes(net, tokenizer, train_problems, problems, args.seed)
+                                for net in (encoder, *untrained))
+    result["probe_random"] = {name: [r[name]["r2"] for r in random] for name in ("steps", "magnitude")}
     if args.teacher:
         teacher, theirs, other = load_encoder(args.teacher, args.device)
         if tokenizer_digest(other) != tokenizer_digest(tokenizer):
             raise ValueError(f"{run} and --teacher {args.teacher} read other tokens: they cannot be compared")
-        parts = [[tokenizer.encode(p["question"])[: theirs.block_size] for p in some]
+        parts = [[tokenizer.encode(p["question"])[: encoder_block_size(theirs)] for p in some]
                  for some in (train_problems[:1000], problems[:1000])]
         result["teacher"] = teacher_alignment(encoder, teacher, *parts)
-        result["teacher_random"] = teacher_alignment(untrained, teacher, *parts)
+        result["teacher_random"] = teacher_alignment(untrained[0], teacher, *parts)
     return result | {"n_problems": len(problems)}
 
 
 def evaluate_answers(run: str, args) -> dict:
-    """Token loss of held-out responses, nats: given their question, given another problem's; `gap` between the two."""
+    """Token loss of held-out responses, nats: given their question, given another problem's; `gap` between the two.
+
+    Over the runs of one tokenizer they compare; lm_loss_per_character does over all.
+    """
     model, config = load_run(run, args.device)
     tokenizer, problems = load_tokenizer(run, config), held_out(args, config)
     if len(problems) < 2:
@@ -495,7 +511,8 @@ def evaluate_answers(run: str, args) -> dict:
     losses = jobs.answer_losses(model, examples, config, model.text_encoder.embed.weight.device)
     own, other, n = losses["lm_loss"][:, 0], losses["lm_loss_shuffled"][:, 0], losses["lm_loss"][:, 1]
     draws = np.random.default_rng(args.seed).integers(0, len(n), (1000, len(n)))
-    result = {"n": len(n), "tokens": int(n.sum())}
+    characters = sum(len(data.answer_text(p, config.answer_text)) for p in problems)
+    result = {"n": len(n), "tokens": int(n.sum()), "lm_loss_per_character": float((own * n).sum() / characters)}
     for name, values in (("lm_loss", own), ("lm_loss_shuffled", other), ("gap", other - own)):
         means = (values * n)[draws].sum(1) / n[draws].sum(1)
         result[name] = float(np.average(values, weights=n))
@@ -517,6 +534,8 @@ def main():
     try:
         config = load_config(args.run)[1]
         is_rjepa = isinstance(config, RJEPAConfig)
+        if args.teacher and (not isinstance(config, TextConfig) or isinstance(config, AnswerConfig)):
+            raise ValueError(f"--teacher is for encoders of T-JEPA, pre-trained or distilled; {args.run} is none")
         if (args.latents or args.step_errors or args.plan) and not is_rjepa:
             raise ValueError(f"--latents, --step_errors and --plan are for R-JEPA runs; {args.run} is none")
         if is_rjepa:

@@ -27,7 +27,7 @@ import extract
 import infer
 import latents
 import verify
-from config import RJEPAConfig, check
+from config import AnswerConfig, NanoJEPAConfig, RJEPAConfig, TextConfig, check
 from llm import generate as llm_generate
 from model import wilson
 from runs import build_model, digest, load_config, load_run, load_tokenizer, weights_digest, write_atomic
@@ -117,9 +117,9 @@ def evaluate_run(run: str, args) -> dict:
     model, config = load_run(run, args.device)
     tokenizer = load_tokenizer(run, config)
     problems = eval_alignment.held_out(args, config)
-    if not hasattr(model, "generate"):
-        raise ValueError(f"{run} is a run of preset '{model.preset}', which writes no answers: python train.py "
-                         f"tjepa-speak --init_from {run}")
+    if not isinstance(config, (NanoJEPAConfig, AnswerConfig)):
+        hint = f": python train.py tjepa-speak --init_from {run}" if isinstance(config, TextConfig) else ""
+        raise ValueError(f"{run} is a run of preset '{model.preset}', which writes no answers{hint}")
     texts = generate(model, [tokenizer.encode(p["question"]) for p in problems], tokenizer, args)
     truths = [data.answer_text(p, "final") for p in problems]
     right = np.array([[verify.check_answer(t, truth) for t in row] for row, truth in zip(texts, truths, strict=True)])

@@ -31,7 +31,7 @@ import latents
 import verify
 from config import check
 from llm import LLM, HuggingFaceLLM, generate, load_llm
-from runs import load_config, load_encoder, load_run, load_tokenizer, weights_digest, write_atomic
+from runs import encoder_block_size, load_config, load_encoder, load_run, load_tokenizer, weights_digest, write_atomic
 
 # ----------------------------------------------------------------------------- functions to import
 
@@ -581,15 +581,15 @@ def run_think(args: Think) -> dict:
     encoder, config, tokenizer = load_encoder(args.run, args.device)
     if args.stored:
         texts = [line.strip() for line in Path(args.stored).read_text("utf-8").splitlines() if line.strip()]
-    elif config.text:
+    elif getattr(config, "text", ""):
         texts = data.load_texts(config, "train")
     else:
         limit = config.limit or (config.n_synthetic if config.dataset == "synthetic" else 0)
         texts = [p["question"] for p in data.load_problems(config.dataset, "train", config.data_dir, limit, config.seed,
                                                            config.max_problem_steps)]
     if not texts:
-        raise ValueError(f"--stored {args.stored}: holds no text")
-    thoughts = think(encoder, tokenizer, config.block_size, [args.text, *texts])
+        raise ValueError(f"{args.stored or args.run + ', its training texts'}: no text there")
+    thoughts = think(encoder, tokenizer, encoder_block_size(config), [args.text, *texts])
     return {"text": args.text, "nearest": nearest_texts(thoughts[0], thoughts[1:], texts, args.k),
             "thought": [round(x, 5) for x in thoughts[0].tolist()]}
 

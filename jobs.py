@@ -25,6 +25,8 @@ from llm import load_llm
 from model import alignment, latent_figures, pad_rows
 from runs import (
     digest,
+    encoder_block_size,
+    encoder_shape,
     load_encoder,
     load_run,
     load_tokenizer,
@@ -341,10 +343,10 @@ class DocumentJob:
 
     unit = "rows of documents"
 
-    def __init__(self, config, out: Path):
+    def __init__(self, config, out: Path, tokenizer=None):
         self.config, asked_vocab_size = config, config.vocab_size
         texts = {split: data.load_texts(config, split) for split in ("train", "val")}
-        self.tokenizer = pick_tokenizer(config, out, texts["train"], getattr(config, "teacher", config.init_from))
+        self.tokenizer = tokenizer or pick_tokenizer(config, out, texts["train"], config.init_from)
         config.vocab_size = self.tokenizer.vocab_size
         coded = {split: [data.encode_document(t, self.tokenizer, config.block_size) for t in part]
                  for split, part in texts.items()}
@@ -355,7 +357,7 @@ class DocumentJob:
             if not part:
                 raise ValueError(f"{config.text or config.dataset}: no document of two sentences and more among "
                                  f"{len(texts[split])} to {'train' if split == 'train' else 'validate'} on")
-        self.batches, self.val = data.Documents(documents["train"], config), documents["val"]
+        self.batches, self.val = data.Documents(documents["train"], config, tokenizer is None), documents["val"]
         self.train = self.batches.examples
         self.identity = {"vocab_size": asked_vocab_size, "tokenizer": tokenizer_digest(self.tokenizer),
                          "documents": digest(json.dumps([d["tokens"] for d in documents["train"]]))}
@@ -380,8 +382,10 @@ class DocumentJob:
 
 @torch.no_grad()
 def span_figures(model, documents: list[dict], config, device) -> dict:
-    """model.latent_figures of a TJEPA on documents under fixed masks; `copy` is the nearest visible token before
-    (without one, after) a hidden one."""
+    """model.latent_figures of a TJEPA on documents under fixed masks, in the space of the layer-normed targets.
+
+    `copy` is the target of the visible token that is nearest to a hidden one.
+    """
     rows = data.pack([len(d["tokens"]) for d in documents], config.block_size)
     found = [[], [], []]
     for start in range(0, len(rows), config.batch_size):
@@ -399,12 +403,12 @@ def span_figures(model, documents: list[dict], config, device) -> dict:
 
 
 def nearest_visible(is_target: np.ndarray, segment: np.ndarray) -> np.ndarray:
-    """Of every target (row by row): position of the last visible token of its segment before it, else the first."""
+    """Of every target (row by row): position of the nearest visible token of its segment; of two, the earlier one."""
     out = []
     for targets, segments in zip(is_target, segment, strict=True):
         for i in np.flatnonzero(targets):
             visible = np.flatnonzero((segments == segments[i]) & ~targets)
-            out.append(visible[max(0, np.searchsorted(visible, i) - 1)])
+            out.append(visible[np.abs(visible - i).argmin()])
     return np.array(out)
 
 
@@ -413,16 +417,20 @@ class DistillJob(DocumentJob):
 
     def __init__(self, config, out: Path):
         self.teacher, theirs, tokenizer = load_encoder(config.teacher, config.device)
-        super().__init__(config, out)
+        super().__init__(config, out, tokenizer)
         config.teacher_dim, config.world = self.teacher.transformer.n_embd, weights_digest(config.teacher)
-        if config.block_size > theirs.block_size:
-            raise ValueError(f"--block_size {config.block_size}: the teacher has seen rows of {theirs.block_size}")
+        if config.block_size > encoder_block_size(theirs):
+            raise ValueError(f"--block_size {config.block_size}: the teacher has seen rows of "
+                             f"{encoder_block_size(theirs)}")
         self.start = None
         if config.init_from not in ("", "random"):
-            self.start, _, ours = load_encoder(config.init_from, "cpu")
+            self.start, start_config, ours = load_encoder(config.init_from, "cpu")
             if tokenizer_digest(ours) != tokenizer_digest(tokenizer):
                 raise ValueError(f"--init_from {config.init_from} and --teacher {config.teacher} read other tokens: "
                                  "a student learns from a teacher of its own tokenizer")
+            if encoder_shape(start_config) != encoder_shape(config):
+                raise ValueError(f"--init_from {config.init_from} has (n_layer, n_head, n_embd) "
+                                 f"{encoder_shape(start_config)}, the student {encoder_shape(config)}")
         self.identity["teacher"] = config.world
 
     def fit(self, model):
@@ -477,7 +485,10 @@ class AnswerJob:
             self.tokenizer = pick_tokenizer(config, out, texts)
         config.vocab_size, config.context_dim = self.tokenizer.vocab_size, config.encoder_n_embd
         self.train, self.val = (encode_answers(p, self.tokenizer, config) for p in (train, val))
-        self.batches = data.Batches(self.train, config)
+        known = encoder_block_size(config)
+        if longer := sum(len(e["question"]) > known for e in self.train):
+            say(f"{longer} questions are longer than the {known} tokens a row that the encoder was trained on")
+        self.batches = AnswerBatches(self.train, config)
         self.identity = {"vocab_size": asked_vocab_size, "tokenizer": tokenizer_digest(self.tokenizer),
                          "encoder": config.world, "training problems": digest(json.dumps(self.train))}
 
@@ -505,6 +516,13 @@ class AnswerJob:
         return {name: float(np.average(a[:, 0], weights=a[:, 1])) for name, a in losses.items()}
 
 
+class AnswerBatches(data.Batches):
+    """Deterministic batches of questions and answers of like length."""
+
+    def measure(self, config) -> np.ndarray:
+        return np.array([[len(e["question"]), len(e["answer"])] for e in self.examples], dtype=float)
+
+
 def encode_answers(problems: list[dict], tokenizer, config) -> list[dict]:
     """Problems -> {"id", "question", "answer", "target": token ids}. Raises ValueError naming one that is too long."""
     examples = []
@@ -513,7 +531,7 @@ def encode_answers(problems: list[dict], tokenizer, config) -> list[dict]:
         if max(len(q), len(a) + 1) > config.block_size:
             raise ValueError(f"problem {p['id']} has a question of {len(q)} and a response of {len(a) + 1} tokens; "
                              f"both must fit --block_size {config.block_size}")
-        examples.append({"id": p["id"], "question": q, "answer": a, "target": a})
+        examples.append({"id": p["id"], "question": q, "answer": a})
     return examples
 
 
@@ -536,7 +554,7 @@ def answer_losses(model, examples: list[dict], config, device) -> dict[str, np.n
         here = slice(start, start + config.batch_size)
         for name, questions in (("lm_loss", ordered[here]), ("lm_loss_shuffled", others[here])):
             batch = strip(collate_answers(ordered[here], eos, device, questions))
-            context = model.think(batch["question"], batch["context_allowed"])
+            context = model.read(batch["question"], batch["context_allowed"])
             loss = model.speaker.losses(batch | {"context": context})  # (B, T)
             counts = (batch["targets"] >= 0).sum(1)
             out[name][order[here], 0] = (loss.sum(1) / counts).cpu()

@@ -318,18 +318,21 @@ def collate(chains: list[dict], config, rng, device=None) -> dict:
 
     A counterfactual (which has a wrong_step) is masked as its chain, any other wrong chain by a mask of its own.
     """
-    orders = [np.arange(len(c["h"])) for c in chains]
-    if config.shuffle_steps:
-        orders = [np.append(0, 1 + rng.permutation(len(o) - 1)) for o in orders]
-    orders = [torch.from_numpy(o) for o in orders]
+    def order_of(z):
+        n = len(z) - 1
+        return torch.from_numpy(np.append(0, 1 + (rng.permutation(n) if config.shuffle_steps else np.arange(n))))
+
+    orders = [order_of(c["h"]) for c in chains]
     parts = [c["h"][o] for c, o in zip(chains, orders, strict=True)]
     masks, B = [draw_mask(len(z) - 1, config, rng) for z in parts], len(chains)
     pairs = (config.hard_negatives or config.lambda_margin > 0) and any("wrong_h" in c for c in chains)
     if pairs:
         for c, o, mask in zip(chains, orders, masks[:B], strict=True):
-            aligned = "wrong_h" not in c or "wrong_step" in c
-            parts.append(c.get("wrong_h", c["h"])[o] if aligned else c["wrong_h"])
-            masks.append(mask if aligned else draw_mask(len(c["wrong_h"]) - 1, config, rng))
+            wrong = c.get("wrong_h", c["h"])
+            if "wrong_h" in c and "wrong_step" not in c:
+                o, mask = order_of(wrong), draw_mask(len(wrong) - 1, config, rng)
+            parts.append(wrong[o])
+            masks.append(mask)
     h, is_real = pad_latents(parts)
     is_hidden, is_target = torch.zeros_like(is_real), torch.zeros_like(is_real)
     for i, (hidden, asked) in enumerate(masks):

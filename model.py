@@ -210,16 +210,20 @@ class Predictor(nn.Module):
 
     def forward(self, z_context, positions, is_visible, is_target, segment=None):
         x = torch.where(is_target[..., None], self.mask_token, self.proj_in(z_context))
-        allowed = isolate((is_visible | is_target)[:, None, :].expand(-1, x.shape[1], -1), segment)
+        allowed = may_attend(is_visible | is_target, segment)
         return self.proj_out(self.transformer(x, positions, attn_allowed=allowed)[is_target])
 
 
-def isolate(allowed, segment):
-    """allowed [B, S, S], within segments [B, S] alone where several sequences lie packed in a row."""
-    if segment is None:
-        return allowed
-    own = torch.eye(allowed.shape[-1], dtype=torch.bool, device=allowed.device)  # a row without any key would be NaN
-    return allowed & (segment[:, :, None] == segment[:, None, :]) | own
+def may_attend(visible, segment=None):
+    """visible bool [B, S] -> bool [B, S, S]: every position attends to the visible ones, and to itself.
+
+    segment int [B, S]: of its own segment alone, where several sequences lie packed in a row.
+    """
+    own = torch.eye(visible.shape[1], dtype=torch.bool, device=visible.device)  # a row without any key would be NaN
+    allowed = visible[:, None, :]
+    if segment is not None:
+        allowed = allowed & (segment[:, :, None] == segment[:, None, :])
+    return allowed | own
 
 
 class JEPA(nn.Module):
@@ -235,27 +239,18 @@ class JEPA(nn.Module):
     def encode(self, encoder, x, positions, visible, segment=None):
         """Bidirectional encoding in which no position attends to one that is not visible [B, S]. -> [B, S, C]
 
-        What comes out at a position that is not visible is meaningless. segment: see `isolate`.
+        What comes out at a position that is not visible is meaningless. segment: see `may_attend`.
         """
-        own = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)  # a row without any key would be NaN
-        return encoder(x, positions, attn_allowed=isolate(visible[:, None, :] | own, segment))
+        return encoder(x, positions, attn_allowed=may_attend(visible, segment))
 
-    def forward(self, x, positions, is_real, is_target):
-        """x [B, S, C], positions int [B, S], is_real, is_target bool [B, S] -> z_pred, z_target [N, C].
-
-        z_target is layer-normed without learned scale, detached; the context encoder never sees a target.
-        """
-        z_pred = self.predict(x, positions, is_real & ~is_target, is_target)
-        return z_pred, self.targets(x, positions, is_real)[is_target]
-
-    def predict(self, x, positions, is_visible, is_target, segment=None):
+    def predict(self, x, positions, is_visible, is_target):
         """z_pred [N, C] of the N targets from what is visible [B, S]. What is neither is not there at all."""
-        z_context = self.encode(self.context_encoder, x, positions, is_visible, segment)
-        return self.predictor(z_context, positions, is_visible, is_target, segment)
+        z_context = self.encode(self.context_encoder, x, positions, is_visible)
+        return self.predictor(z_context, positions, is_visible, is_target)
 
     @torch.no_grad()
     def targets(self, x, positions, is_real, segment=None):
-        """Layer-normed target latents [B, S, C] fp32 of every position."""
+        """Target latents [B, S, C] fp32 of every position, layer-normed without learned scale, detached."""
         z = self.encode(self.target_encoder, x, positions, is_real, segment)
         return F.layer_norm(z.float(), z.shape[-1:])
 
@@ -833,9 +828,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, idx, is_real, positions=None, segment=None):
         """idx [B, T], is_real bool [B, T] (and of packed rows positions, segment [B, T]) -> [B, T, C]."""
-        own = torch.eye(idx.shape[1], dtype=torch.bool, device=idx.device)
-        allowed = isolate(is_real[:, None, :] | own, segment)
-        return self.transformer(self.embed(idx), positions, attn_allowed=allowed)
+        return self.transformer(self.embed(idx), positions, attn_allowed=may_attend(is_real, segment))
 
     @torch.no_grad()
     def thoughts(self, rows: list[list[int]], batch_size: int = 64) -> torch.Tensor:
@@ -870,7 +863,7 @@ class TJEPA(nn.Module):
         """All parameters, the EMA copy included."""
         return sum(p.numel() for p in self.parameters())
 
-    def encoder(self) -> dict:
+    def encoder_weights(self) -> dict:
         """The weights of a TextEncoder: the EMA encoder's, which is what is evaluated, frozen and distilled."""
         parts = (("embed", self.embed_target), ("transformer", self.jepa.target_encoder))
         return {f"{name}.{k}": v for name, part in parts for k, v in part.state_dict().items()}
@@ -924,10 +917,11 @@ class TJEPA(nn.Module):
         self.jepa.update_target(momentum)
 
     def flops_per_token(self, T: float) -> float:
-        """Forward and backward of encoder and predictor, the target encoder's forward; about half is hidden."""
+        """Forward and backward of the predictor and, on the half that is visible, the encoder; the target's forward."""
         cfg, encoder = self.config, sum(p.numel() for p in self.jepa.context_encoder.parameters())
         predictor = sum(p.numel() for p in self.jepa.predictor.parameters())
-        return 3 * encoder + 2 * encoder + 6 * predictor + 10 * cfg.n_layer * cfg.n_embd * T
+        attention = 7 * cfg.n_layer * cfg.n_embd + 12 * cfg.predictor_n_layer * cfg.predictor_n_embd
+        return 3 * encoder + 2 * encoder + 6 * predictor + attention * T
 
 
 def covariance(z):
@@ -951,7 +945,7 @@ class DistilledEncoder(Head):
         self.student = TextEncoder(config.vocab_size, config.n_layer, config.n_head, config.n_embd, config.dropout)
         self.project = nn.Linear(config.n_embd, config.teacher_dim)
 
-    def encoder(self) -> dict:
+    def encoder_weights(self) -> dict:
         return self.student.state_dict()
 
     def forward(self, batch: dict) -> dict:
@@ -981,17 +975,17 @@ class SpeakingTJEPA(Head):
         self.speaker = Speaker(config)
         self.eos_id = self.speaker.eos_id
 
-    def encoder(self) -> dict:
+    def encoder_weights(self) -> dict:
         return self.text_encoder.state_dict()
 
-    def think(self, idx, is_real):
+    def read(self, idx, is_real):
         """Questions idx [B, T], is_real bool [B, T] -> what the Speaker attends to, [B, T, C]."""
         with torch.set_grad_enabled(self.config.train_encoder and torch.is_grad_enabled()):
             return self.text_encoder(idx, is_real)
 
     def forward(self, batch: dict) -> dict:
         """A batch of Speaker.forward with question [B, T] and context_allowed [B, T] in place of the context."""
-        return self.speaker(batch | {"context": self.think(batch["question"], batch["context_allowed"])})
+        return self.speaker(batch | {"context": self.read(batch["question"], batch["context_allowed"])})
 
     @torch.no_grad()
     def generate(self, questions: list[list[int]], max_new_tokens: int, temperature: float = 0.0, seed: int = 0):
@@ -1003,9 +997,10 @@ class SpeakingTJEPA(Head):
                                  f"{self.config.block_size}")
         idx = pad_rows(questions, 0, self.text_encoder.embed.weight.device)
         allowed = pad_rows([[1] * len(q) for q in questions], 0, idx.device).bool()
-        return self.speaker.generate(self.think(idx, allowed), allowed, None, max_new_tokens, temperature, seed)
+        return self.speaker.generate(self.read(idx, allowed), allowed, None, max_new_tokens, temperature, seed)
 
     def flops_per_token(self, T: float) -> float:
+        """Of the Speaker alone: questions are counted as no tokens."""
         return self.speaker.flops_per_token(T)
 
 

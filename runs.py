@@ -122,6 +122,10 @@ def inherit(config):
         config.tokenizer, config.vocab_size = theirs.tokenizer, theirs.vocab_size
         if isinstance(config, cfg.AnswerConfig):
             config.encoder_n_layer, config.encoder_n_head, config.encoder_n_embd = encoder_shape(theirs)
+            config.encoder_block_size = encoder_block_size(theirs)
+        elif not config.text and getattr(theirs, "text", ""):
+            config.text, config.text_field = theirs.text, theirs.text_field
+            say(f"the teacher's documents: --text {config.text}")
     elif type(config) in cfg.NETWORK and config.init_from:
         preset, theirs = load_config(config.init_from)
         if type(theirs) is not type(config):
@@ -147,10 +151,10 @@ def start_from(model, config):
 def load_encoder(folder, device: str = "auto"):
     """(TextEncoder in eval mode, config, tokenizer) of any T-JEPA run: pre-trained, distilled or with a Speaker."""
     model, config = load_run(folder, device)
-    if not hasattr(model, "encoder"):
+    if not hasattr(model, "encoder_weights"):
         raise ValueError(f"{folder} is a run of preset '{model.preset}', not of T-JEPA (train.py tjepa-small)")
     encoder = TextEncoder(config.vocab_size, *encoder_shape(config)).eval().requires_grad_(False)
-    encoder.load_state_dict(model.encoder())
+    encoder.load_state_dict(model.encoder_weights())
     return encoder.to(pick_device(device)), config, load_tokenizer(folder, config)
 
 
@@ -158,6 +162,11 @@ def encoder_shape(config) -> tuple[int, int, int]:
     """(n_layer, n_head, n_embd) of the text encoder that a run of T-JEPA holds."""
     prefix = "encoder_" if isinstance(config, cfg.AnswerConfig) else ""
     return tuple(getattr(config, prefix + name) for name in ("n_layer", "n_head", "n_embd"))
+
+
+def encoder_block_size(config) -> int:
+    """Tokens in the longest row that a run's text encoder was trained on."""
+    return getattr(config, "encoder_block_size", 0) or config.block_size
 
 
 def weights_digest(folder) -> str:

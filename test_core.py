@@ -141,11 +141,17 @@ def jepa_input():
     return x, positions, is_real, is_target
 
 
+def both(core, x, positions, is_real, is_target):
+    """(z_pred, z_target) [N, C]."""
+    z_pred = core.predict(x, positions, is_real & ~is_target, is_target)
+    return z_pred, core.targets(x, positions, is_real)[is_target]
+
+
 def test_jepa_prediction_never_sees_targets_or_padding():
     core, (x, positions, is_real, is_target) = jepa(), jepa_input()
-    z_pred, z_target = core(x, positions, is_real, is_target)
+    z_pred, z_target = both(core, x, positions, is_real, is_target)
     other = torch.where((is_target | ~is_real)[..., None], torch.randn_like(x), x)
-    z_pred_2, z_target_2 = core(other, positions, is_real, is_target)
+    z_pred_2, z_target_2 = both(core, other, positions, is_real, is_target)
     assert torch.equal(z_pred, z_pred_2) and not torch.allclose(z_target, z_target_2)
     assert z_pred.shape == z_target.shape == (4, 16)
     torch.testing.assert_close(z_target.mean(-1), torch.zeros(4), atol=1e-5, rtol=0)
@@ -154,7 +160,7 @@ def test_jepa_prediction_never_sees_targets_or_padding():
 
 def test_jepa_predicts_by_position_and_trains_no_target():
     core, (x, positions, is_real, is_target) = jepa(), jepa_input()
-    z_pred, z_target = core(x, positions, is_real, is_target)
+    z_pred, z_target = both(core, x, positions, is_real, is_target)
     assert not torch.allclose(z_pred[0], z_pred[1])  # two targets of one row differ by position alone
     assert not z_target.requires_grad
     (z_pred - z_target).abs().mean().backward()
@@ -491,7 +497,8 @@ LOSS_WEIGHTS = {f"lambda_{k}" for k in "variance infonce own reconstruction".spl
 def test_every_config_field_is_read_somewhere():
     code = "".join(p.read_text() for p in ROOT.glob("*.py") if p.name not in ("config.py", "test_core.py"))
     read = {node.attr for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Attribute)}
-    for job in (cfg.NanoJEPAConfig, cfg.RJEPAConfig):
+    for job in (cfg.NanoJEPAConfig, cfg.RJEPAConfig, cfg.GuideConfig, cfg.SpeakConfig, cfg.TJEPAConfig,
+                cfg.DistillConfig, cfg.AnswerConfig):
         assert {f.name for f in dataclasses.fields(job)} - LOSS_WEIGHTS <= read
 
 
@@ -2079,6 +2086,19 @@ def test_spans_hide_the_share_asked_for_reach_every_sentence_and_never_all():
     assert (drawn.sum(1) == 1).all() and drawn.any(0).all()
 
 
+def test_texts_of_a_folder_are_held_out_by_text_or_by_their_ends(tmp_path):
+    for i in range(45):
+        (tmp_path / f"{i:02}.txt").write_text(f"Text {i}. It is short.")
+    config = text_config(text=str(tmp_path), n_synthetic=0)
+    train_texts, val_texts = data.load_texts(config, "train"), data.load_texts(config, "val")
+    assert len(train_texts) == 43 and val_texts == ["Text 19. It is short.", "Text 39. It is short."]
+    (tmp_path / "book").mkdir()
+    (tmp_path / "book/it.txt").write_text("\n\n".join(f"Paragraph {i}. It goes on." for i in range(40)))
+    config = text_config(text=str(tmp_path / "book"))
+    (first,), (last,) = data.load_texts(config, "train"), data.load_texts(config, "val")
+    assert first.count("Paragraph") == 38 and last.startswith("Paragraph 38.") and "Paragraph 37" in first
+
+
 def test_packing_keeps_every_document_once_and_fills_rows():
     lengths = [random.Random(i).randint(1, 60) for i in range(200)]
     rows = data.pack(lengths, 64)
@@ -2098,7 +2118,7 @@ def test_packed_documents_never_see_each_other():
     batch = packed_batch(config, [parts])
     z, z_pred = model.targets(batch["idx"], batch["positions"], batch["segment"]), model.predict(**batch)
     encoder = m.TextEncoder(258, 2, 2, 32).eval()
-    encoder.load_state_dict(model.encoder())
+    encoder.load_state_dict(model.encoder_weights())
     out = encoder(batch["idx"], batch["segment"] >= 0, batch["positions"], batch["segment"])
     at = 0
     for d in parts:
@@ -2125,8 +2145,9 @@ def test_the_context_encoder_runs_on_visible_tokens_alone():
     assert lengths == [int(visible.sum(1).max())] and lengths[0] < batch["idx"].shape[1]
     hidden_changed = batch | {"idx": torch.where(batch["is_target"], 9, batch["idx"])}
     assert torch.equal(z_pred, model.predict(**hidden_changed))
-    reference = model.jepa.predict(model.embed(batch["idx"]), batch["positions"], visible, batch["is_target"],
-                                   batch["segment"])  # all tokens there, the hidden ones masked
+    where = batch["positions"], visible
+    z = model.jepa.encode(model.jepa.context_encoder, model.embed(batch["idx"]), *where, batch["segment"])
+    reference = model.jepa.predictor(z, *where, batch["is_target"], batch["segment"])  # all there, the hidden masked
     torch.testing.assert_close(z_pred, reference, atol=1e-5, rtol=1e-5)
 
 
@@ -2153,7 +2174,7 @@ def test_tjepa_losses_equal_hand_values():
 def test_the_neighbour_of_a_hidden_token_is_visible_and_of_its_document():
     is_target = np.array([[0, 1, 1, 0, 1, 1, 0, 0]], dtype=bool)
     segment = np.array([[0, 0, 0, 0, 1, 1, 1, -1]])
-    assert jobs.nearest_visible(is_target, segment).tolist() == [0, 0, 6, 6]
+    assert jobs.nearest_visible(is_target, segment).tolist() == [0, 3, 6, 6]
 
 
 @pytest.fixture(scope="module")
@@ -2184,6 +2205,63 @@ def test_phase_two_leaves_the_encoder_as_it_was_and_trains_the_speaker_alone(thi
         assert all(p.grad is not None for p in model.speaker.parameters())
 
 
+def test_answer_losses_are_those_of_the_question_named_and_in_the_order_given(thinkers):
+    model, config = runs.load_run(thinkers / "speak", "cpu")
+    tokenizer = runs.load_tokenizer(thinkers / "speak", config)
+    examples = jobs.encode_answers(data.synthetic_problems(7, "val", 1, 3), tokenizer, config)
+    losses = jobs.answer_losses(model, examples, config, "cpu")
+
+    def alone(answer, question):
+        return float(model(jobs.strip(jobs.collate_answers([answer], model.eos_id, "cpu", [question])))["loss"])
+
+    by_length = sorted(examples, key=lambda e: len(e["answer"]))
+    for e, own, other in zip(examples, losses["lm_loss"], losses["lm_loss_shuffled"], strict=True):
+        stranger = by_length[(by_length.index(e) + 1) % 7]
+        assert math.isclose(own[0], alone(e, e), rel_tol=1e-4) and own[1] == len(e["answer"]) + 1
+        assert math.isclose(other[0], alone(e, stranger), rel_tol=1e-4)
+
+
+def test_probes_read_what_is_in_the_thoughts_and_nothing_else():
+    problems = data.synthetic_problems(300, "train", 1, 4)
+    texts = {p["question"]: p for p in problems}
+    says = SimpleNamespace(encode=lambda text: text)
+
+    def encoder(of):
+        return SimpleNamespace(thoughts=lambda rows: torch.tensor([of(texts[r]) for r in rows]))
+
+    def planted(p):
+        return [float(len(data.split_steps(p["answer"]))), random.random()]
+
+    found = eval_alignment.probes(encoder(planted), says, problems[:200], problems[200:], 1)
+    assert found["steps"]["r2"] > 0.99 and found["magnitude"]["r2"] < 0.5 and found["n"] == 100
+    found = eval_alignment.probes(encoder(lambda p: [random.random()] * 2), says, problems[:200], problems[200:], 1)
+    assert abs(found["steps"]["r2"]) < 0.1
+    same = [{**p, "answer": "#### 7"} for p in problems]
+    found = eval_alignment.probes(encoder(planted), says, same[:200], same[200:], 1)
+    assert found["steps"]["r2"] is None
+
+
+@pytest.mark.parametrize("kind, fields", [
+    (cfg.TJEPAConfig, {}), (cfg.DistillConfig, {"teacher": "tjepa", "n_embd": 16}),
+    (cfg.AnswerConfig, {"init_from": "tjepa"}), (cfg.AnswerConfig, {"init_from": "random", "train_encoder": True}),
+])
+def test_tjepa_runs_resume_to_the_same_weights(thinkers, tmp_path, monkeypatch, kind, fields):
+    fields = {k: str(thinkers / v) if v == "tjepa" else v for k, v in fields.items()}
+
+    def go(name):
+        train.train("tjepa-small", text_config(kind, dropout=0.1, out_dir=str(tmp_path / name), **fields))
+
+    go("whole")
+    real, saved = torch.save, []
+    monkeypatch.setattr(torch, "save", lambda *a: (saved.append(real(*a)), len(saved) == 1 and 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        go("cut")
+    (tmp_path / "cut/state.pt.tmp").rename(tmp_path / "cut/state.pt")
+    monkeypatch.setattr(torch, "save", real)
+    go("cut")
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+
+
 def test_a_speaker_writes_the_same_with_caches_as_without(thinkers):
     model, config = runs.load_run(thinkers / "speak", "cpu")
     model.speaker.embed.weight.data[model.eos_id] = 0.0  # never the likeliest: it goes on
@@ -2193,7 +2271,7 @@ def test_a_speaker_writes_the_same_with_caches_as_without(thinkers):
     assert [len(w) for w in written] == [12] * 3
     for q, w in zip(questions, written, strict=True):
         batch = jobs.strip(jobs.collate_answers([{"question": q, "answer": w}], model.eos_id, "cpu"))
-        context = model.speaker.prepare(model.think(batch["question"], batch["context_allowed"]))
+        context = model.speaker.prepare(model.read(batch["question"], batch["context_allowed"]))
         h = model.speaker.transformer(model.speaker.embed(batch["idx"]), is_causal=True, context=context)
         assert F.linear(h, model.speaker.embed.weight[: model.eos_id + 1]).argmax(-1)[0, :-1].tolist() == w
 
@@ -2217,12 +2295,11 @@ def test_tjepa_commands(thinkers, capsys):
 
     found = evaluate(str(thinkers / "tjepa"), "--limit", "24")
     assert {"mse", "mse_predict_mean", "mse_copy", "effective_rank", "std", "untrained"} <= set(found)
-    assert found["probe"]["n"] == 24 and -1 < found["probe_random"]["steps"]["r2"] <= 1
+    assert found["probe"]["n"] == 24 and len(set(found["probe_random"]["steps"])) == 3
     found = evaluate(str(thinkers / "student"), "--limit", "24", "--teacher", str(thinkers / "tjepa"))
-    assert found["teacher"]["cos"] > found["teacher"]["best_constant"] - 0.05
+    assert found["teacher"]["cos"] > found["teacher"]["best_constant"] and found["teacher"]["n"] > 24
     found = evaluate(str(thinkers / "speak"), "--limit", "24")
     assert math.isclose(found["gap"], found["lm_loss_shuffled"] - found["lm_loss"], abs_tol=1e-6)
-    assert found["lm_loss_ci95"][0] < found["lm_loss"] < found["lm_loss_ci95"][1]
     sys.argv = ["evaluate_accuracy.py", str(thinkers / "speak"), "--limit", "8", "--max_new_tokens", "8"]
     evaluate_accuracy.main()
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["n"] == 8
@@ -2256,6 +2333,7 @@ def test_a_thought_of_a_long_text_is_the_mean_over_its_tokens(thinkers):
     (dict(kind=cfg.AnswerConfig, init_from="THINKERS/tjepa", block_size=16), "block_size"),
     (dict(kind=cfg.DistillConfig, teacher="THINKERS/tjepa", init_from="OTHER", n_embd=16), "other tokens"),
     (dict(kind=cfg.DistillConfig, teacher="THINKERS/tjepa", block_size=256), "block_size"),
+    (dict(kind=cfg.DistillConfig, teacher="THINKERS/tjepa", init_from="THINKERS/tjepa", n_embd=16), "n_embd"),
 ])
 def test_bad_input_to_tjepa(thinkers, tmp_path, what, message):
     for name, texts in (("EMPTY", [b"One. Two.", b" \n"]), ("LATIN", [b"caf\xe9"]), ("SHORT", [b"One sentence."] * 40)):
