@@ -895,9 +895,10 @@ class TJEPA(nn.Module):
     def forward(self, batch: dict) -> dict:
         """idx, positions, segment (-1: padding) int [B, T], is_target bool [B, T] -> {"loss" and its named parts}.
 
-        mse of the hidden tokens' latents, standardised over the batch where config says so. Two terms keep them
-        from collapsing, both of what the context encoder makes of the visible tokens: covariance (VICReg, Bardes et al.
-        2022, eq. 4), against a few large directions, and rate (see `coding_rate`), against many that are nearly none.
+        mse of the hidden tokens' latents, standardised over the batch where config says so. Three terms keep them
+        from collapsing, all of what the context encoder makes of the visible tokens, layer-normed: variance and
+        covariance (VICReg, Bardes et al. 2022, eq. 1 and 4), against one shared direction and against a few large ones,
+        and rate (see `coding_rate`), against many that are nearly none.
         """
         seen = z_context, visible = self.see(**batch)
         z_pred = self.predict(**batch, seen=seen)
@@ -907,10 +908,13 @@ class TJEPA(nn.Module):
         with torch.autocast(z_context.device.type, enabled=False):
             z = z_context[visible].float()
             cov = covariance(F.layer_norm(z, z.shape[-1:]))  # as the targets: what scale could do is taken out
-            parts = {"mse": F.mse_loss(z_pred, z_target), "rate": coding_rate(cov, self.config.rate_eps),
-                     "covariance": (cov.square().sum() - cov.diagonal().square().sum()) / len(cov)}
-        loss = parts["mse"] - self.config.lambda_rate * parts["rate"]
-        return {"loss": loss + self.config.lambda_covariance * parts["covariance"], **parts}
+            parts = {"mse": F.mse_loss(z_pred, z_target),
+                     "variance": F.relu(1 - cov.diagonal().add(1e-4).sqrt()).mean(),
+                     "covariance": (cov.square().sum() - cov.diagonal().square().sum()) / len(cov),
+                     "rate": coding_rate(cov, self.config.rate_eps)}
+        weights = {"mse": 1.0, "variance": self.config.lambda_variance, "covariance": self.config.lambda_covariance,
+                   "rate": -self.config.lambda_rate}
+        return {"loss": sum(weights[k] * v for k, v in parts.items()), **parts}
 
     def update_target(self, momentum: float):
         update_target(self.embed_target, self.embed, momentum)

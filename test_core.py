@@ -1288,7 +1288,8 @@ def test_the_margin_takes_wrong_chains_of_any_length():
             error = z - model.targets(h, batch[kind + "is_real"][i : i + 1], True)[t]
             errors.append(float(error.detach().abs().mean()))
         gaps.append(math.log1p(math.exp(-(errors[0] - errors[1]) / model.config.margin)))
-    assert math.isclose(float(model(jobs.strip(batch))["margin"]), np.mean(gaps), rel_tol=1e-4)
+    margin = model(jobs.strip(batch))["margin"].detach()
+    assert math.isclose(float(margin), np.mean(gaps), rel_tol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["ema", "copy", "online"])
@@ -2152,7 +2153,8 @@ def test_the_context_encoder_runs_on_visible_tokens_alone():
 
 
 def test_tjepa_losses_equal_hand_values():
-    config = text_config(vocab_size=258, lambda_rate=0.3, rate_eps=0.5, lambda_covariance=0.2)
+    config = text_config(vocab_size=258, lambda_rate=0.3, rate_eps=0.5, lambda_covariance=0.2,
+                         lambda_variance=0.7)
     torch.manual_seed(0)
     model = m.TJEPA(config)
     batch = packed_batch(config, [documents()[:3], documents()[3:5]])
@@ -2165,7 +2167,9 @@ def test_tjepa_losses_equal_hand_values():
     assert math.isclose(float(losses["rate"].detach()), float(rate.detach()), rel_tol=1e-4)
     off = cov - torch.diag(cov.diagonal())
     assert torch.isclose(losses["covariance"], off.square().sum() / 32, rtol=1e-4)
-    assert torch.isclose(losses["loss"], losses["mse"] - 0.3 * losses["rate"] + 0.2 * losses["covariance"])
+    assert torch.isclose(losses["variance"], (1 - (cov.diagonal() + 1e-4).sqrt()).clamp_min(0).mean(), rtol=1e-4)
+    parts = 0.7 * losses["variance"] + 0.2 * losses["covariance"] - 0.3 * losses["rate"]
+    assert torch.isclose(losses["loss"], losses["mse"] + parts)
     plain = m.TJEPA(dataclasses.replace(config, standardize_target=False))
     plain.load_state_dict(model.state_dict())
     assert torch.isclose(plain(batch)["mse"], F.mse_loss(z_pred, z))
