@@ -264,12 +264,10 @@ class TJEPAConfig(DocumentConfig):
     span_max: int = 4  # sentences in the longest span that is drawn as such
     paragraph_share: float = 0.3  # share of the spans that are one to three whole paragraphs
 
-    # objective: MSE(z_pred, z_target) + lambda_* times what prevents collapse (rate: minus)
+    # objective: MSE(z_pred, z_target) + lambda_* times what prevents collapse
     standardize_target: bool = True  # per dimension, over the batch; off: as published, which collapses (LOG.md)
-    lambda_variance: float = 1.0  # hinge on the std of every dimension of the context encoder's output
-    lambda_covariance: float = 0.0003  # mean square of the latents' covariances, summed over a dimension's others
-    lambda_rate: float = 0.02  # coding rate of the latents, nats a dimension
-    rate_eps: float = 0.25  # variance below eps² hardly counts in it
+    lambda_variance: float = 0.1  # hinge on the std of every dimension of the context encoder's output
+    lambda_covariance: float = 0.01  # sum of a dimension's squared covariances with the others
 
     def __post_init__(self):
         super().__post_init__()
@@ -279,9 +277,8 @@ class TJEPAConfig(DocumentConfig):
               f"must be a multiple of 2 x {self.n_head}")
         check(self, "mask_min", 0 < self.mask_min <= self.mask_max < 1, "needs 0 < mask_min <= mask_max < 1")
         check(self, "paragraph_share", 0 <= self.paragraph_share <= 1, "must lie in [0, 1]")
-        for name in ("lambda_variance", "lambda_covariance", "lambda_rate"):
+        for name in ("lambda_variance", "lambda_covariance"):
             check(self, name, getattr(self, name) >= 0, "must not be negative")
-        check(self, "rate_eps", self.rate_eps > 0, "must be positive")
 
 
 @dataclass

@@ -22,7 +22,7 @@ import config as cfg
 import data
 import latents
 from llm import load_llm
-from model import alignment, latent_figures, pad_rows
+from model import alignment, effective_rank, latent_figures, pad_rows
 from runs import (
     digest,
     encoder_block_size,
@@ -382,9 +382,10 @@ class DocumentJob:
 
 @torch.no_grad()
 def span_figures(model, documents: list[dict], config, device) -> dict:
-    """model.latent_figures of a TJEPA on documents under fixed masks, in the space of the layer-normed targets.
+    """model.latent_figures of a TJEPA on documents under fixed masks, in the space that it is trained in.
 
-    `copy` is the target of the visible token that is nearest to a hidden one.
+    `copy` is the target of the visible token that is nearest to a hidden one. target_std and
+    target_raw_effective_rank are taken before standardising, which would hide a collapse.
     """
     rows = data.pack([len(d["tokens"]) for d in documents], config.block_size)
     found = [[], [], []]
@@ -397,9 +398,11 @@ def span_figures(model, documents: list[dict], config, device) -> dict:
         at = nearest_visible(is_target.cpu().numpy(), batch["segment"].cpu().numpy())
         found[2].append(z[is_target.nonzero()[:, 0], torch.from_numpy(at).to(z.device)].cpu())
     z_pred, z_target, z_copy = (torch.cat(z) for z in found)
-    if model.config.standardize_target:  # back into the targets' own space, by these very tokens
-        z_pred = z_target.mean(0) + z_target.std(0, correction=0).clamp_min(1e-3) * z_pred
-    return latent_figures(z_pred, z_target, z_copy, error="mse")
+    raw = {"target_std": float(z_target.std(0).mean()), "target_raw_effective_rank": effective_rank(z_target)}
+    if model.config.standardize_target:  # as in training, by these very tokens
+        mean, std = z_target.mean(0), z_target.std(0, correction=0).clamp_min(1e-3)
+        z_target, z_copy = (z_target - mean) / std, (z_copy - mean) / std
+    return latent_figures(z_pred, z_target, z_copy, error="mse") | raw
 
 
 def nearest_visible(is_target: np.ndarray, segment: np.ndarray) -> np.ndarray:

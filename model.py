@@ -895,10 +895,8 @@ class TJEPA(nn.Module):
     def forward(self, batch: dict) -> dict:
         """idx, positions, segment (-1: padding) int [B, T], is_target bool [B, T] -> {"loss" and its named parts}.
 
-        mse of the hidden tokens' latents, standardised over the batch where config says so. Three terms keep them
-        from collapsing, all of what the context encoder makes of the visible tokens, layer-normed: variance and
-        covariance (VICReg, Bardes et al. 2022, eq. 1 and 4), against one shared direction and against a few large ones,
-        and rate (see `coding_rate`), against many that are nearly none.
+        mse of the hidden tokens' latents, standardised over the batch where config says so; variance and covariance
+        (VICReg, Bardes et al. 2022, eq. 1 and 4) of what the context encoder makes of the visible ones, against collapse.
         """
         seen = z_context, visible = self.see(**batch)
         z_pred = self.predict(**batch, seen=seen)
@@ -907,14 +905,13 @@ class TJEPA(nn.Module):
             z_target = (z_target - z_target.mean(0)) / z_target.std(0, correction=0).clamp_min(1e-3)
         with torch.autocast(z_context.device.type, enabled=False):
             z = z_context[visible].float()
-            cov = covariance(F.layer_norm(z, z.shape[-1:]))  # as the targets: what scale could do is taken out
+            cov = (z - z.mean(0)).T @ (z - z.mean(0)) / len(z)  # (C, C)
             parts = {"mse": F.mse_loss(z_pred, z_target),
                      "variance": F.relu(1 - cov.diagonal().add(1e-4).sqrt()).mean(),
-                     "covariance": (cov.square().sum() - cov.diagonal().square().sum()) / len(cov),
-                     "rate": coding_rate(cov, self.config.rate_eps)}
-        weights = {"mse": 1.0, "variance": self.config.lambda_variance, "covariance": self.config.lambda_covariance,
-                   "rate": -self.config.lambda_rate}
-        return {"loss": sum(weights[k] * v for k, v in parts.items()), **parts}
+                     "covariance": (cov.square().sum() - cov.diagonal().square().sum()) / len(cov)}
+        cfg = self.config
+        regularizer = cfg.lambda_variance * parts["variance"] + cfg.lambda_covariance * parts["covariance"]
+        return {"loss": parts["mse"] + regularizer, **parts}
 
     def update_target(self, momentum: float):
         update_target(self.embed_target, self.embed, momentum)
@@ -926,18 +923,6 @@ class TJEPA(nn.Module):
         predictor = sum(p.numel() for p in self.jepa.predictor.parameters())
         attention = 7 * cfg.n_layer * cfg.n_embd + 12 * cfg.predictor_n_layer * cfg.predictor_n_embd
         return 3 * encoder + 2 * encoder + 6 * predictor + attention * T
-
-
-def covariance(z):
-    """z [N, C] -> [C, C]."""
-    z = z - z.mean(0)
-    return z.T @ z / len(z)
-
-
-def coding_rate(cov, eps: float):
-    """½ log det(I + cov / eps²) / C, nats a dimension (MCR², Yu et al. 2020, eq. 1, for rows of norm √C): high where
-    variance is spread over many directions; it forbids none to be large. cov [C, C]."""
-    return torch.logdet(torch.eye(len(cov), device=cov.device) + cov / eps**2) / (2 * len(cov))
 
 
 class DistilledEncoder(Head):

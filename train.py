@@ -212,7 +212,7 @@ def train(preset: str, config) -> dict:
 
 
 def short(figures: dict) -> str:
-    names = """lm_loss lm_loss_shuffled lm_loss_predicted mse mse_predict_mean mse_copy rate cos ce ce_llm ce_shuffled
+    names = """lm_loss lm_loss_shuffled lm_loss_predicted mse mse_predict_mean mse_copy cos ce ce_llm ce_shuffled
                jepa_loss l1 l1_predict_mean l1_copy infonce own margin cos_matched cos_mismatched retrieval_top1
                effective_rank""".split()
     return " ".join(f"{k} {figures[k]:.3f}" for k in names if k in figures)
