@@ -895,8 +895,8 @@ class TJEPA(nn.Module):
     def forward(self, batch: dict) -> dict:
         """idx, positions, segment (-1: padding) int [B, T], is_target bool [B, T] -> {"loss" and its named parts}.
 
-        mse of the hidden tokens' latents, standardised over the batch where config says so; variance and covariance
-        (VICReg, Bardes et al. 2022, eq. 1 and 4) of what the context encoder makes of the visible ones, against collapse.
+        mse of the hidden tokens' latents, standardised over the batch where config says so; against collapse,
+        variance and covariance (VICReg, Bardes et al. 2022, eq. 1, 4) of what the context encoder makes of the others.
         """
         seen = z_context, visible = self.see(**batch)
         z_pred = self.predict(**batch, seen=seen)
