@@ -390,16 +390,16 @@ PRESETS = {
     # the same for a CPU
     "tjepa-small": TJEPAConfig(
         tokenizer="bpe", vocab_size=2048, block_size=256, n_layer=4, n_head=4, n_embd=256, predictor_n_layer=2,
-        predictor_n_embd=128, batch_size=16, epochs=12.0, weight_decay=0.05, eval_every=250, save_every=500,
+        predictor_n_embd=128, batch_size=16, epochs=2.0, weight_decay=0.05, eval_every=250, save_every=500,
     ),
     # a student of half the width learns its outputs; then a Speaker learns to answer questions through either
     "tjepa-distill": DistillConfig(
-        teacher="out/tjepa-small", block_size=256, n_layer=4, n_head=4, n_embd=128, batch_size=16, epochs=6.0,
+        teacher="out/tjepa-small", block_size=256, n_layer=4, n_head=4, n_embd=128, batch_size=16, epochs=2.0,
         weight_decay=0.05, eval_every=250, save_every=500,
     ),
     "tjepa-speak": AnswerConfig(
         init_from="out/tjepa-small", tokenizer="bpe", vocab_size=2048, block_size=512, n_layer=3, n_head=4, n_embd=256,
-        dropout=0.1, batch_size=32, epochs=6.0, eval_every=250, save_every=500,
+        dropout=0.1, batch_size=32, epochs=4.0, eval_every=250, save_every=500,
     ),
     # the same for this project's own LLM, `python train.py student-small`
     "rjepa-student": RJEPAConfig(
