@@ -1040,7 +1040,8 @@ def latent_figures(z_pred, z_target, z_copy, error: str = "l1") -> dict:
 
 def effective_rank(z: torch.Tensor) -> float:
     """RankMe (Garrido et al. 2023, eq. 2): exp of the entropy of the normalised singular values of z [N, C]."""
-    s = torch.linalg.svdvals(z.cpu().double())
+    z = z.cpu().double()  # fp64, which MPS lacks; singular values from the smaller product: the rows are many
+    s = torch.linalg.eigvalsh(z.T @ z if len(z) > z.shape[1] else z @ z.T).clamp_min(0).sqrt()
     p = s / s.sum().clamp_min(1e-12) + 1e-12
     return float(torch.exp(-(p * p.log()).sum()))
 
