@@ -478,7 +478,7 @@ def evaluate_tjepa(run: str, args) -> dict:
         return result
     dataset = args.dataset or config.dataset
     data_dir = args.data_dir or (config.data_dir if dataset == config.dataset else "")
-    limit = 2000 if dataset == "synthetic" else 0
+    limit = min(2000, config.limit or config.n_synthetic) if dataset == "synthetic" else 0
     train_problems = data.load_problems(dataset, "train", data_dir, limit, config.seed, config.max_problem_steps)
     untrained = []
     for seed in range(args.seed, args.seed + 3):
