@@ -155,8 +155,8 @@ class Bench:
 
     def tjepa_packed(self):
         config = dataclasses.replace(cfg.pick_preset("tjepa-small"), vocab_size=self.tokenizer.vocab_size)
-        documents = [d for p in self.problems for d in data.encode_document(
-            f"{p['question']}\n{data.answer_text(p, 'solution')}", self.tokenizer, config.block_size)]
+        documents = [d for p in self.problems
+                     for d in data.encode_document(data.document_text(p), self.tokenizer, config.block_size)]
         packed, rng = data.Documents(documents, config), np.random.default_rng(0)
         n = round(config.batch_size * config.block_size / np.mean([len(d["tokens"]) for d in documents]))
         padded = [[[d] for d in documents[i : i + n]] for i in range(0, len(documents) - n, n)]  # in random order

@@ -106,15 +106,21 @@ class NanoJEPAConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in "n_layer n_head n_embd".split():
-            check(self, name, getattr(self, name) > 0, "must be positive")
-        check(self, "vocab_size", self.vocab_size >= 258, "must be at least 258 (256 bytes and two special tokens)")
-        check(self, "block_size", self.block_size >= 16, "must be at least 16")
-        check(self, "n_head", self.n_embd % (2 * self.n_head) == 0, f"must divide n_embd={self.n_embd} into even parts")
-        check(self, "dropout", 0 <= self.dropout < 1, "must lie in [0, 1)")
+        check_language_model(self)
         check(self, "lambda_jepa", self.lambda_jepa >= 0, "must not be negative")
         if self.lambda_jepa > 0 and self.standardize_target:
             check(self, "batch_size", self.batch_size >= 8, "must be at least 8: the batch standardises the latents")
+
+
+def check_language_model(config):
+    """What holds of every Transformer over tokens."""
+    for name in "n_layer n_head n_embd".split():
+        check(config, name, getattr(config, name) > 0, "must be positive")
+    check(config, "vocab_size", config.vocab_size >= 258, "must be at least 258 (256 bytes and two special tokens)")
+    check(config, "block_size", config.block_size >= 16, "must be at least 16")
+    check(config, "n_head", config.n_embd % (2 * config.n_head) == 0,
+          f"must divide n_embd={config.n_embd} into even parts")
+    check(config, "dropout", 0 <= config.dropout < 1, "must lie in [0, 1)")
 
 
 @dataclass
@@ -198,6 +204,7 @@ class SpeakConfig(RunConfig):
     """A Speaker that puts the latents of a frozen R-JEPA (init_from) into words, on that run's verified chains."""
 
     offsets: ClassVar[bool] = True  # what the Speaker attends to are steps: it is told how far away they are
+
     tokenizer: Literal["gpt2", "bpe"] = "bpe"  # a BPE is trained on the chains' steps
     vocab_size: int = 2048  # size of the trained BPE with its special ids; the run stores the true size
     n_layer: int = 4  # decoder blocks
@@ -225,7 +232,7 @@ class TextConfig(RunConfig):
 
     tokenizer: Literal["gpt2", "bpe"] = "gpt2"  # a BPE is trained on the texts; a run started from brings its own
     vocab_size: int = 4096  # size of the trained BPE with its special ids; the run stores the true size
-    block_size: int = 512  # tokens a row, in which several documents lie; longer ones are cut between sentences
+    block_size: int = 512  # tokens a row: packed documents (longer ones are cut); a question or a response
 
     # network
     n_layer: int = 8  # Transformer blocks
@@ -235,12 +242,7 @@ class TextConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in "n_layer n_head n_embd".split():
-            check(self, name, getattr(self, name) > 0, "must be positive")
-        check(self, "vocab_size", self.vocab_size >= 258, "must be at least 258 (256 bytes and two special tokens)")
-        check(self, "block_size", self.block_size >= 16, "must be at least 16")
-        check(self, "n_head", self.n_embd % (2 * self.n_head) == 0, f"must divide n_embd={self.n_embd} into even parts")
-        check(self, "dropout", 0 <= self.dropout < 1, "must lie in [0, 1)")
+        check_language_model(self)
 
 
 @dataclass
@@ -385,7 +387,7 @@ PRESETS = {
         init_from="out/rjepa-small", batch_size=8, epochs=1.0, weight_decay=0.01, eval_every=100, val_problems=64,
     ),
     "rjepa-speak": SpeakConfig(init_from="out/rjepa-small", batch_size=64, epochs=10.0, eval_every=200),
-    # T-JEPA: about 100 M parameters that are trained, GPT-2 BPE; one GPU with 12 GB
+    # T-JEPA: about 100 M parameters that are trained, GPT-2 BPE; meant for one GPU with 12 GB
     "tjepa": TJEPAConfig(batch_size=16, grad_accum=2, lr=6e-4, epochs=40.0, weight_decay=0.05),
     # the same for a CPU
     "tjepa-small": TJEPAConfig(

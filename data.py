@@ -54,6 +54,14 @@ def load_problems(dataset: str, split: str, data_dir: str = "", limit: int = 0, 
     return problems[:limit] if limit else problems
 
 
+def run_problems(config, split: str) -> list[dict]:
+    """The problems of `train` or `val` that a run's config names."""
+    limit = config.val_problems if split == "val" else config.limit
+    if config.dataset == "synthetic" and split == "train":
+        limit = limit or config.n_synthetic
+    return load_problems(config.dataset, split, config.data_dir, limit, config.seed, config.max_problem_steps)
+
+
 def read_local(dataset: str, split: str, data_dir: str) -> list[dict]:
     folder = Path(data_dir)
     tried = [base / f"{split}.{ext}" for base in (folder, folder / dataset) for ext in ("jsonl", "parquet")]
@@ -89,6 +97,11 @@ def answer_text(problem: dict, kind: str) -> str:
     """What is written or encoded as the answer: `solution` (its steps, a line each) or `final` (the last line)."""
     steps = split_steps(problem["answer"])
     return "\n".join(steps) if kind == "solution" else steps[-1]
+
+
+def document_text(problem: dict) -> str:
+    """A problem as a document: its question, then its solution."""
+    return f"{problem['question']}\n{answer_text(problem, 'solution')}"
 
 
 # ---------------------------------------------------------------- steps of a solution
@@ -685,12 +698,8 @@ def load_texts(config, split: str) -> list[str]:
     20th is of `val`; of fewer than 40, the last 20th of each one's paragraphs. Raises ValueError or FileNotFoundError
     naming the file that is empty or no text.
     """
-    limit = config.val_problems if split == "val" else config.limit
     if not config.text:
-        if config.dataset == "synthetic":
-            limit = limit or config.n_synthetic
-        problems = load_problems(config.dataset, split, config.data_dir, limit, config.seed, config.max_problem_steps)
-        return [f"{p['question']}\n{answer_text(p, 'solution')}" for p in problems]
+        return [document_text(p) for p in run_problems(config, split)]
     texts, folder = [], Path(config.text)
     if folder.is_dir():
         for path in sorted(folder.rglob("*.txt")):
@@ -719,7 +728,7 @@ def load_texts(config, split: str) -> list[str]:
         ends = [len(part) - max(1, len(part) // VAL_EVERY) for part in parts]
         texts = ["\n\n".join(part[end:] if split == "val" else part[:end])
                  for part, end in zip(parts, ends, strict=True)]
-    return [t for t in texts if t][: limit or None]
+    return [t for t in texts if t][: (config.val_problems if split == "val" else config.limit) or None]
 
 
 def sentence_pieces(text: str) -> list[tuple[str, int]]:
@@ -812,6 +821,14 @@ def collate_documents(rows: list[list[dict]], config, rng, device=None) -> dict:
     n = int((segment >= 0).sum())
     return {**{k: v.to(device, non_blocking=True) for k, v in batch.items()},
             "n_tokens": n, "n_filled": n, "n_slots": idx.numel()}  # fmt: skip
+
+
+def packed(documents: list[dict], config, device, masks: bool = True):
+    """Yields a batch of `collate_documents` after the other, under masks that are always the same: for evaluation."""
+    rows = pack([len(d["tokens"]) for d in documents], config.block_size)
+    for start in range(0, len(rows), config.batch_size):
+        part = [[documents[i] for i in row] for row in rows[start : start + config.batch_size]]
+        yield collate_documents(part, config, np.random.default_rng([0, start]) if masks else None, device)
 
 
 class Documents(Batches):

@@ -467,11 +467,11 @@ def evaluate_tjepa(run: str, args) -> dict:
     if isinstance(config, TJEPAConfig):
         if own_text:
             print("documents: the run's own held-out ones, which its evaluations have seen")
-        texts = data.load_texts(config, "val")[: args.limit or None] if own_text else [
-            f"{p['question']}\n{data.answer_text(p, 'solution')}" for p in problems]
+        texts = (data.load_texts(config, "val")[: args.limit or None] if own_text
+                 else [data.document_text(p) for p in problems])
         documents = [d for t in texts for d in data.encode_document(t, tokenizer, config.block_size)]
         torch.manual_seed(args.seed)
-        figures = [jobs.span_figures(net, documents, config, device) for net in
+        figures = [jobs.span_figures(net, documents, device) for net in
                    (load_run(run, args.device)[0], build_model(config).to(device).eval())]
         result |= figures[0] | {"untrained": figures[1]}
     if len(problems) < 2:

@@ -109,9 +109,8 @@ def extract_written(llm: LLM, splits: list[tuple[str, list[dict]]], out: Path, d
                     top_p: float, seed: int, max_new_tokens: int, overwrite: bool = False) -> dict:
     """Writes the latents of k chains that the LLM writes for each problem -> {"chains", "steps", "tokens", ...}.
 
-    splits: (split, problems) pairs, the first of which names the folder's split.
-
-    Taken while it writes, at its layer and pooling, with logprobs. `is_valid` says whether the answer is right and, of
+    splits: (split, problems) pairs, the first of which names the folder's split. The latents are taken while the LLM
+    writes, at its layer and pooling, with logprobs. `is_valid` says whether the answer is right and, of
     training problems, whether every step passes the gate. A shard holds some problems' chains, their texts too, so that
     an interrupted run goes on with the next shard.
     """

@@ -584,9 +584,7 @@ def run_think(args: Think) -> dict:
     elif getattr(config, "text", ""):
         texts = data.load_texts(config, "train")
     else:
-        limit = config.limit or (config.n_synthetic if config.dataset == "synthetic" else 0)
-        texts = [p["question"] for p in data.load_problems(config.dataset, "train", config.data_dir, limit, config.seed,
-                                                           config.max_problem_steps)]
+        texts = [p["question"] for p in data.run_problems(config, "train")]
     if not texts:
         raise ValueError(f"{args.stored or args.run + ', its training texts'}: no text there")
     thoughts = think(encoder, tokenizer, encoder_block_size(config), [args.text, *texts])

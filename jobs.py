@@ -22,7 +22,7 @@ import config as cfg
 import data
 import latents
 from llm import load_llm
-from model import alignment, effective_rank, latent_figures, pad_rows
+from model import alignment, effective_rank, latent_figures, pad_rows, real_tokens
 from runs import (
     digest,
     encoder_block_size,
@@ -54,6 +54,24 @@ def pick_tokenizer(config, out: Path, texts: list[str], init_from: str = "") -> 
     return load_tokenizer(init_from, config) if init_from else data.train_bpe(texts, config.vocab_size)
 
 
+def train_and_val(config) -> tuple[list[dict], list[dict]]:
+    """The problems that a config names. Raises ValueError where too few are left to validate on."""
+    train, val = (data.run_problems(config, split) for split in ("train", "val"))
+    if len(val) < 2:
+        raise ValueError(f"{len(val)} validation problem of {config.dataset}: two are needed, from "
+                         f"{2 * data.VAL_EVERY} training problems on")
+    return train, val
+
+
+def chains_to_train_on(config, rows: list[dict], manifest: dict, folder) -> tuple[list[dict], list[dict]]:
+    """(train, val) of latents.training_chains, as many as a config names. Raises ValueError as train_and_val does."""
+    train, val = latents.training_chains(rows, manifest, folder)
+    train, val = train[: config.limit or None], val[: config.val_problems]
+    if len(val) < 2:
+        raise ValueError(f"{folder}: {len(val)} chain to validate on: two are needed")
+    return train, val
+
+
 class TextJob:
     """What the loop needs to train NanoJEPA: its data, its batches, its evaluation.
 
@@ -64,13 +82,7 @@ class TextJob:
 
     def __init__(self, config, out: Path):
         self.config, asked_vocab_size = config, config.vocab_size
-        n = config.limit or (config.n_synthetic if config.dataset == "synthetic" else 0)
-        common = dict(data_dir=config.data_dir, seed=config.seed, max_steps=config.max_problem_steps)
-        train = data.load_problems(config.dataset, "train", limit=n, **common)
-        val = data.load_problems(config.dataset, "val", limit=config.val_problems, **common)
-        if len(val) < 2:
-            raise ValueError(f"{len(val)} validation problem of {config.dataset}: two are needed, from "
-                             f"{2 * data.VAL_EVERY} training problems on")
+        train, val = train_and_val(config)
         texts = [t for p in train for t in (p["question"], data.answer_text(p, "solution"))]
         tokenizer = pick_tokenizer(config, out, texts, config.init_from)
         config.vocab_size, self.tokenizer = tokenizer.vocab_size, tokenizer
@@ -130,10 +142,7 @@ class LatentJob:
         config.latents = str(folder)
         for name in latents.SAME_LLM:
             setattr(config, name, manifest[name])
-        self.train, self.val = latents.training_chains(rows, manifest, folder)
-        self.train, self.val = self.train[: config.limit or None], self.val[: config.val_problems]
-        if len(self.val) < 2:
-            raise ValueError(f"{folder}: {len(self.val)} chain to validate on: two are needed")
+        self.train, self.val = chains_to_train_on(config, rows, manifest, folder)
         self.batches = latents.Batches(self.train, config)
         parts = [[r["id"], r["steps"], r.get("wrong_step")] for r in self.train]
         self.identity = {"latents": digest(json.dumps([parts, manifest], sort_keys=True))}
@@ -194,10 +203,7 @@ class WorldJob:
         self.world.requires_grad_(False)
         rows, manifest = latents.load_latents(self.world_config.latents, self.world_config.where)
         latents.check_same_llm(self.world_config, manifest, f"{config.init_from} and {self.world_config.latents}")
-        self.train, self.val = latents.training_chains(rows, manifest, self.world_config.latents)
-        self.train, self.val = self.train[: config.limit or None], self.val[: config.val_problems]
-        if len(self.val) < 2:
-            raise ValueError(f"{self.world_config.latents}: {len(self.val)} chain to validate on: two are needed")
+        self.train, self.val = chains_to_train_on(config, rows, manifest, self.world_config.latents)
         self.batches = latents.Batches(self.train, config)
         parts = [[r["id"], r["steps"]] for r in self.train]
         config.world = weights_digest(config.init_from)
@@ -375,23 +381,20 @@ class DocumentJob:
     def evaluate(self, model, device, autocast) -> dict:
         model.eval()
         with autocast():
-            figures = span_figures(model, self.val, self.config, device)
+            figures = span_figures(model, self.val, device)
         model.train()
         return figures
 
 
 @torch.no_grad()
-def span_figures(model, documents: list[dict], config, device) -> dict:
+def span_figures(model, documents: list[dict], device) -> dict:
     """model.latent_figures of a TJEPA on documents under fixed masks, in the space that it is trained in.
 
     `copy` is the target of the visible token that is nearest to a hidden one. target_std and
     target_raw_effective_rank are taken before standardising, which would hide a collapse.
     """
-    rows = data.pack([len(d["tokens"]) for d in documents], config.block_size)
     found = [[], [], []]
-    for start in range(0, len(rows), config.batch_size):
-        part = [[documents[i] for i in row] for row in rows[start : start + config.batch_size]]
-        batch = strip(data.collate_documents(part, config, np.random.default_rng([0, start]), device))
+    for batch in map(strip, data.packed(documents, model.config, device)):
         is_target, z = batch["is_target"], model.targets(batch["idx"], batch["positions"], batch["segment"])
         found[0].append(model.predict(**batch).cpu())
         found[1].append(z[is_target].cpu())
@@ -407,12 +410,12 @@ def span_figures(model, documents: list[dict], config, device) -> dict:
 
 def nearest_visible(is_target: np.ndarray, segment: np.ndarray) -> np.ndarray:
     """Of every target (row by row): position of the nearest visible token of its segment; of two, the earlier one."""
-    out = []
+    out, far = [], is_target.shape[1]
     for targets, segments in zip(is_target, segment, strict=True):
-        for i in np.flatnonzero(targets):
-            visible = np.flatnonzero((segments == segments[i]) & ~targets)
-            out.append(visible[np.abs(visible - i).argmin()])
-    return np.array(out)
+        at = np.flatnonzero(targets)[:, None]
+        distance = np.abs(at - np.arange(far))
+        out.append(np.where((segments[at] == segments) & ~targets, distance, far).argmin(1))
+    return np.concatenate(out)
 
 
 class DistillJob(DocumentJob):
@@ -453,10 +456,8 @@ class DistillJob(DocumentJob):
     def evaluate(self, model, device, autocast) -> dict:
         """Held-out mse and cos to the teacher's outputs, and the mse of the best constant."""
         model.eval()
-        rows, sums, seen = data.pack([len(d["tokens"]) for d in self.val], self.config.block_size), {}, []
-        for start in range(0, len(rows), self.config.batch_size):
-            part = [[self.val[i] for i in row] for row in rows[start : start + self.config.batch_size]]
-            batch = self.taught(data.collate_documents(part, self.config, None, device))
+        sums, seen = {}, []
+        for batch in map(self.taught, data.packed(self.val, self.config, device, masks=False)):
             with autocast():
                 losses = model(strip(batch))
             for k in ("mse", "cos"):
@@ -477,15 +478,9 @@ class AnswerJob:
         if config.init_from != "random":
             self.start, _, self.tokenizer = load_encoder(config.init_from, "cpu")
             config.world = weights_digest(config.init_from)
-        n = config.limit or (config.n_synthetic if config.dataset == "synthetic" else 0)
-        common = dict(data_dir=config.data_dir, seed=config.seed, max_steps=config.max_problem_steps)
-        train = data.load_problems(config.dataset, "train", limit=n, **common)
-        val = data.load_problems(config.dataset, "val", limit=config.val_problems, **common)
-        if len(val) < 2:
-            raise ValueError(f"{len(val)} validation problem of {config.dataset}: two are needed")
+        train, val = train_and_val(config)
         if self.start is None:
-            texts = [f"{p['question']}\n{data.answer_text(p, 'solution')}" for p in train]
-            self.tokenizer = pick_tokenizer(config, out, texts)
+            self.tokenizer = pick_tokenizer(config, out, [data.document_text(p) for p in train])
         config.vocab_size, config.context_dim = self.tokenizer.vocab_size, config.encoder_n_embd
         self.train, self.val = (encode_answers(p, self.tokenizer, config) for p in (train, val))
         known = encoder_block_size(config)
@@ -504,11 +499,7 @@ class AnswerJob:
         write_atomic(out / "tokenizer.tiktoken", self.tokenizer.save)
 
     def batch(self, index: int, device) -> dict:
-        return self.collate(self.batches(index), device)
-
-    def collate(self, examples: list[dict], device, questions: list[dict] = ()) -> dict:
-        """A batch of SpeakingTJEPA.forward; the questions may be those of other examples."""
-        return collate_answers(examples, self.config.vocab_size - 2, device, questions)
+        return collate_answers(self.batches(index), self.config.vocab_size - 2, device)
 
     @torch.no_grad()
     def evaluate(self, model, device, autocast) -> dict:
@@ -527,7 +518,7 @@ class AnswerBatches(data.Batches):
 
 
 def encode_answers(problems: list[dict], tokenizer, config) -> list[dict]:
-    """Problems -> {"id", "question", "answer", "target": token ids}. Raises ValueError naming one that is too long."""
+    """Problems -> {"id", "question", "answer": token ids}. Raises ValueError naming one that is too long."""
     examples = []
     for p in problems:
         q, a = (tokenizer.encode(t) for t in (p["question"], data.answer_text(p, config.answer_text)))
@@ -539,9 +530,9 @@ def encode_answers(problems: list[dict], tokenizer, config) -> list[dict]:
 
 
 def collate_answers(examples: list[dict], eos: int, device, questions: list[dict] = ()) -> dict:
+    """A batch of SpeakingTJEPA.forward; the questions may be those of other examples."""
     rows = [e["question"] for e in questions or examples]
-    return {"question": pad_rows(rows, 0, device),
-            "context_allowed": pad_rows([[1] * len(row) for row in rows], 0, device).bool(),
+    return {"question": pad_rows(rows, 0, device), "context_allowed": real_tokens(rows, device),
             **spoken([e["answer"] for e in examples], eos, device)}
 
 

@@ -279,6 +279,12 @@ def pad_rows(rows: list[list[int]], fill: int, device=None) -> torch.Tensor:
     return out.to(device)
 
 
+def real_tokens(rows: list[list[int]], device=None) -> torch.Tensor:
+    """is_real bool [B, T] of what `pad_rows` makes of ragged rows."""
+    lengths = torch.tensor([len(row) for row in rows])
+    return (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
+
+
 def attn_allowed(segment: torch.Tensor) -> torch.Tensor:
     """The isolation mask, as the reference: segment int [B, T] (0 question, 1 answer, -1 padding) -> bool [B, T, T].
 
@@ -836,7 +842,7 @@ class TextEncoder(nn.Module):
 
         def encode(part):
             idx = pad_rows(part, 0, self.embed.weight.device)
-            is_real = pad_rows([[1] * len(row) for row in part], 0, idx.device).bool()
+            is_real = real_tokens(part, idx.device)
             z = self(idx, is_real).float() * is_real[..., None]
             return z.sum(1) / is_real.sum(1, keepdim=True)
 
@@ -876,8 +882,7 @@ class TJEPA(nn.Module):
 
     def targets(self, idx, positions, segment):
         """Layer-normed target latents [B, T, C] fp32 of every token."""
-        with torch.no_grad():
-            return self.jepa.targets(self.embed_target(idx), positions, segment >= 0, segment)
+        return self.jepa.targets(self.embed_target(idx), positions, segment >= 0, segment)
 
     def see(self, idx, positions, segment, is_target):
         """(what the context encoder makes of the visible tokens [B, T, C], visible [B, T]); it runs on them alone."""
@@ -985,7 +990,7 @@ class SpeakingTJEPA(Head):
                 raise ValueError(f"question {i} has {len(q)} tokens; the model reads 1 to block_size="
                                  f"{self.config.block_size}")
         idx = pad_rows(questions, 0, self.text_encoder.embed.weight.device)
-        allowed = pad_rows([[1] * len(q) for q in questions], 0, idx.device).bool()
+        allowed = real_tokens(questions, idx.device)
         return self.speaker.generate(self.read(idx, allowed), allowed, None, max_new_tokens, temperature, seed)
 
     def flops_per_token(self, T: float) -> float:
