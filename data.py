@@ -2,7 +2,7 @@
 
     problem {"id", "question", "answer"}        chain {"id", "question", "steps", "answer", "is_valid", "source"}
 
-Problems come from GSM8K (the hub through `datasets`, or a local folder) or are made here (`synthetic`). Training
+Problems are those of benchmarks.py (the hub through `datasets`, or a local folder) or made here (`synthetic`). Training
 sees the split `train` less the problems of `val`; `test` is for the final figures alone.
 """
 
@@ -17,16 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import benchmarks
 import verify
+from benchmarks import VAL_EVERY
 from model import answer_row, pad_rows, pool_weights, question_row
 
 # ----------------------------------------------------------------------------- problems
-
-SOURCES = {  # dataset: hub name, configuration, its question, its answer
-    "gsm8k": ("openai/gsm8k", "main", "{question}", "{answer}"),
-    "svamp": ("ChilleD/SVAMP", None, "{Body} {Question}", "{Answer}"),
-}
-VAL_EVERY = 20  # GSM8K has no validation split: every 20th training problem is held out as one
 
 
 def load_problems(dataset: str, split: str, data_dir: str = "", limit: int = 0, seed: int = 1, max_steps: int = 8):
@@ -40,17 +36,10 @@ def load_problems(dataset: str, split: str, data_dir: str = "", limit: int = 0, 
         if data_dir:
             raise ValueError(f"--data_dir {data_dir}: synthetic problems are made, not read; leave it out")
         return synthetic_problems(limit, split, seed, max_steps)
-    held_out = {"train": "train", "val": "train"}.get(split, split)
-    rows = read_local(dataset, held_out, data_dir) if data_dir else read_hub(dataset, held_out)
-    problems = [{"id": f"{dataset}-{held_out}-{i}", **row} for i, row in enumerate(rows)]
-    for i, p in enumerate(problems):
-        for field in ("question", "answer"):
-            if not isinstance(p[field], str) or not p[field].strip():
-                raise ValueError(f"{dataset} {held_out}, row {i}: field '{field}' must be a text that is not empty")
-        if not split_steps(p["answer"]):
-            raise ValueError(f"{dataset} {held_out}, row {i}: field 'answer' holds annotations alone")
-    if held_out == "train":
-        problems = [p for i, p in enumerate(problems) if (i % VAL_EVERY == 0) == (split == "val")]
+    problems = benchmarks.load(dataset, split, data_dir)
+    for p in problems:
+        if p["kind"] == "number" and not split_steps(p["answer"]):
+            raise ValueError(f"{p['id']}: field 'answer' holds annotations alone")
     return problems[:limit] if limit else problems
 
 
@@ -60,37 +49,6 @@ def run_problems(config, split: str) -> list[dict]:
     if config.dataset == "synthetic" and split == "train":
         limit = limit or config.n_synthetic
     return load_problems(config.dataset, split, config.data_dir, limit, config.seed, config.max_problem_steps)
-
-
-def read_local(dataset: str, split: str, data_dir: str) -> list[dict]:
-    folder = Path(data_dir)
-    tried = [base / f"{split}.{ext}" for base in (folder, folder / dataset) for ext in ("jsonl", "parquet")]
-    path = next((p for p in tried if p.is_file()), None)
-    if path is None:
-        raise FileNotFoundError(f"--data_dir {data_dir}: none of {', '.join(map(str, tried))} exists")
-    if path.suffix == ".jsonl":
-        return verify.read_jsonl(path, ["question", "answer"])
-    import pyarrow.parquet
-
-    rows = pyarrow.parquet.read_table(path).to_pylist()
-    if not rows or not {"question", "answer"} <= set(rows[0]):
-        raise ValueError(f"{path}: needs rows with the columns 'question' and 'answer'")
-    return rows
-
-
-def read_hub(dataset: str, split: str) -> list[dict]:
-    import datasets
-
-    name, configuration, question, answer = SOURCES[dataset]
-    try:
-        rows = datasets.load_dataset(name, configuration, split=split)
-    except Exception as error:  # offline, not cached, unknown host: the library raises many kinds for one cause
-        raise FileNotFoundError(
-            f"{name} could not be loaded from the Hugging Face hub ({type(error).__name__}: {str(error)[:200]}).\n"
-            f"  - online: unset HF_HUB_OFFLINE and run again, it is fetched once and cached\n"
-            f"  - offline: --data_dir FOLDER with {split}.jsonl (lines with \"question\" and \"answer\")\n"
-            f"  - without any data: --dataset synthetic") from None
-    return [{"question": question.format_map(r), "answer": answer.format_map(r)} for r in rows]
 
 
 def answer_text(problem: dict, kind: str) -> str:

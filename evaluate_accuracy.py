@@ -4,6 +4,8 @@
     python evaluate_accuracy.py out/student-small --limit 1000 --k 8        # sample 8, compare ways of picking one
     python evaluate_accuracy.py out/rjepa-small --candidates FILE           # R-JEPA picks among labelled candidates
     python evaluate_accuracy.py out/rjepa-small --candidates FILE --also out/rjepa-seed2 out/rjepa-shuffled
+    python evaluate_accuracy.py smollm2 --dataset arc_easy --limit 500      # any LLM on any data set of benchmarks.py
+    python evaluate_accuracy.py smollm2 --dataset humaneval --k 10          # pass@1 and pass@10, in the sandbox
 
 Every generation is written to RUN/generations-*.jsonl. An answer counts where verify.check_answer says so, that is
 by value (18 = 18.00 = $18); text without `#### n` counts by its last number and is reported apart as `strict`.
@@ -11,16 +13,19 @@ by value (18 = 18.00 = $18); text without `#### n` counts by its last number and
 
 import functools
 import json
+import math
 import statistics
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import tyro
 
+import benchmarks
 import data
 import eval_alignment
 import extract
@@ -28,15 +33,20 @@ import infer
 import latents
 import verify
 from config import AnswerConfig, NanoJEPAConfig, RJEPAConfig, TextConfig, check
+from llm import HuggingFaceLLM, complete, load_llm
 from llm import generate as llm_generate
 from model import wilson
-from runs import build_model, digest, load_config, load_run, load_tokenizer, weights_digest, write_atomic
+from runs import build_model, digest, is_run, load_config, load_run, load_tokenizer, weights_digest, write_atomic
 
 
 @dataclass
 class Args(eval_alignment.Args):
-    """Exact match of generated answers."""
+    """Accuracy of a run, or of an LLM, on held-out problems."""
 
+    run: Annotated[str, tyro.conf.Positional]  # a run folder of train.py, or an LLM as extract.py takes it
+    dataset: Literal[("", "synthetic", *benchmarks.BENCHMARKS)] = ""  # empty: the run's own
+    shots: int = 0  # solved examples before a question, where the data set has a split for them (MMLU: 5 is usual)
+    allow_unsafe_code: bool = False  # run generated programs without the sandbox, if there is none
     k: int = 1  # candidates per problem: 1 is greedy, more are sampled
     temperature: float = 0.8  # of the samples
     top_p: float = 0.95  # of an R-JEPA's LLM
@@ -53,6 +63,7 @@ class Args(eval_alignment.Args):
 
     def __post_init__(self):
         super().__post_init__()
+        check(self, "shots", self.shots >= 0, "must not be negative")
         check(self, "folds", self.folds >= 2, "must be at least 2")
         check(self, "alphas", bool(self.alphas), "needs one value at least")
         for name in ("k", "max_new_tokens", "batch_size", "temperature"):
@@ -336,20 +347,152 @@ def evaluate_nudge(run: str, args) -> dict:
     return {"n": len(problems), "k": 1, "nudge": args.nudge, "random": own, "oracle": own, "methods": methods}
 
 
+# ----------------------------------------------------------------------------- an LLM on a benchmark
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """Unbiased estimate of P(at least one of k samples is right) from n samples (Chen et al. 2021, eq. 1)."""
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def grade(problem: dict, text: str, allow_unsafe_code: bool = False) -> bool:
+    """Is a written answer right, as its kind of problem is judged?"""
+    if problem["kind"] == "code":
+        return verify.check_program(problem, text, allow_unsafe=allow_unsafe_code).is_valid
+    if problem["kind"] == "math":
+        return verify.check_math(text, problem["answer"])
+    if problem["kind"] == "exact":
+        return text.strip().removesuffix(".") == problem["answer"].strip().removesuffix(".")
+    return verify.check_answer(text, data.answer_text(problem, "final"))
+
+
+def by_subject(bench, problems: list[dict], correct: np.ndarray) -> dict:
+    """Accuracy of every subject and their macro average; nothing where there is but one."""
+    groups = {}
+    for p, c in zip(problems, correct, strict=True):
+        groups.setdefault(bench.group(p["subject"]), []).append(float(c))
+    found = {name: float(np.mean(values)) for name, values in sorted(groups.items())}
+    return {"macro": float(np.mean(list(found.values()))), "subjects": found} if len(found) > 1 else {}
+
+
+def evaluate_choices(llm, bench, problems: list[dict], args) -> dict:
+    """Multiple choice by log-likelihood, as lm-evaluation-harness scores it.
+
+    `acc`: the choice with the highest log p(choice | question); `acc_norm`: the same a character of the choice.
+    Controls: `no_question` is acc_norm after the prompt with an empty question, `constant` the best position in
+    hindsight.
+    """
+    shots = [()] * len(problems)
+    if args.shots:
+        if not bench.shots:
+            raise ValueError(f"--shots: {args.dataset} has no split with examples")
+        shots = benchmarks.examples_for(problems, benchmarks.load(args.dataset, bench.shots, args.data_dir), args.shots)
+
+    def scores(contexts: list[str]) -> list[np.ndarray]:
+        pairs = [(c, t) for c, p in zip(contexts, problems, strict=True) for t in benchmarks.continuations(p)]
+        values = iter(lp for lp, _ in llm.loglikelihoods(pairs))
+        return [np.array([next(values) for _ in p["choices"]]) for p in problems]
+
+    lengths = [np.array([len(c) for c in p["choices"]]) for p in problems]
+    labels = np.array([p["label"] for p in problems])
+    asked = scores([benchmarks.prompt(bench, p, e) for p, e in zip(problems, shots, strict=True)])
+    alone = scores([bench.prompt.format(question="").strip() or "\n"] * len(problems))
+    picks = {"acc": np.array([s.argmax() for s in asked]),
+             "acc_norm": np.array([(s / n).argmax() for s, n in zip(asked, lengths, strict=True)]),
+             "no_question": np.array([(s / n).argmax() for s, n in zip(alone, lengths, strict=True)]),
+             "constant": np.full(len(problems), np.bincount(labels).argmax())}
+    random = float(np.mean([1 / len(p["choices"]) for p in problems]))
+    methods = {name: method_figures(pick == labels, random, 1.0, args.seed) for name, pick in picks.items()}
+    best = "acc_norm" if len({len(c) for p in problems for c in p["choices"]}) > 1 else "acc"
+    return {"n": len(problems), "k": 1, "random": random, "oracle": 1.0, "metric": best, "methods": methods,
+            **by_subject(bench, problems, picks[best] == labels)}
+
+
+def write_answers(llm, bench, problems: list[dict], args) -> list[list[str]]:
+    """k answers to each problem; kept in out/generations by all that they follow from, and not written again."""
+    texts = [benchmarks.prompt(bench, p) for p in problems]
+    made_by = [llm.name, llm.tokenizer_hash, llm.dtype, llm.prompt, texts, args.k, args.temperature, args.top_p,
+               args.seed, args.max_new_tokens, bench.stop]
+    key = digest(json.dumps(made_by))[:10]
+    path = Path("out/generations") / f"{Path(llm.name).name}-{args.dataset}-{args.split}-k{args.k}-{key}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = verify.read_jsonl(path, ["id", "answers"]) if path.is_file() else []
+    temperature, size = args.temperature if args.k > 1 else 0.0, max(1, args.batch_size // args.k)
+    for start in range(len(rows), len(problems), size):
+        part = problems[start : start + size]
+        if bench.kind == "number":
+            chains = llm_generate(llm, [p["question"] for p in part], args.k, temperature, args.top_p, args.seed,
+                                  args.max_new_tokens)
+            answers = [["\n".join(c["steps"]) for c in row] for row in chains]
+        else:
+            answers = complete(llm, texts[start : start + size], args.k, temperature, args.top_p, args.seed,
+                               args.max_new_tokens, bench.stop)
+        rows += [{"id": p["id"], "answers": a} for p, a in zip(part, answers, strict=True)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        write_atomic(path, lambda p, lines=lines: p.write_text(lines))
+        print(f"{len(rows)} of {len(problems)} problems")
+    print(f"generations: {path}")
+    return [row["answers"] for row in rows]
+
+
+def evaluate_llm(name: str, args) -> dict:
+    """An LLM (or a run that reads questions and writes answers) on a data set -> as `evaluate_run`.
+
+    With k samples a problem: `pass@1`, `pass@10`, ... up to k are the unbiased estimates. `shuffled`: the same answers
+    to other problems.
+    """
+    if args.dataset in ("", "synthetic"):
+        raise ValueError(f"{name} is no run folder; as an LLM it needs --dataset, one of "
+                         f"{', '.join(benchmarks.BENCHMARKS)}")
+    bench = benchmarks.BENCHMARKS[args.dataset]
+    problems = data.load_problems(args.dataset, args.split, args.data_dir, args.limit)
+    if bench.kind == "code" and not args.allow_unsafe_code:
+        verify.require_sandbox()
+    llm = load_llm(name, args.device)
+    if bench.kind == "choice":
+        return evaluate_choices(llm, bench, problems, args)
+    if args.shots:
+        raise ValueError(f"--shots is for multiple choice, not for {args.dataset}")
+    if bench.kind == "number" and isinstance(llm, HuggingFaceLLM):
+        llm.set_prompt("few_shot")
+    answers = write_answers(llm, bench, problems, args)
+    jobs = [(p, text) for p, row in zip(problems, answers, strict=True) for text in row]
+    jobs += [(p, row[0]) for p, row in zip(problems, answers[1:] + answers[:1], strict=True)]
+    with ThreadPoolExecutor() as pool:
+        graded = np.array(list(pool.map(lambda job: grade(*job, args.allow_unsafe_code), jobs)))
+    n, k = len(problems), args.k
+    right, shuffled = graded[: n * k].reshape(n, k), graded[n * k :]
+    random, oracle = float(right.mean()), float(right.any(1).mean())
+    figures = functools.partial(method_figures, random=random, oracle=oracle, seed=args.seed)
+    methods = {"greedy": figures(right[:, 0], recovered=False)} if k == 1 else {
+        f"pass@{j}": figures([pass_at_k(k, int(c), j) for c in right.sum(1)], recovered=False)
+        for j in sorted({1, 10, 100, k}) if j <= k}
+    if k > 1 and bench.kind == "number":
+        methods["majority"] = figures(right[np.arange(n), [majority(row) for row in answers]])
+    methods["shuffled"] = figures(shuffled, recovered=False)
+    return {"n": n, "k": k, "random": random, "oracle": oracle, "metric": "pass@1" if k > 1 else "greedy",
+            "methods": methods, **by_subject(bench, problems, right.mean(1))}
+
+
 def main():
     args = tyro.cli(Args)
     try:
-        is_rjepa = isinstance(load_config(args.run)[1], RJEPAConfig)
+        config = load_config(args.run)[1] if is_run(args.run) or Path(args.run, "log.jsonl").is_file() else None
+        kind = benchmarks.BENCHMARKS[args.dataset].kind if args.dataset in benchmarks.BENCHMARKS else "number"
+        asks_llm = config is None or kind != "number"
+        is_rjepa = isinstance(config, RJEPAConfig) and not asks_llm
+        if not is_rjepa and (args.method != "all" or args.candidates or args.latents):
+            raise ValueError("--method, --candidates and --latents need an R-JEPA run, and problems whose answers are "
+                             f"numbers: {args.run}{f' on {args.dataset}' * bool(args.dataset)} is none")
         if is_rjepa and not args.candidates and not args.latents and args.k == 1 and args.method not in (
                 "nudge", "greedy"):
             raise ValueError(f"{args.run} is an R-JEPA run: --candidates FILE, --dataset X --k K with K > 1, or "
                              "--method nudge")
-        if args.method == "nudge" and not is_rjepa:
-            raise ValueError(f"--method nudge needs an R-JEPA run; {args.run} is none")
-        if (args.candidates or args.latents) and not is_rjepa:
-            raise ValueError(f"--candidates needs an R-JEPA run; {args.run} is none")
         nudged = evaluate_nudge if args.method in ("nudge", "greedy") else evaluate_candidates
-        result = (nudged if is_rjepa else evaluate_run)(args.run, args)
+        if asks_llm:
+            result = evaluate_llm(args.llm or getattr(config, "llm", args.run), args)
+        else:
+            result = (nudged if is_rjepa else evaluate_run)(args.run, args)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     print(f"{'method':32}{'accuracy':>10}{'95 % interval':>20}{'recovered':>11}{'pairwise':>10}")

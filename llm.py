@@ -8,7 +8,6 @@ and never counts. Latents taken while writing (`generate`) equal those of readin
 
 import copy
 import hashlib
-import json
 import os
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from model import pad_rows
-from runs import digest, load_run, load_tokenizer, pick_device, pick_dtype, say, tokenizer_digest
+from runs import digest, is_run, load_run, load_tokenizer, pick_device, pick_dtype, say, tokenizer_digest
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nano-jepa"
@@ -204,6 +203,28 @@ class LLM:
         ids, spans = self.encode(question, steps)
         return self.latents([ids], [spans], [(self.layer, self.pooling)])[0][self.layer, self.pooling][0]
 
+    @torch.no_grad()
+    def loglikelihoods(self, pairs: list[tuple[str, str]], token_budget: int = 4096) -> list[tuple[float, int]]:
+        """(log p(continuation | context), tokens of the continuation) for every pair of texts, in nats.
+
+        The two are tokenised as one text, as in lm-evaluation-harness: the continuation is what comes after the tokens
+        of the context alone. Batches of like length.
+        """
+        coded, out = [self.pair_ids(*pair) for pair in pairs], [None] * len(pairs)
+        self.check_room([ids for ids, _ in coded], 0)
+        order = sorted(range(len(coded)), key=lambda i: len(coded[i][0]))
+        while order:
+            batch = [order.pop()]
+            while order and (len(batch) + 1) * len(coded[batch[0]][0]) <= token_budget:
+                batch.append(order.pop())
+            _, final = self.states(pad_rows([coded[i][0] for i in batch], 0, self.device), {self.n_layer}, True)
+            for i, h in zip(batch, final, strict=True):
+                ids, begin = coded[i]
+                targets = torch.tensor(ids[begin:], device=self.device)
+                lp = -F.cross_entropy(self.logits(h[begin - 1 : len(ids) - 1]).float(), targets, reduction="sum")
+                out[i] = float(lp), len(ids) - begin
+        return out
+
 
 class HuggingFaceLLM(LLM):
     """Any causal LM of transformers (name, folder or GGUF file)."""
@@ -270,6 +291,14 @@ class HuggingFaceLLM(LLM):
 
     def question_ids(self, question: str) -> list[int]:
         return self.tokens(question + self.after)[0]
+
+    def text_ids(self, text: str) -> list[int]:
+        """Tokens of a text to be gone on from as it is, without the prompt around it."""
+        return self.tokens(text)[0]
+
+    def pair_ids(self, context: str, continuation: str) -> tuple[list[int], int]:
+        """Tokens of both, and where the continuation begins."""
+        return self.tokens(context + continuation)[0], len(self.tokens(context)[0])
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -389,6 +418,12 @@ class RunLLM(LLM):
     def question_ids(self, question: str) -> list[int]:
         return [*self.tokenizer.encode(question), self.model.pred_id]
 
+    text_ids = question_ids
+
+    def pair_ids(self, context: str, continuation: str) -> tuple[list[int], int]:
+        ids = self.question_ids(context)
+        return ids + self.tokenizer.encode(continuation.lstrip()), len(ids)
+
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids)
 
@@ -455,7 +490,7 @@ def load_llm(name: str = "smollm2", device: str = "auto", dtype: str = "auto", q
     """
     device = pick_device(device)
     path = Path(name)
-    if (path / "config.json").is_file() and "job" in json.loads((path / "config.json").read_text()):
+    if is_run(path):
         if quantize != "none":
             raise ValueError("--quantize is for Hugging Face models, not for a run of this project")
         return RunLLM(name, device).choose(layer, pooling)
@@ -565,6 +600,41 @@ def written_steps(text: str) -> tuple[list[str], list[tuple[int, int]], bool]:
     return steps, spans, bool(steps) and steps[-1].startswith("####")
 
 
+def row_generator(seed: int, i: int, text: str) -> torch.Generator:
+    """The random numbers of candidate i for a text, whatever it shares a batch with."""
+    key = hashlib.sha256(f"{seed}:{i}:{text}".encode()).digest()[:7]
+    return torch.Generator().manual_seed(int.from_bytes(key, "big"))
+
+
+@torch.no_grad()
+def complete(llm: LLM, texts: list[str], k: int = 1, temperature: float = 0.8, top_p: float = 0.95, seed: int = 1,
+             max_new_tokens: int = 256, stop: tuple[str, ...] = ()) -> list[list[str]]:
+    """What the LLM writes after each text, k times, cut before the first of `stop`; temperature 0 is greedy."""
+    logits, _, memory = llm.begin([llm.text_ids(text) for text in texts], k, max_new_tokens)
+    generators = [row_generator(seed, i, text) for text in texts for i in range(k)]
+    ids, written, chosen = [[] for _ in generators], [""] * len(generators), list(range(len(generators)))
+    for _ in range(max_new_tokens):
+        tokens = sample(logits, temperature, top_p, [generators[i] for i in chosen])
+        keep = []
+        for j, token in enumerate(tokens.tolist()):
+            i = chosen[j]
+            if token not in llm.stop_ids:
+                ids[i].append(token)
+                written[i] = llm.decode(ids[i])
+                if not any(s in written[i] for s in stop):
+                    keep.append(j)
+        if not keep:
+            break
+        logits, _ = llm.advance(tokens, memory)
+        if len(keep) < len(chosen):
+            at = torch.tensor(keep, device=logits.device)
+            memory.select(at)
+            logits, chosen = logits[at], [chosen[j] for j in keep]
+    for s in stop:
+        written = [text.partition(s)[0] for text in written]
+    return [written[i : i + k] for i in range(0, len(written), k)]
+
+
 class Row:
     """One chain while it is written: its tokens, their states at the LLM's layer, their logprobs."""
 
@@ -617,8 +687,7 @@ def generate(llm: LLM, questions: list[str], k: int = 1, temperature: float = 0.
         latent = pool(h[begin:end], llm.pooling)
         for i in range(k):
             writing.append(Row(llm, latent))
-            key = hashlib.sha256(f"{seed}:{i}:{question}".encode()).digest()[:7]
-            generators.append(torch.Generator().manual_seed(int.from_bytes(key, "big")))
+            generators.append(row_generator(seed, i, question))
             current.append(h[len(row) - 1])
     chosen, h = list(range(len(writing))), torch.stack(current)
     if nudge is not None:

@@ -77,6 +77,12 @@ def build_model(config) -> torch.nn.Module:
             cfg.AnswerConfig: SpeakingTJEPA}[type(config)](config)
 
 
+def is_run(folder) -> bool:
+    """Whether a folder is a run of this project, not a Hugging Face model's or none at all."""
+    path = Path(folder) / "config.json"
+    return path.is_file() and '"job"' in path.read_text()
+
+
 def load_config(folder) -> tuple:
     """(preset, config) of a finished run folder, without its weights. Raises as load_run does."""
     folder = Path(folder)

@@ -462,7 +462,7 @@ def test_local_problems_from_jsonl_and_parquet(tmp_path):
 def test_missing_and_malformed_data_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="--data_dir .*train.jsonl"):
         data.load_problems("gsm8k", "train", str(tmp_path))
-    for text, message in [("", "train.jsonl: no rows"), ('{"question": "a"}\n', "line 1: field 'answer'"),
+    for text, message in [("", "train.jsonl: no rows"), ('{"question": "a"}\n', "row 0: field 'answer'"),
                           ('{"question": "a", "answer": "b"}\nno json\n', "line 2"),
                           ('{"question": "a", "answer": 3}\n', "row 0: field 'answer'")]:
         (tmp_path / "train.jsonl").write_text(text)
