@@ -5,6 +5,7 @@
     python extract.py --llm model.gguf --candidates FILE --logprobs --out out/latents/candidates
     python extract.py --llm out/student-small --dataset synthetic --limit 9000 --counterfactual --out out/latents/s
     python extract.py --dataset svamp --split test --generate 8 --prompt few_shot --out out/latents/written
+    python extract.py --generate 4 --endpoint http://localhost:8000/v1 --llm qwen3-8b --out out/teacher    # no latents
 
 Row 0 of a chain is its question, rows 1 … S its steps; llm.py says what a row is. With --generate the chains are those
 that the LLM writes itself, with the gate's verdict; --prompt stands around every question. Several --layer or
@@ -16,8 +17,12 @@ manifest.json. The same command on an unfinished folder continues with the next 
 
 import hashlib
 import json
+import os
 import sys
+import threading
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,7 +34,7 @@ import data
 import latents
 import verify
 from config import check
-from llm import LLM, generate, load_llm
+from llm import LLM, generate, load_llm, shot_messages
 from runs import digest, say, write_atomic
 
 # ----------------------------------------------------------------------------- the folder
@@ -155,6 +160,72 @@ def extract_written(llm: LLM, splits: list[tuple[str, list[dict]]], out: Path, d
             "tokens_per_s": round(written_now / max(time.time() - began, 1e-9))}
 
 
+def ask_endpoint(args, splits: list[tuple[str, list[dict]]]) -> dict:
+    """k chains a problem from a server that speaks OpenAI's chat API -> {"chains", "steps", "tokens", "right", ...}.
+
+    Each is judged by the gate and appended to OUT/chains.jsonl, with its verdict, for `--chains` to read. Problems
+    that are there already are not asked again; asking stops once --max_tokens_total tokens (prompts included) have been
+    used. The key is OPENAI_API_KEY.
+    """
+    try:
+        import openai
+    except ImportError:
+        raise ValueError("--endpoint needs openai: pip install openai") from None
+    path, problems = Path(args.out) / "chains.jsonl", [p for _, part in splits for p in part]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = path.read_bytes().split(b"\n")[:-1] if path.is_file() and not args.overwrite else []
+    write_atomic(path, lambda p: p.write_bytes(b"".join(line + b"\n" for line in kept)))  # less a half-written line
+    rows = verify.read_jsonl(path, ["problem_id", "made_by"]) if kept else []
+    made_by = f"{args.llm} temperature {args.temperature:g} top_p {args.top_p:g} seed {args.seed}"
+    if foreign := {r["made_by"] for r in rows} - {made_by}:
+        raise ValueError(f"{path} holds chains of {foreign.pop()}, not of {made_by}: choose another --out, or "
+                         "--overwrite")
+    n_there = Counter(r["problem_id"] for r in rows)
+    client = openai.OpenAI(base_url=args.endpoint, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=5)
+    used, began, lock = sum(r["tokens"] for r in rows), time.time(), threading.Lock()
+
+    def ask(problem):
+        nonlocal used
+        while (n := n_there[problem["id"]]) < args.generate and used < (args.max_tokens_total or used + 1):
+            reply = client.chat.completions.create(  # a server may give fewer than n
+                model=args.llm, messages=shot_messages(problem["question"]),
+                n=args.generate - n, temperature=args.temperature, top_p=args.top_p, seed=args.seed + n,
+                max_tokens=args.max_new_tokens)
+            if not reply.choices:
+                raise ValueError(f"--endpoint {args.endpoint}: an answer without choices to problem {problem['id']}")
+            spent = reply.usage.total_tokens if reply.usage else 0
+            for i, choice in enumerate(reply.choices[: args.generate - n]):
+                steps = data.split_steps(choice.message.content or "")
+                chain = {"id": f"{problem['id']}/{n + i}", "steps": steps}
+                verdict = verify.validate(problem | {"answer": data.answer_text(problem, "final")}, chain)
+                row = {**chain, "problem_id": problem["id"], "question": problem["question"],
+                       "answer": "".join(steps[-1:]), "is_valid": verdict.is_valid, "reason": verdict.reason,
+                       "source": args.llm, "made_by": made_by, "tokens": 0 if i else spent}
+                with lock, open(path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+                    rows.append(row)
+            n_there[problem["id"]] += len(reply.choices)
+            with lock:
+                used += spent
+
+    with ThreadPoolExecutor(args.concurrency) as pool:
+        try:
+            for done, _ in enumerate(pool.map(ask, problems), 1):
+                if done % 100 == 0:
+                    say(f"{done:,} of {len(problems):,} problems, {used:,} tokens")
+        except openai.OpenAIError as error:
+            pool.shutdown(cancel_futures=True)
+            raise ValueError(f"--endpoint {args.endpoint}: {type(error).__name__}: {str(error)[:300]}; what has come "
+                             f"is in {path}, the same command goes on") from None
+    missing = sum(n_there[p["id"]] < args.generate for p in problems)
+    if missing:
+        say(f"--max_tokens_total {args.max_tokens_total} is used up: {missing} problems are still to be asked")
+    return {"chains": len(rows), "steps": sum(len(r["steps"]) for r in rows), "tokens": used, "missing": missing,
+            "right": sum(r["is_valid"] for r in rows) / max(1, len(rows)),
+            "reasons": dict(Counter(r["reason"] for r in rows).most_common()),
+            "tokens_per_s": round(used / max(time.time() - began, 1e-9)), "dim": None, "layer": None}
+
+
 def prepare(folder: Path, overwrite: bool):
     """Makes the folder; with overwrite it loses what extraction wrote there."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -225,6 +296,9 @@ class Args:
     pooling: tuple[Literal["mean", "last", "both"], ...] = ("last",)  # over a step's tokens; several: one folder each
     prompt: str = ""  # around every question: few_shot, a file or a text with {question} in it; empty: nothing
     generate: int = 0  # write this many chains for each problem instead of reading its own solution; with logprobs
+    endpoint: str = ""  # --generate: URL of a server with OpenAI's chat API that is asked for --llm; no latents
+    concurrency: int = 8  # requests to it at a time
+    max_tokens_total: int = 0  # ask no more once it has used so many tokens, prompts included; 0: no limit
     temperature: float = 0.8  # of what is written; 0: greedy
     top_p: float = 0.95
     max_new_tokens: int = 256
@@ -243,7 +317,10 @@ class Args:
     def __post_init__(self):
         for name in ("shard_size", "token_budget", "max_new_tokens"):
             check(self, name, getattr(self, name) > 0, "must be positive")
-        for name in ("limit", "seed", "threads", "generate"):
+        check(self, "concurrency", self.concurrency > 0, "must be positive")
+        if self.endpoint and not self.generate:
+            raise ValueError("--endpoint goes with --generate K")
+        for name in ("limit", "seed", "threads", "generate", "max_tokens_total"):
             check(self, name, getattr(self, name) >= 0, "must not be negative")
         check(self, "layer", bool(self.layer) and bool(self.pooling), "needs at least one layer and pooling")
         files = [x for x in (self.chains, self.candidates, self.step_errors) if x]
@@ -292,6 +369,9 @@ def main(argv=None):
             torch.set_num_threads(args.threads)
         out, writes = Path(args.out), args.generate > 0
         chains, description = (latents.problems_to_extract(args), {}) if writes else latents.chains_to_extract(args)
+        if args.endpoint:
+            print(json.dumps({"out": str(out), **ask_endpoint(args, chains)}))
+            return
         llm = load_llm(args.llm, args.device, args.dtype, args.quantize, args.layer[0], args.pooling[0])
         llm.set_prompt(args.prompt).name = args.name or llm.name
         wanted = sorted({(llm.layer_index(layer), pooling) for layer in args.layer for pooling in args.pooling})

@@ -91,6 +91,8 @@ def chains_of_file(path: str, kind: str, limit: int = 0) -> list[dict]:
                 if not all(s.strip() for s in steps):
                     raise ValueError(f"{where}: field 'steps' has an empty one; first_error_step would lose its step")
             steps = common_ending([s for s in steps if s.strip()])
+            if kind == "chains" and not steps and not part[label]:
+                continue  # an LLM wrote nothing
             chain = {"id": name, "question": row["question"].strip(), "steps": steps, "answer": row.get("answer"),
                      "is_valid": part[label], "source": part.get("source")}
             problem_id = str(row.get("problem_id", row["id"]))

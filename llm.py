@@ -74,14 +74,18 @@ SHOTS = [
 ]
 
 
+def shot_messages(question: str) -> list[dict]:
+    """SHOTS and a question as the messages of a chat."""
+    talk = [{"role": role, "content": text} for shot, steps in SHOTS
+            for role, text in (("user", shot), ("assistant", steps))]
+    return [*talk, {"role": "user", "content": question}]
+
+
 def few_shot(tokenizer) -> str:
     """SHOTS before {question}: as a chat where the tokenizer has a template for it, else one after the other."""
     if not tokenizer.chat_template:
         return "".join(f"{question}\n{steps}\n\n" for question, steps in SHOTS) + "{question}\n"
-    talk = [{"role": role, "content": text} for question, steps in SHOTS
-            for role, text in (("user", question), ("assistant", steps))]
-    text = tokenizer.apply_chat_template([*talk, {"role": "user", "content": "{question}"}], tokenize=False,
-                                         add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(shot_messages("{question}"), tokenize=False, add_generation_prompt=True)
     adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     return text.removeprefix(tokenizer.bos_token) if adds_bos else text
 

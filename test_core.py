@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 
+import benchmarks
 import config as cfg
 import data
 import eval_alignment
@@ -457,6 +458,67 @@ def test_local_problems_from_jsonl_and_parquet(tmp_path):
     assert not {p["id"] for p in train_part} & {p["id"] for p in val_part}
     assert data.load_problems("gsm8k", "test", str(tmp_path))[2]["id"] == "gsm8k-test-2"
     assert len(data.load_problems("gsm8k", "train", str(tmp_path), limit=4)) == 4
+
+
+ARC_ROW = {"id": "1", "question": "Which animal barks?", "answerKey": "2",
+           "choices": {"text": ["a cat", "a dog", "a fish"], "label": ["1", "2", "3"]}}
+OFFICIAL_ROWS = {  # a row in each data set's own schema, and what it must become
+    "gsm8k": ({"question": "1+1?", "answer": "1+1=<<1+1=2>>2\n#### 2"}, {"answer": "1+1=<<1+1=2>>2\n#### 2"}),
+    "svamp": ({"ID": "chal-1", "Body": "Tom has 3.", "Question": "How many?", "Equation": "3", "Answer": 3.0,
+               "Type": "Addition"}, {"question": "Tom has 3. How many?", "answer": "3.0"}),
+    "math": ({"problem": "Half of $1$?", "level": "Level 1", "type": "Algebra", "solution": "$\\boxed{\\frac12}$."},
+             {"question": "Half of $1$?", "subject": "Algebra", "level": "Level 1"}),
+    "mmlu": ({"question": " Who? ", "subject": "world_religions", "choices": ["a", "b", "c", "d"], "answer": 2},
+             {"question": "Who?\nA. a\nB. b\nC. c\nD. d", "choices": list("ABCD"), "label": 2, "answer": "C"}),
+    "bbh": ({"input": "not True is", "target": "False"}, {"question": "not True is", "answer": "False"}),
+    "arc_easy": (ARC_ROW, {"choices": ["a cat", "a dog", "a fish"], "label": 1, "answer": "B"}),
+    "arc_challenge": (ARC_ROW | {"answerKey": "B", "choices": {"text": ["x", "y"], "label": ["A", "B"]}}, {"label": 1}),
+    "hellaswag": ({"ind": 1, "activity_label": "Baking", "ctx_a": "A man [header] cooks.", "ctx_b": "he", "endings": [
+        "eats [title] well.", "runs."], "label": "0"}, {"question": "Baking: A man cooks. He", "label": 0,
+                                                       "choices": ["eats. well.", "runs."]}),
+    "humaneval": ({"task_id": "HumanEval/0", "prompt": "def f(x):\n", "canonical_solution": "    return x\n",
+                   "test": "def check(f):\n    assert f(1) == 1\n", "entry_point": "f"}, {"id": "HumanEval/0"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", benchmarks.BENCHMARKS)
+def test_every_benchmark_reads_its_official_schema(name, tmp_path):
+    bench, (row, expected) = benchmarks.BENCHMARKS[name], OFFICIAL_ROWS[name]
+    split = "val" if name == "hellaswag" else "test"
+    for config in bench.configs:
+        folder = tmp_path / config if len(bench.configs) > 1 else tmp_path
+        folder.mkdir(exist_ok=True)
+        write_jsonl(folder / f"{bench.splits[split]}.jsonl", [row, row])
+    problems = data.load_problems(name, split, str(tmp_path))
+    assert len(problems) == 2 * len(bench.configs) and problems[0]["kind"] == bench.kind
+    assert {k: problems[0][k] for k in expected} == expected
+    assert set(benchmarks.continuations(problems[0])) >= {" " + problems[0]["answer"]} or bench.kind == "choice"
+    assert problems[0]["question"] in benchmarks.prompt(bench, problems[0])
+    first = next(tmp_path.rglob("*.jsonl"))
+    for key in bench.fields:
+        write_jsonl(first, [{k: v for k, v in row.items() if k != key}])
+        with pytest.raises(ValueError, match=f"row 0: .*{key}"):
+            data.load_problems(name, split, str(tmp_path))
+
+
+def test_benchmarks_group_and_refuse(tmp_path):
+    assert len({benchmarks.three_sizes(task) for task in benchmarks.BBH}) == 23 and len(benchmarks.BBH) == 27
+    with pytest.raises(ValueError, match="humaneval has only test"):
+        data.load_problems("humaneval", "train", str(tmp_path))
+    write_jsonl(tmp_path / "test.jsonl", [OFFICIAL_ROWS["hellaswag"][0] | {"label": ""}])
+    with pytest.raises(ValueError, match="row 0.*labels of this split are not public"):
+        data.load_problems("hellaswag", "test", str(tmp_path))
+    write_jsonl(tmp_path / "test.jsonl", [ARC_ROW | {"answerKey": "E"}])
+    with pytest.raises(ValueError, match="row 0: not a row of allenai/ai2_arc"):
+        data.load_problems("arc_easy", "test", str(tmp_path))
+    official = {"canary": "x", "examples": [{"input": "1 < 2 is", "target": "True"}]}
+    for task in benchmarks.BBH:  # the files of the paper's own repository
+        (tmp_path / f"{task}.json").write_text(json.dumps(official))
+    problems = data.load_problems("bbh", "test", str(tmp_path))
+    assert len(problems) == 27 and problems[0]["subject"] == "boolean_expressions"
+    pool = [{"subject": s, "question": f"{s}{i}", "answer": "A"} for i in range(3) for s in "ab"]
+    found = benchmarks.examples_for([pool[1]], pool, 2)[0]
+    assert [e["question"] for e in found] == ["b1", "b2"]  # its own subject, not itself
 
 
 def test_missing_and_malformed_data_is_named(tmp_path):
