@@ -6,6 +6,7 @@
 import ast
 import dataclasses
 import functools
+import http.server
 import importlib.util
 import itertools
 import json
@@ -16,6 +17,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -1507,6 +1509,142 @@ def check_logprobs(means, ids, spans, logits, unwritten=None):
     lp = logits.log_softmax(-1)
     hand = [[float(lp[t - 1, ids[t]]) for t in range(b, e) if ids[t] != unwritten] for b, e in spans]
     assert means == pytest.approx([sum(x) / len(x) for x in hand], abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "Gemma3"])
+def test_loglikelihoods_and_completions_equal_the_plain_forward(family):
+    llm = tiny_llm(family)
+    pairs = [("Mia has 3 pears. How", " many?"), ("Tom", " has 4 and Mia 3."), ("Tom has twice as many", " pears")]
+    for (context, text), (lp, n) in zip(pairs, llm.loglikelihoods(pairs, token_budget=40), strict=True):
+        ids, begin = llm.tokenizer(context + text)["input_ids"], len(llm.tokenizer(context)["input_ids"])
+        logits = llm.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        assert lp == pytest.approx(sum(float(logits[t - 1, ids[t]]) for t in range(begin, len(ids))), abs=1e-3)
+        assert n == len(ids) - begin
+    texts = [context for context, _ in pairs]
+    for text, (written,) in zip(texts, llms.complete(llm, texts, temperature=0.0, max_new_tokens=8), strict=True):
+        ids = llm.tokenizer(text)["input_ids"]
+        n = len(ids)
+        for _ in range(8):
+            ids.append(int(llm.model(torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] in llm.stop_ids:
+                break
+        assert written == llm.decode(ids[n:])
+    both = llms.complete(llm, texts, 3, seed=5, max_new_tokens=12)
+    assert both[1] == llms.complete(llm, texts[1:2], 3, seed=5, max_new_tokens=12)[0]  # whoever shares the batch
+    letter = next(c for c in both[1][0] if c.isascii() and c.strip())
+    cut = llms.complete(llm, texts, 3, seed=5, max_new_tokens=12, stop=(letter,))
+    assert cut[1] == [text.partition(letter)[0] for text in both[1]]
+
+
+def test_a_benchmark_is_scored_as_its_kind(tmp_path, monkeypatch, capsys):
+    def run(name, planted=None, **fields):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        row, split = OFFICIAL_ROWS[name][0], benchmarks.BENCHMARKS[name].splits["test"]
+        rows = [row, row | {k: v for k, v in fields.items() if k in row}]
+        for config in benchmarks.BENCHMARKS[name].configs:
+            path = folder / config if len(benchmarks.BENCHMARKS[name].configs) > 1 else folder
+            path.mkdir(exist_ok=True)
+            write_jsonl(path / f"{split}.jsonl", rows)
+        if planted:
+            monkeypatch.setattr(evaluate_accuracy, "complete", lambda llm, texts, k, *_: [planted[:k] for _ in texts])
+        args = evaluate_accuracy.Args(run="tiny", dataset=name, data_dir=str(folder), **{
+            k: v for k, v in fields.items() if k not in row})
+        return evaluate_accuracy.evaluate_llm("tiny", args)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate_accuracy, "load_llm", lambda *_: tiny_llm())
+    monkeypatch.setattr(verify, "check_program", lambda problem, text, **_: verify.Verdict("right" in text, "ok"))
+    monkeypatch.setattr(verify, "require_sandbox", lambda: None)
+    found = run("humaneval", ["right", "wrong", "wrong"], k=3, task_id="HumanEval/1")
+    assert found["methods"]["pass@1"]["accuracy"] == pytest.approx(1 / 3)
+    assert found["methods"]["pass@3"]["accuracy"] == found["oracle"] == 1.0
+    assert run("humaneval", ["wrong"], k=3)["oracle"] == 1.0  # kept generations, not written again
+    found = run("bbh", [" False"], input="1 < 2 is", target="True")
+    assert found["methods"]["greedy"]["accuracy"] == 0.5 and found["macro"] == 0.5 and len(found["subjects"]) == 23
+    assert found["methods"]["shuffled"]["accuracy"] == 0.5
+    likely = {" a dog": -1.0, " a cat": -3.0, " a fish": -0.9, " b": 0.0}
+    monkeypatch.setattr(tiny_llm(), "loglikelihoods", lambda pairs: [(likely[t], 1) for _, t in pairs], raising=False)
+    found = run("arc_easy")
+    assert found["methods"]["acc"]["accuracy"] == 0.0  # "a fish" is likelier, but not a character
+    assert found["methods"]["acc_norm"]["accuracy"] == 1.0 - 1.0 * (0.9 / 6 < 1.0 / 5)
+    assert found["random"] == pytest.approx(1 / 3) and found["metric"] == "acc_norm"
+    with pytest.raises(ValueError, match="--shots is for multiple choice"):
+        run("bbh", shots=2)
+    with pytest.raises(ValueError, match="needs --dataset, one of gsm8k"):
+        evaluate_accuracy.evaluate_llm("tiny", evaluate_accuracy.Args(run="tiny"))
+    n, c, k = 10, 3, 4
+    brute = np.mean([any(i < c for i in draw) for draw in itertools.combinations(range(n), k)])
+    assert evaluate_accuracy.pass_at_k(n, c, k) == pytest.approx(brute)
+
+
+class FakeServer:
+    """OpenAI's chat API on this machine: `answer(question, i)` is choice i; every third reply is one choice short."""
+
+    def __init__(self, answer, status=200):
+        outer, self.requests = self, []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.requests.append(asked)
+                n = max(1, asked["n"] - (len(outer.requests) % 3 == 0))
+                choices = [{"index": i, "finish_reason": "stop", "message": {"role": "assistant", "content": answer(
+                    asked["messages"][-1]["content"], i)}} for i in range(n)]
+                usage = {"prompt_tokens": 90, "completion_tokens": 10, "total_tokens": 100}
+                body = json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": "m",
+                                   "choices": choices, "usage": usage}).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+def test_an_endpoint_is_asked_judged_and_resumed(tmp_path, capsys):
+    pytest.importorskip("openai")
+    rows = [{"question": f"{i} and 1?", "answer": f"{i}+1={i + 1}\n#### {i + 1}"} for i in range(12)]
+    write_jsonl(tmp_path / "test.jsonl", rows)
+
+    def answer(question, i):
+        n = int(question.split()[0])
+        return "" if i == 2 else f"So {n}+1 = {n + 1}.\n#### {n + 1 + i}"
+
+    def ask(server, *more):
+        extract.main(["--generate", "3", "--endpoint", server.url, "--llm", "m", "--data_dir", str(tmp_path), "--split",
+                      "test", "--out", str(tmp_path / "out"), *more])
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    server, path = FakeServer(answer), tmp_path / "out" / "chains.jsonl"
+    found = ask(server, "--max_tokens_total", "300", "--concurrency", "1")
+    assert found["missing"] > 0 and found["tokens"] == 100 * len(server.requests) <= 300
+    text = path.read_text()
+    path.write_text(text + '{"id": "half')  # a kill in mid-write
+    asked = len(server.requests)
+    found = ask(server)
+    assert path.read_text().startswith(text) and found["missing"] == 0 and found["chains"] == 36
+    assert found["tokens"] == 100 * len(server.requests) and len(server.requests) > asked
+    there = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({r["id"] for r in there}) == 36
+    for r in there:
+        right = [f"#### {int(r['question'].split()[0]) + 1}"]
+        assert r["is_valid"] == (r["reason"] == "ok") == (r["steps"][-1:] == right)
+    assert "no_steps" in found["reasons"] and "wrong_answer" in found["reasons"]
+    n = len(server.requests)
+    assert ask(server)["chains"] == 36 and len(server.requests) == n
+    records = latents.chains_of_file(str(path), "chains")
+    assert sum(r["is_valid"] for r in records) == sum(r["is_valid"] for r in there) and all(r["steps"] for r in records)
+    assert {r["split"] for r in records} == {"test"}
+    with pytest.raises(SystemExit, match="of m temperature 0.8 .*--overwrite"):
+        ask(server, "--temperature", "1")
+    with pytest.raises(SystemExit, match="AuthenticationError.*the same command goes on"):
+        ask(FakeServer(answer, 401), "--overwrite")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
