@@ -129,6 +129,7 @@ class RJEPAConfig(RunConfig):
 
     # latents: from a folder of extract.py, which is run first where the folder is missing
     latents: str = ""  # the folder; empty: one in out/latents named after all that follows from
+    held_out: str = ""  # folder whose val chains are looked at instead; unless it wins there, init_from's weights stay
     where: str = ""  # only chains for which this SQL condition holds ("n_steps >= 4"; needs DuckDB)
     llm: str = "smollm2"  # as in extract.py; the run stores what the latents say
     layer: int = -2  # index into hidden_states; the run stores it without a sign
@@ -178,7 +179,8 @@ class RJEPAConfig(RunConfig):
         for name in ("suffix_share", "single_share"):
             check(self, name, 0 <= getattr(self, name) <= 1, "must lie in [0, 1]")
         check(self, "suffix_share", self.suffix_share + self.single_share <= 1, "and single_share make more than 1")
-        check(self, "adapters_only", not self.adapters_only or bool(self.init_from), "needs --init_from RUN")
+        for name in ("adapters_only", "held_out"):
+            check(self, name, not getattr(self, name) or bool(self.init_from), "needs --init_from RUN")
 
 
 @dataclass

@@ -72,6 +72,16 @@ def chains_to_train_on(config, rows: list[dict], manifest: dict, folder) -> tupl
     return train, val
 
 
+def held_out_chains(config) -> list[dict]:
+    """The verified val chains of config.held_out, of the LLM that config names."""
+    rows, manifest = latents.load_latents(config.held_out)
+    latents.check_same_llm(config, manifest, f"--held_out {config.held_out}")
+    val = latents.training_chains(rows, manifest, config.held_out)[1][: config.val_problems]
+    if len(val) < 2:
+        raise ValueError(f"--held_out {config.held_out}: {len(val)} verified val chain, two are needed")
+    return val
+
+
 class TextJob:
     """What the loop needs to train NanoJEPA: its data, its batches, its evaluation.
 
@@ -142,7 +152,12 @@ class LatentJob:
         config.latents = str(folder)
         for name in latents.SAME_LLM:
             setattr(config, name, manifest[name])
-        self.train, self.val = chains_to_train_on(config, rows, manifest, folder)
+        if config.held_out:
+            self.train, self.val = sum(latents.training_chains(rows, manifest, folder), []), held_out_chains(config)
+            if seen := {r["problem_id"] for r in self.train} & {r["problem_id"] for r in self.val}:
+                raise ValueError(f"{folder} holds problem {min(seen)} of --held_out {config.held_out}")
+        else:
+            self.train, self.val = chains_to_train_on(config, rows, manifest, folder)
         self.batches = latents.Batches(self.train, config)
         parts = [[r["id"], r["steps"], r.get("wrong_step")] for r in self.train]
         self.identity = {"latents": digest(json.dumps([parts, manifest], sort_keys=True))}

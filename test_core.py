@@ -1405,6 +1405,33 @@ def test_an_rjepa_run_resumes_to_the_same_weights_and_scores(tmp_path, monkeypat
     json.dumps(figures, allow_nan=False)
 
 
+def test_a_retrained_run_must_not_lose_on_the_held_out_set(tmp_path, capsys):
+    here, more, first = latents_folder(tmp_path / "here"), tmp_path / "more", str(tmp_path / "first")
+    train.train("rjepa-small", rjepa_config(dim=0, latents=str(here), out_dir=first))
+    rows, manifest = latents.load_latents(here)
+    fed = [latents.record({"id": f"fed-{r['id']}", "question": "q", "steps": r["steps"], "is_valid": True}, f"fed-{i}",
+                          "train") | {"n_tokens": [1] * len(r["h"]), "shard": 0} for i, r in enumerate(rows)]
+    ends = np.cumsum([0] + [len(r["h"]) for r in rows]).tolist()
+    fed = [r | {"start": b, "end": e} for r, b, e in zip(fed, ends, ends[1:], strict=False)]
+    more.mkdir()
+    header = {k: v for k, v in manifest.items() if k not in ("chains", "rows", "tokens", "shards", "index")}
+    latents.write_shard(more / latents.shard_name(0), [r["h"] for r in rows], [], header, runs.write_atomic)
+    latents.write_index(more, fed, header, runs.write_atomic)
+    fields = dict(dim=0, latents=str(more), init_from=first, held_out=str(here))
+    worse, better = tmp_path / "worse", tmp_path / "better"
+    lost = train.train("rjepa-small", rjepa_config(out_dir=str(worse), lr=3.0, warmup_ratio=0.0, **fields))
+    assert not lost["accepted"] and lost["after"] > lost["before"] and "rejected" in capsys.readouterr().err
+    (old, _), (kept, _) = runs.load_run(first, "cpu"), runs.load_run(worse, "cpu")
+    assert all(torch.equal(v, kept.state_dict()[k]) for k, v in old.state_dict().items())
+    won = train.train("rjepa-small", rjepa_config(out_dir=str(better), max_steps=60, save_every=60, **fields))
+    assert won["accepted"] and won["before"] == lost["before"] >= won["after"]
+    assert any(not torch.equal(v, old.state_dict()[k]) for k, v in runs.load_run(better, "cpu")[0].state_dict().items())
+    with pytest.raises(ValueError, match="holds problem .* of --held_out"):
+        train.train("rjepa-small", rjepa_config(out_dir=str(tmp_path / "x"), **(fields | {"latents": str(here)})))
+    with pytest.raises(ValueError, match="held_out.*needs --init_from"):
+        rjepa_config(held_out=str(here))
+
+
 def test_a_run_starts_from_another_and_calibration_trains_adapters_alone(tmp_path, finished):
     here, wider = latents_folder(tmp_path / "here"), latents_folder(tmp_path / "wider", dim=20)
     first, other, more = str(tmp_path / "first"), str(tmp_path / "other"), str(tmp_path / "more")

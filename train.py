@@ -91,6 +91,11 @@ def train(preset: str, config) -> dict:
     if config.init_from and type(config) in cfg.NETWORK:
         start_from(model, config)
     model.to(device)
+    before = None  # what a run that goes on from another must not lose
+    if getattr(config, "held_out", ""):
+        kept = {k: v.clone() for k, v in model.state_dict().items()}
+        before = relative_l1(job.evaluate(model, device, autocast))
+        model.load_state_dict(kept)  # evaluation stores quantiles
     optimizer = configure_optimizers(model, config)
     first = 0
     if state:
@@ -197,6 +202,14 @@ def train(preset: str, config) -> dict:
                 val = job.evaluate(model, device, autocast)
                 log({"step": done, "split": "val", **val})
                 say(f"step {done}/{n_steps}: train {short(figures)} | val {short(val)}")
+                if before is not None and done == n_steps:
+                    after = relative_l1(val)
+                    is_accepted = after <= before
+                    say(f"error on {config.held_out}, in units of predict-the-mean's: {before:.4f} of "
+                        f"{config.init_from}, {after:.4f} now: "
+                        + ("accepted" if is_accepted else "rejected, the old weights stay"))
+                    if not is_accepted:
+                        model.load_state_dict(kept)
             window, window_tokens = time.time(), 0
         if done % config.save_every == 0 or done == n_steps:
             save(done)
@@ -206,9 +219,15 @@ def train(preset: str, config) -> dict:
         progress.close()
     if world > 1:
         dist.destroy_process_group()
+    verdict = {"accepted": is_accepted, "before": before, "after": after} if before is not None and val else {}
     return {"preset": preset, "out_dir": str(out), "steps": n_steps, "params": model.n_params(), "device": device,
             "train": figures, "val": val, "tokens_per_s": round(tokens * world / max(busy, 1e-9)),
-            "real_share": round(filled / max(1, slots), 4), "seconds": round(time.time() - started, 1)}
+            "real_share": round(filled / max(1, slots), 4), "seconds": round(time.time() - started, 1), **verdict}
+
+
+def relative_l1(val: dict) -> float:
+    """R-JEPA's error in units of the best constant's: targets may grow or shrink with the weights, this may not."""
+    return val["l1"] / val["l1_predict_mean"]
 
 
 def short(figures: dict) -> str:
