@@ -1,16 +1,36 @@
-"""ValidationGate: is the answer right, and does the arithmetic of every step hold?
+"""ValidationGate: is the answer right, does the arithmetic of every step hold, does the program pass its tests?
 
     python verify.py --chains data/chains.jsonl           # a chain, or a problem with a worked "answer", per line
     python verify.py --candidates data/candidates.jsonl   # agreement with the is_correct labels
     python verify.py --expression "2+2=4"                 # write --expression=-2+2=0 where it starts with a minus
+    python verify.py --humaneval HumanEval.jsonl.gz       # the canonical solutions in the sandbox; --mutants: must fail
 
 The last line of stdout is one JSON object. The gate sees numbers, not meaning: a step that adds the wrong two
-quantities correctly passes. Answers are extracted as lm-evaluation-harness does it for GSM8K.
+quantities correctly passes. Answers are extracted as lm-evaluation-harness does it for GSM8K. Generated programs run
+in bubblewrap (Linux, `apt install bubblewrap`), LaTeX answers are compared by math-verify (`pip install math-verify`).
 """
 import ast
+import contextlib
+import functools
+import gzip
+import importlib.util
 import json
+import math
+import os
+import platform
 import re
+import secrets
+import selectors
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +41,11 @@ MAX_DIGITS = 40  # in one run of digits
 MAX_DEPTH = 20  # nested parentheses
 MAX_EXPONENT = 64
 MAX_BITS = 2048  # of a numerator or denominator, also in between
+MAX_MATH = 1000  # characters of a LaTeX answer
+MATH_SECONDS = 5  # for one comparison of LaTeX answers
+PROCESSES = 8  # of one program, its init and its threads among them; each may take memory_mb
+DISK_MB = 32  # of its scratch folder, of its shared memory, and of one file
+MAX_OUTPUT = 1 << 20  # bytes, stdout and stderr together
 
 
 @dataclass(frozen=True)
@@ -29,6 +54,7 @@ class Verdict:
     is_valid: bool
     reason: str
     detail: str = ""
+    stdout: str = ""  # of a program
 
 
 class Rejected(ValueError):
@@ -322,6 +348,228 @@ def check_step(text):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# LaTeX answers
+
+def _math_worker():
+    """Answer [prediction, truth] lines on stdin with true or false. An alarm ends the process in the midst of anything.
+
+    math-verify parses LaTeX with a grammar; no text reaches sympify or parse_expr by that road (its other one, plain
+    expressions, gives digits and operators to parse_expr, and is not used). What is left is work without bound: hence
+    a process of its own, with limits on time and memory, which may write no file.
+    """
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    from math_verify import LatexExtractionConfig, parse
+    from math_verify import verify as equal
+    for line in sys.stdin:
+        signal.alarm(MATH_SECONDS)  # no handler: it kills, whatever C code is running
+        prediction, truth = (parse(text, [LatexExtractionConfig()], parsing_timeout=None) for text in json.loads(line))
+        is_equal = equal(truth, prediction, timeout_seconds=None)
+        signal.alarm(0)
+        print(json.dumps(bool(is_equal)), flush=True)
+
+
+_math_lock, _math_process = threading.Lock(), None
+
+
+def check_math(prediction, truth):
+    """True where both (LaTeX, alone or in the last \boxed{} of a text) are the same number, set, interval, matrix, …
+
+    Equality is math-verify's: \dfrac{1}{2} = 1/2 = 0.5, units, \text{} and degrees are dropped, 50\% is both 50 and
+    1/2, (1,2) is ordered and {1,2} is not. Too long, too slow or unparseable is False. Safe on any thread; one worker
+    process serves all calls and is replaced when a comparison kills it.
+    """
+    global _math_process
+    if importlib.util.find_spec("math_verify") is None:
+        raise ImportError("LaTeX answers are compared by math-verify: pip install math-verify")
+    texts = [_boxed(text).strip() for text in (prediction, truth)]
+    if not all(0 < len(text) <= MAX_MATH for text in texts):
+        return False
+    texts = [re.sub(r"(?<!\\)(?:\$|\\[()\[\]])|\s+", " ", text) for text in texts]
+    with _math_lock:
+        if _math_process is None or _math_process.poll() is not None:
+            _math_process = subprocess.Popen(
+                [sys.executable, "-c", "import verify; verify._math_worker()"], cwd=Path(__file__).resolve().parent,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        print(json.dumps([f"${text}$" for text in texts]), file=_math_process.stdin, flush=True)
+        answer = _math_process.stdout.readline()
+        if not answer:  # killed by its alarm, or out of memory
+            _math_process.communicate()
+            _math_process = None
+    return answer == "true\n"
+
+
+def _boxed(text):
+    """The content of the last \boxed{} with balanced braces; else the text itself."""
+    start = text.rfind("\\boxed{") + len("\\boxed{")
+    if start < len("\\boxed{"):
+        return text
+    depth = 1
+    for end in range(start, min(len(text), start + 2 * MAX_MATH)):
+        depth += (text[end] == "{") - (text[end] == "}")
+        if depth == 0:
+            return text[start:end]
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# programs
+
+# What holds memory that RLIMIT_AS does not count, or opens more of the kernel than a program under test needs:
+# shmget msgget memfd_create memfd_secret io_uring_setup add_key request_key keyctl ptrace perf_event_open bpf
+# userfaultfd unshare. On other machines there is no such filter. Source: linux/audit.h, the tables of system calls.
+FORBIDDEN = {"x86_64": (0xC000003E, [29, 68, 319, 447, 425, 248, 249, 250, 101, 298, 321, 323, 272]),
+             "aarch64": (0xC00000B7, [194, 186, 279, 447, 425, 217, 218, 219, 117, 241, 280, 282, 97])}
+
+
+def _seccomp():
+    """The filter as classic BPF: another architecture's calls kill, the forbidden ones give EPERM, the rest pass."""
+    if platform.machine() not in FORBIDDEN:
+        return b""
+    arch, calls = FORBIDDEN[platform.machine()]
+    code = [(0x20, 0, 0, 4), (0x15, 1, 0, arch), (0x06, 0, 0, 0x80000000), (0x20, 0, 0, 0),  # load arch, load number
+            (0x35, 0, 1, 0x40000000), (0x06, 0, 0, 0x80000000)]  # the x32 calls
+    for call in calls:
+        code += [(0x15, 0, 1, call), (0x06, 0, 0, 0x00050001)]
+    return b"".join(struct.pack("=HBBI", *line) for line in [*code, (0x06, 0, 0, 0x7FFF0000)])
+
+
+def _bwrap(program_fd, filter_fd):
+    """The command that starts another one with namespaces (network, processes, IPC, users) and a file tree of its own.
+
+    The tree: system folders and the interpreter read-only, /box (the scratch folder) and /dev/shm in memory; no /proc,
+    no /tmp, no /etc, no home. Root's processes escape RLIMIT_NPROC whatever their namespace, so root starts it as
+    nobody, from a first bwrap that opens the interpreter's folder to nobody (it may lie below /root).
+    """
+    tree = ["--ro-bind", "/usr", "/usr"]
+    for folder in ("/bin", "/sbin", "/lib", "/lib32", "/lib64"):
+        if os.path.islink(folder):
+            tree += ["--symlink", os.readlink(folder), folder]
+        elif os.path.isdir(folder):
+            tree += ["--ro-bind", folder, folder]
+    tree += ["--dir", "/etc"]  # a folder that bwrap makes by itself is closed to nobody
+    for file in ("/etc/ld.so.cache", "/etc/alternatives"):
+        tree += ["--ro-bind-try", file, file]
+    for folder in sorted({Path(sys.base_prefix), Path(sys.prefix), Path(sys.executable).resolve().parents[1]}):
+        if not folder.is_relative_to("/usr"):
+            for parent in reversed(folder.parents[:-1]):
+                tree += ["--dir", str(parent)]
+            tree += ["--ro-bind", str(folder), str(folder)]
+    size = ["--size", str(DISK_MB << 20)]
+    box = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--uid", "65534", "--gid", "65534",
+           "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--seccomp", str(filter_fd), "--clearenv", *tree,
+           "--dev", "/dev", *size, "--tmpfs", "/dev/shm", "--remount-ro", "/dev", *size, "--tmpfs", "/box",
+           "--ro-bind-data", str(program_fd), "/box/main.py", "--remount-ro", "/", "--chdir", "/box"]
+    for name, value in (("PATH", "/usr/bin:/bin"), ("HOME", "/box"), ("TMPDIR", "/box"), ("LANG", "C.UTF-8"),
+                        ("OMP_NUM_THREADS", "1"), ("OPENBLAS_NUM_THREADS", "1")):
+        box += ["--setenv", name, value]
+    nobody = ["bwrap", "--unshare-pid", "--die-with-parent", *tree, "--dev", "/dev", "--proc", "/proc", "--cap-add",
+              "ALL", "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    return nobody + box if os.geteuid() == 0 else box
+
+
+def _collect(process, deadline):
+    """(stdout, stderr, None | "timeout" | "output_limit"). Ends with the process, whoever still holds its pipes."""
+    output = {process.stdout: b"", process.stderr: b""}
+    with selectors.DefaultSelector() as selector:
+        for pipe in output:
+            selector.register(pipe, selectors.EVENT_READ)
+        while selector.get_map():
+            has_ended = process.poll() is not None  # asked before the pipes: what it wrote is in them
+            ready = selector.select(0 if has_ended else min(0.05, max(0, deadline - time.monotonic())))
+            for key, _ in ready:
+                data = os.read(key.fd, 1 << 16)
+                output[key.fileobj] += data
+                if not data:
+                    selector.unregister(key.fileobj)
+            if sum(map(len, output.values())) > MAX_OUTPUT:
+                return *output.values(), "output_limit"
+            if time.monotonic() > deadline:
+                return *output.values(), "timeout"
+            if has_ended and not ready:
+                break
+    try:
+        process.wait(max(0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return *output.values(), "timeout"
+    return *output.values(), None
+
+
+def _run(source, timeout_s, memory_mb, is_boxed):
+    limits = {"as": memory_mb << 20, "cpu": math.ceil(timeout_s) + 1, "fsize": DISK_MB << 20, "core": 0, "nofile": 64}
+    with (tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as program,
+          tempfile.TemporaryFile() as seccomp):
+        for file, content in ((program, source.encode("utf-8", "backslashreplace")), (seccomp, _seccomp())):
+            file.write(content)
+            file.seek(0)
+        fds = program.fileno(), seccomp.fileno()
+        if is_boxed:  # the limit on processes counts those of this namespace; without one, all that the user runs
+            command, main = [*_bwrap(*fds), "prlimit", f"--nproc={PROCESSES}"], "/box/main.py"
+        else:
+            command, main = ["prlimit"] if shutil.which("prlimit") else [], f"/dev/fd/{fds[0]}"
+        if command:
+            command += [f"--{name}={value}" for name, value in limits.items()]
+        process = subprocess.Popen([*command, sys.executable, "-I", main], cwd=folder, env={"PATH": os.defpath},
+                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   pass_fds=fds, start_new_session=True)
+        with process:
+            try:
+                stdout, stderr, reason = _collect(process, time.monotonic() + timeout_s)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+    stdout, stderr = (text.decode("utf-8", "replace") for text in (stdout, stderr))
+    detail = stderr.strip()[-500:] or f"exit code {process.returncode}"
+    if reason is None and process.returncode:
+        reason = "memory" if detail.rpartition("\n")[2].startswith("MemoryError") else "exit_code"
+    return Verdict(reason is None, reason or "ok", detail if reason else "", stdout)
+
+
+@functools.cache
+def sandbox_problem():
+    """Why programs cannot run in bubblewrap here, with the remedy; "" where they can. Tried once per process."""
+    if shutil.which("bwrap") is None:
+        return "bubblewrap is missing: apt install bubblewrap (Linux only)"
+    verdict = _run("print('in the box')", 30, 512, is_boxed=True)
+    if verdict.stdout == "in the box\n":
+        return ""
+    return ("bubblewrap cannot start (it needs version 0.8, and user namespaces that the kernel, or the container's "
+            f"seccomp or AppArmor profile, may forbid): {verdict.detail}")
+
+
+def run_program(source, timeout_s=10, memory_mb=512, allow_unsafe=False):
+    """Run a Python program in the sandbox; Verdict with its stdout, valid where it exits with 0.
+
+    Reasons: "ok", "exit_code" (detail: the end of stderr), "memory" (it died of MemoryError), "timeout" (wall clock),
+    "output_limit". memory_mb is the address space of one process: all together may take PROCESSES times as much, plus
+    2 * DISK_MB. Where bubblewrap cannot run: RuntimeError with the reason, or, with allow_unsafe, the program runs as
+    you, with the limits but with your files and network.
+    """
+    problem = sandbox_problem()
+    if problem and not allow_unsafe:
+        raise RuntimeError(f"{problem}\nOr pass --allow_unsafe_code: generated code then runs with your rights.")
+    return _run(source, timeout_s, memory_mb, is_boxed=not problem)
+
+
+def check_program(problem, completion, timeout_s=10, memory_mb=512, allow_unsafe=False):
+    """Does prompt + completion pass the tests? problem {"prompt", "test", "entry_point"}, as in HumanEval.
+
+    Reasons as run_program's, and "tests_not_run" where the program ended well before its tests did (sys.exit). That
+    they ran is shown by a random word printed after them; a completion that reads its own source for the word can
+    still forge it. Source: HumanEval (Chen et al. 2021), evaluation.py.
+    """
+    prompt, test, entry_point = (_field(problem, "problem", name, str) for name in ("prompt", "test", "entry_point"))
+    word = secrets.token_hex(16)
+    source = f"{prompt}{completion}\n{test}\ncheck({entry_point})\n__import__('sys').stdout.write('\\n{word}')\n"
+    verdict = run_program(source, timeout_s, memory_mb, allow_unsafe)
+    output, _, last = verdict.stdout.rpartition("\n")
+    if verdict.is_valid and last != word:
+        return Verdict(False, "tests_not_run", "the program ended before its tests did", verdict.stdout)
+    return Verdict(verdict.is_valid, verdict.reason, verdict.detail, output if verdict.is_valid else verdict.stdout)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # problems and chains
 
 def _final_answer(steps):
@@ -341,25 +589,45 @@ def _field(record, kind, name, types):
     return value
 
 
-def validate(problem, chain):
-    """Verdict on a chain of steps: its answer equals the problem's and the arithmetic of every step holds.
-
-    problem {"answer": bare or with ####}; chain {"steps": [str], "answer": optional}. Where chain["answer"] is given
-    and the last step declares one too (#### n, A: n, \\boxed), both must be right. Reasons: "ok", "no_steps",
-    "no_answer", "wrong_answer", or that of the first bad step (check_step); the detail has its number, from 1.
-    Raises ValueError naming the field that is missing, empty or of the wrong type.
-    """
-    truth = _field(problem, f"problem {problem.get('id', '')!r}", "answer", str)
-    if answer_value(truth) is None:
-        raise ValueError(f"problem {problem.get('id', '')!r}: field 'answer' holds no number: {truth!r:.60}")
+def _steps(chain):
     kind = f"chain {chain.get('id', '')!r}"
     steps = _field(chain, kind, "steps", list)
     if any(not isinstance(step, str) or not step.strip() for step in steps):
         raise ValueError(f"{kind}: field 'steps' holds something else than non-empty strings")
+    return steps, _field(chain, kind, "answer", str) if chain.get("answer") is not None else None
+
+
+def validate(problem, chain, allow_unsafe=False):
+    """Verdict on a chain of steps, by the problem's "kind".
+
+    chain {"steps": [str], "answer": optional}. Where both chain["answer"] and the last step declare an answer, both
+    must be right. Reasons common to all: "ok", "no_steps", "no_answer", "wrong_answer".
+    - "number" (also where there is no kind): {"answer": bare or with ####}; the answer is declared by #### n, A: n or
+      \boxed, and the arithmetic of every step must hold: else the reason of the first bad step (check_step); the
+      detail has its number, from 1.
+    - "math": {"answer": LaTeX}; declared by \boxed, or the last step as it is. Steps are not judged.
+    - "choice": {"choices": [str], "answer": its letter, or "label": its index}; a letter or the choice's text, declared
+      as a number is or by "answer is". Steps are not judged.
+    - "code": check_program's fields and reasons; the steps, joined by newlines, are the completion.
+    Raises ValueError naming the field that is missing, empty or of the wrong type.
+    """
+    kind = problem.get("kind", "number")
+    if kind not in ("number", "math", "choice", "code"):
+        raise ValueError(f"problem {problem.get('id', '')!r}: kind {kind!r}: use number, math, choice or code")
+    steps, stated = _steps(chain)
     if not steps:
         return Verdict(False, "no_steps", "the chain has no steps")
+    if kind == "code":
+        return check_program(problem, "\n".join(steps), allow_unsafe=allow_unsafe)
+    by_kind = {"number": _validate_number, "math": _validate_math, "choice": _validate_choice}
+    return by_kind[kind](problem, steps, stated)
+
+
+def _validate_number(problem, steps, stated):
+    truth = _field(problem, f"problem {problem.get('id', '')!r}", "answer", str)
+    if answer_value(truth) is None:
+        raise ValueError(f"problem {problem.get('id', '')!r}: field 'answer' holds no number: {truth!r:.60}")
     declared, implied = _final_answer(steps)
-    stated = _field(chain, kind, "answer", str) if chain.get("answer") is not None else None
     answers = [answer for answer in (stated, declared) if answer is not None] or [implied]
     for answer in answers:
         if answer is None or answer_value(answer) is None:
@@ -372,15 +640,55 @@ def validate(problem, chain):
     return Verdict(True, "ok")
 
 
+def _validate_math(problem, steps, stated):
+    truth = _field(problem, f"problem {problem.get('id', '')!r}", "answer", str)
+    for answer in [stated] * (stated is not None) + [steps[-1]] * (stated is None or "\\boxed{" in steps[-1]):
+        if not _boxed(answer).strip():
+            return Verdict(False, "no_answer", f"nothing in {answer!r:.60}")
+        if not check_math(answer, truth):
+            return Verdict(False, "wrong_answer", f"{_boxed(answer):.60} instead of {_boxed(truth):.60}")
+    return Verdict(True, "ok")
+
+
+CHOICE = re.compile(r"####\s*(.+)|^[ \t]*A:(.+)$|\\boxed\{(.+)\}|\banswer is:?\s*(.+)", re.M | re.I)
+
+
+def _choice(text, choices):
+    """The index of the choice that a letter ("B", "(b)", "B. Rome") or its own text names, or None."""
+    text = re.sub(r"\\text\{([^{}]*)\}|[*$]", r"\1", text).strip().removesuffix(".")
+    texts = [choice.strip().removesuffix(".").casefold() for choice in choices]
+    if match := re.fullmatch(r"\(?([a-z])\)?|\(?([a-z])[).:]\s*(.+)", text, re.I | re.S):
+        index, rest = ord((match[1] or match[2]).upper()) - ord("A"), match[3]
+        if index < len(choices) and (rest is None or rest.strip().casefold() == texts[index]):
+            return index
+    return texts.index(text.casefold()) if texts.count(text.casefold()) == 1 else None
+
+
+def _validate_choice(problem, steps, stated):
+    kind = f"problem {problem.get('id', '')!r}"
+    choices, label = _field(problem, kind, "choices", list), problem.get("label")
+    truth = _choice(_field(problem, kind, "answer", str), choices) if label is None else label
+    if not isinstance(truth, int) or not 0 <= truth < len(choices):
+        raise ValueError(f"{kind}: neither field 'answer' nor 'label' names one of the {len(choices)} choices")
+    declared = CHOICE.findall(steps[-1])
+    answers = [stated] * (stated is not None) + ["".join(match) for match in declared[-1:]] or [steps[-1]]
+    for answer in answers:
+        if (index := _choice(answer, choices)) is None:
+            return Verdict(False, "no_answer", f"no choice in {answer!r:.60}")
+        if index != truth:
+            return Verdict(False, "wrong_answer", f"{choices[index]:.60} instead of {choices[truth]:.60}")
+    return Verdict(True, "ok")
+
+
 def read_jsonl(path, fields=(), limit=0):
-    """The objects of a jsonl file as dicts, each with all `fields`; blank lines are passed over.
+    """The objects of a .jsonl or .jsonl.gz file as dicts, each with all `fields`; blank lines are passed over.
 
     Raises FileNotFoundError, or ValueError naming file, line and field.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
         try:
             for number, line in enumerate(file, 1):
                 if limit and len(rows) >= limit:
@@ -396,7 +704,7 @@ def read_jsonl(path, fields=(), limit=0):
                 if missing := [field for field in fields if field not in row]:
                     raise ValueError(f"{path}, line {number}: field {missing[0]!r} is missing")
                 rows.append(row)
-        except UnicodeDecodeError as e:
+        except (UnicodeDecodeError, EOFError) as e:
             raise ValueError(f"{path}: no UTF-8 text: {e}") from None
     if not rows:
         raise ValueError(f"{path}: no rows")
@@ -430,29 +738,49 @@ def check_candidates(path, limit=0):
     return {"n": n, "agree": (n - len(disagree)) / max(1, n), "disagree": disagree[:5]}
 
 
+def check_humaneval(path, mutants=False, limit=0, allow_unsafe=False):
+    """{"n", "passed", "reasons", "seconds"} over the canonical solutions, or over mutants with `pass` for a body."""
+    rows = read_jsonl(path, ["prompt", "test", "entry_point", "canonical_solution"], limit)
+    start = time.monotonic()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        verdicts = list(pool.map(lambda row: check_program(
+            row, "    pass\n" if mutants else row["canonical_solution"], allow_unsafe=allow_unsafe), rows))
+    for row, verdict in zip(rows, verdicts, strict=True):
+        if verdict.is_valid == mutants:
+            print(f"{row.get('task_id')}: {verdict.reason} {verdict.detail}")
+    reasons = Counter(verdict.reason for verdict in verdicts)
+    return {"n": len(rows), "passed": reasons["ok"], "reasons": dict(reasons.most_common()),
+            "seconds": round(time.monotonic() - start, 2)}
+
+
 @dataclass
 class Args:
-    """Check chains, candidates or one expression; exactly one of the three."""
+    """Check chains, candidates, one expression or HumanEval's solutions; exactly one of the four."""
     chains: str | None = None  # jsonl of chains, or of problems with worked answers
     candidates: str | None = None  # jsonl of labelled candidates
     expression: str | None = None  # arithmetic, with or without an equals sign
+    humaneval: str | None = None  # jsonl or jsonl.gz of HumanEval's problems
+    mutants: bool = False  # with --humaneval: `pass` for every body, which must fail
+    allow_unsafe_code: bool = False  # where bubblewrap cannot run: run the programs with your rights
     limit: int = 0  # read this many rows only; 0: all
 
 
 def main():
     import tyro
     args = tyro.cli(Args)
-    if sum(value is not None for value in (args.chains, args.candidates, args.expression)) != 1:
-        raise SystemExit("verify.py: give exactly one of --chains FILE, --candidates FILE, --expression TEXT")
+    if sum(mode is not None for mode in (args.chains, args.candidates, args.expression, args.humaneval)) != 1:
+        raise SystemExit("verify.py: give exactly one of --chains, --candidates, --humaneval FILE, --expression TEXT")
     try:
         if args.expression is not None:
             verdict = check_expression(args.expression)
             print(verdict.detail[:200])
             result = {"valid": verdict.is_valid, "reason": verdict.reason}
+        elif args.humaneval is not None:
+            result = check_humaneval(args.humaneval, args.mutants, args.limit, args.allow_unsafe_code)
         else:
             check = check_chains if args.chains is not None else check_candidates
             result = check(args.candidates if args.chains is None else args.chains, args.limit)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RuntimeError) as e:
         raise SystemExit(str(e)) from None
     print(json.dumps(result))
 
