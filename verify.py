@@ -351,11 +351,11 @@ def check_step(text):
 # LaTeX answers
 
 def _math_worker():
-    """Answer [prediction, truth] lines on stdin with true or false. An alarm ends the process in the midst of anything.
+    """Answer each line [seconds, prediction, truth] on stdin with true or false.
 
     math-verify parses LaTeX with a grammar; no text reaches sympify or parse_expr by that road (its other one, plain
     expressions, gives digits and operators to parse_expr, and is not used). What is left is work without bound: hence
-    a process of its own, with limits on time and memory, which may write no file.
+    a process of its own, which may write no file, with limits on memory and on the seconds of each line.
     """
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
@@ -363,8 +363,9 @@ def _math_worker():
     from math_verify import LatexExtractionConfig, parse
     from math_verify import verify as equal
     for line in sys.stdin:
-        signal.alarm(MATH_SECONDS)  # no handler: it kills, whatever C code is running
-        prediction, truth = (parse(text, [LatexExtractionConfig()], parsing_timeout=None) for text in json.loads(line))
+        seconds, *texts = json.loads(line)
+        signal.alarm(seconds)  # no handler: it kills, whatever C code is running
+        prediction, truth = (parse(text, [LatexExtractionConfig()], parsing_timeout=None) for text in texts)
         is_equal = equal(truth, prediction, timeout_seconds=None)
         signal.alarm(0)
         print(json.dumps(bool(is_equal)), flush=True)
@@ -394,7 +395,7 @@ def check_math(prediction, truth):
             _math_process = subprocess.Popen(
                 [sys.executable, "-c", "import verify; verify._math_worker()"], cwd=Path(__file__).resolve().parent,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        print(json.dumps([f"${text}$" for text in texts]), file=_math_process.stdin, flush=True)
+        print(json.dumps([MATH_SECONDS, *(f"${text}$" for text in texts)]), file=_math_process.stdin, flush=True)
         answer = _math_process.stdout.readline()
         if not answer:  # killed by its alarm, or out of memory
             _math_process.communicate()
@@ -512,9 +513,10 @@ def _run(source, timeout_s, memory_mb, is_boxed):
             command, main = ["prlimit"] if shutil.which("prlimit") else [], f"/dev/fd/{fds[0]}"
         if command:
             command += [f"--{name}={value}" for name, value in limits.items()]
-        process = subprocess.Popen([*command, sys.executable, "-I", main], cwd=folder, env={"PATH": os.defpath},
-                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   pass_fds=fds, start_new_session=True)
+        process = subprocess.Popen(
+            [*command, sys.executable, "-I", main], cwd=folder, env={"PATH": os.environ.get("PATH", os.defpath)},
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=fds,
+            start_new_session=True)
         with process:
             try:
                 stdout, stderr, reason = _collect(process, time.monotonic() + timeout_s)
@@ -593,14 +595,6 @@ def _field(record, kind, name, types):
     return value
 
 
-def _steps(chain):
-    kind = f"chain {chain.get('id', '')!r}"
-    steps = _field(chain, kind, "steps", list)
-    if any(not isinstance(step, str) or not step.strip() for step in steps):
-        raise ValueError(f"{kind}: field 'steps' holds something else than non-empty strings")
-    return steps, _field(chain, kind, "answer", str) if chain.get("answer") is not None else None
-
-
 def validate(problem, chain, allow_unsafe=False):
     r"""Verdict on a chain of steps, by the problem's "kind".
 
@@ -615,14 +609,17 @@ def validate(problem, chain, allow_unsafe=False):
     - "code": check_program's fields and reasons; the steps, joined by newlines, are the completion.
     Raises ValueError naming the field that is missing, empty or of the wrong type.
     """
-    kind = problem.get("kind", "number")
+    kind, name = problem.get("kind", "number"), f"chain {chain.get('id', '')!r}"
     if kind not in ("number", "math", "choice", "code"):
         raise ValueError(f"problem {problem.get('id', '')!r}: kind {kind!r}: use number, math, choice or code")
-    steps, stated = _steps(chain)
+    steps = _field(chain, name, "steps", list)
+    if any(not isinstance(step, str) or not step.strip() for step in steps):
+        raise ValueError(f"{name}: field 'steps' holds something else than non-empty strings")
     if not steps:
         return Verdict(False, "no_steps", "the chain has no steps")
     if kind == "code":
         return check_program(problem, "\n".join(steps), allow_unsafe=allow_unsafe)
+    stated = _field(chain, name, "answer", str) if chain.get("answer") is not None else None
     by_kind = {"number": _validate_number, "math": _validate_math, "choice": _validate_choice}
     return by_kind[kind](problem, steps, stated)
 
@@ -654,7 +651,7 @@ def _validate_math(problem, steps, stated):
     return Verdict(True, "ok")
 
 
-CHOICE = re.compile(r"####\s*(.+)|^[ \t]*A:(.+)$|\\boxed\{(.+)\}|\banswer is:?\s*(.+)", re.M | re.I)
+CHOICE = re.compile(r"####\s*(.+)|^[ \t]*A:(.+)$|\\boxed\{(.+)\}|\banswer is:?\s*(\([A-Z]\)|.+)", re.M | re.I)
 
 
 def _choice(text, choices):
