@@ -333,6 +333,14 @@ def test_math_answers_compare_by_value():
 
 
 @latex
+def test_a_worker_that_does_not_start_is_an_error_and_not_false(monkeypatch):
+    monkeypatch.setattr(verify, "_math_process", None)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="does not start"):
+        verify.check_math("1", "2")
+
+
+@latex
 def test_hostile_latex_is_false_in_time_and_off_the_main_thread(monkeypatch, tmp_path):
     monkeypatch.setattr(verify, "MATH_SECONDS", 1)
     for text in HOSTILE:

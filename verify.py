@@ -362,6 +362,7 @@ def _math_worker():
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     from math_verify import LatexExtractionConfig, parse
     from math_verify import verify as equal
+    print("ready", flush=True)
     for line in sys.stdin:
         seconds, *texts = json.loads(line)
         signal.alarm(seconds)  # no handler: it kills, whatever C code is running
@@ -395,6 +396,9 @@ def check_math(prediction, truth):
             _math_process = subprocess.Popen(
                 [sys.executable, "-c", "import verify; verify._math_worker()"], cwd=Path(__file__).resolve().parent,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            if _math_process.stdout.readline() != "ready\n":
+                raise RuntimeError(f"the worker that compares LaTeX does not start; {sys.executable} -c "
+                                   "'import math_verify' may say why")
         print(json.dumps([MATH_SECONDS, *(f"${text}$" for text in texts)]), file=_math_process.stdin, flush=True)
         answer = _math_process.stdout.readline()
         if not answer:  # killed by its alarm, or out of memory
@@ -442,8 +446,8 @@ def _bwrap(program_fd, filter_fd):
     """The command that starts another one with namespaces (network, processes, IPC, users) and a file tree of its own.
 
     The tree: system folders and the interpreter read-only, /box (the scratch folder) and /dev/shm in memory; no /proc,
-    no /tmp, no /etc, no home. Root's processes escape RLIMIT_NPROC whatever their namespace, so root starts it as
-    nobody, from a first bwrap that opens the interpreter's folder to nobody (it may lie below /root).
+    no /tmp, no home, of /etc what the linker reads. Root's processes escape RLIMIT_NPROC whatever their namespace, so
+    root starts it as nobody, from a first bwrap that opens the interpreter's folder to nobody (it may lie in /root).
     """
     tree = ["--ro-bind", "/usr", "/usr"]
     for folder in ("/bin", "/sbin", "/lib", "/lib32", "/lib64"):
@@ -455,7 +459,7 @@ def _bwrap(program_fd, filter_fd):
     for file in ("/etc/ld.so.cache", "/etc/alternatives"):
         tree += ["--ro-bind-try", file, file]
     for folder in sorted({Path(sys.base_prefix), Path(sys.prefix), Path(sys.executable).resolve().parents[1]}):
-        if not folder.is_relative_to("/usr"):
+        if folder not in (Path("/"), Path.home()) and not folder.is_relative_to("/usr"):
             for parent in reversed(folder.parents[:-1]):
                 tree += ["--dir", str(parent)]
             tree += ["--ro-bind", str(folder), str(folder)]
@@ -521,7 +525,7 @@ def _run(source, timeout_s, memory_mb, is_boxed):
             try:
                 stdout, stderr, reason = _collect(process, time.monotonic() + timeout_s)
             finally:
-                with contextlib.suppress(ProcessLookupError):
+                with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended
                     os.killpg(process.pid, signal.SIGKILL)
     stdout, stderr = (text.decode("utf-8", "replace") for text in (stdout, stderr))
     detail = stderr.strip()[-500:] or f"exit code {process.returncode}"
@@ -667,7 +671,7 @@ def _choice(text, choices):
 
 def _validate_choice(problem, steps, stated):
     kind = f"problem {problem.get('id', '')!r}"
-    choices, label = _field(problem, kind, "choices", list), problem.get("label")
+    choices, label = [str(choice) for choice in _field(problem, kind, "choices", list)], problem.get("label")
     truth = _choice(_field(problem, kind, "answer", str), choices) if label is None else label
     if not isinstance(truth, int) or not 0 <= truth < len(choices):
         raise ValueError(f"{kind}: neither field 'answer' nor 'label' names one of the {len(choices)} choices")
