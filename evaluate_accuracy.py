@@ -31,6 +31,7 @@ import eval_alignment
 import extract
 import infer
 import latents
+import sandbox
 import verify
 from config import AnswerConfig, NanoJEPAConfig, RJEPAConfig, TextConfig, check
 from llm import HuggingFaceLLM, complete, load_llm
@@ -446,8 +447,8 @@ def evaluate_llm(name: str, args) -> dict:
                          f"{', '.join(benchmarks.BENCHMARKS)}")
     bench = benchmarks.BENCHMARKS[args.dataset]
     problems = data.load_problems(args.dataset, args.split, args.data_dir, args.limit)
-    if bench.kind == "code" and not args.allow_unsafe_code:
-        verify.require_sandbox()
+    if bench.kind == "code" and not args.allow_unsafe_code and (problem := sandbox.sandbox_problem()):
+        raise ValueError(f"{problem}, or pass --allow_unsafe_code to run generated code with your rights")
     llm = load_llm(name, args.device)
     if bench.kind == "choice":
         return evaluate_choices(llm, bench, problems, args)

@@ -820,8 +820,9 @@ def test_importing_a_script_runs_nothing():
 
 
 def test_imports_run_one_way():
-    level = {"config": 0, "model": 1, "verify": 1, "data": 2, "latents": 3, "runs": 4, "llm": 5, "jobs": 6, "train": 7,
-             "extract": 7, "infer": 8, "eval_alignment": 9, "evaluate_accuracy": 10, "bench": 9}  # fmt: skip
+    level = {"config": 0, "model": 1, "sandbox": 0, "verify": 1, "benchmarks": 2, "data": 3, "latents": 4, "runs": 5,
+             "llm": 6, "jobs": 7, "train": 8, "extract": 8, "memory": 8, "infer": 9, "eval_alignment": 10,
+             "evaluate_accuracy": 11, "bench": 10}  # fmt: skip
     for name, own in level.items():
         for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else (
@@ -1582,7 +1583,7 @@ def test_a_benchmark_is_scored_as_its_kind(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate_accuracy, "load_llm", lambda *_: tiny_llm())
     monkeypatch.setattr(verify, "check_program", lambda problem, text, **_: verify.Verdict("right" in text, "ok"))
-    monkeypatch.setattr(verify, "require_sandbox", lambda: None)
+    monkeypatch.setattr(evaluate_accuracy.sandbox, "sandbox_problem", lambda: "")
     found = run("humaneval", ["right", "wrong", "wrong"], k=3, task_id="HumanEval/1")
     assert found["methods"]["pass@1"]["accuracy"] == pytest.approx(1 / 3)
     assert found["methods"]["pass@3"]["accuracy"] == found["oracle"] == 1.0

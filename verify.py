@@ -1,19 +1,33 @@
-"""ValidationGate: is the answer right, and does the arithmetic of every step hold?
+"""ValidationGate: is the answer right, does the arithmetic of every step hold, does the program pass its tests?
 
     python verify.py --chains data/chains.jsonl           # a chain, or a problem with a worked "answer", per line
     python verify.py --candidates data/candidates.jsonl   # agreement with the is_correct labels
     python verify.py --expression "2+2=4"                 # write --expression=-2+2=0 where it starts with a minus
+    python verify.py --humaneval HumanEval.jsonl.gz       # the canonical solutions in the sandbox; --mutants: must fail
 
 The last line of stdout is one JSON object. The gate sees numbers, not meaning: a step that adds the wrong two
-quantities correctly passes. Answers are extracted as lm-evaluation-harness does it for GSM8K.
+quantities correctly passes. Answers are extracted as lm-evaluation-harness does it for GSM8K. Generated programs run
+in bubblewrap (Linux, `apt install bubblewrap`), LaTeX answers are compared by math-verify (`pip install math-verify`).
 """
 import ast
+import gzip
+import importlib.util
 import json
+import os
 import re
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+
+from sandbox import Verdict, run_program
 
 MAX_EXPRESSION = 200  # characters
 MAX_STEP = 4000  # characters; an honest step of GSM8K is below 700
@@ -21,14 +35,8 @@ MAX_DIGITS = 40  # in one run of digits
 MAX_DEPTH = 20  # nested parentheses
 MAX_EXPONENT = 64
 MAX_BITS = 2048  # of a numerator or denominator, also in between
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the gate says. `reason` is a stable snake_case word ("ok" when valid), `detail` the message for people."""
-    is_valid: bool
-    reason: str
-    detail: str = ""
+MAX_MATH = 1000  # characters of a LaTeX answer
+MATH_SECONDS = 3  # for one comparison of LaTeX answers
 
 
 class Rejected(ValueError):
@@ -322,6 +330,99 @@ def check_step(text):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# LaTeX answers
+
+def _math_worker():
+    """Answer each line [seconds, prediction, truth] on stdin with true or false.
+
+    math-verify parses LaTeX with a grammar; no text reaches sympify or parse_expr by that road (its other one, plain
+    expressions, gives digits and operators to parse_expr, and is not used). What is left is work without bound: hence
+    a process of its own, which may write no file, with limits on memory and on the seconds of each line.
+    """
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    from math_verify import LatexExtractionConfig, parse
+    from math_verify import verify as equal
+    print("ready", flush=True)
+    for line in sys.stdin:
+        seconds, *texts = json.loads(line)
+        signal.alarm(seconds)  # no handler: it kills, whatever C code is running
+        prediction, truth = (parse(text, [LatexExtractionConfig()], parsing_timeout=None) for text in texts)
+        is_equal = equal(truth, prediction, timeout_seconds=None)
+        signal.alarm(0)
+        print(json.dumps(bool(is_equal)), flush=True)
+
+
+_math_lock, _math_process = threading.Lock(), None
+
+
+def check_math(prediction, truth):
+    r"""True where both (LaTeX, alone or in the last \boxed{} of a text) are the same number, set, interval, matrix, …
+
+    Equality is math-verify's: \dfrac{1}{2} = 1/2 = 0.5, units, \text{} and degrees are dropped, 50\% is both 50 and
+    1/2, (1,2) is ordered and {1,2} is not. Too long, too slow or unparseable is False. Safe on any thread; one worker
+    process serves all calls and is replaced when a comparison kills it.
+    """
+    global _math_process
+    if importlib.util.find_spec("math_verify") is None:
+        raise ImportError("LaTeX answers are compared by math-verify: pip install math-verify")
+    texts = [_boxed(text).strip() for text in (prediction, truth)]
+    if not all(0 < len(text) <= MAX_MATH for text in texts):
+        return False
+    texts = [re.sub(r"(?<!\\)(?:\$|\\[()\[\]])|\s+", " ", text) for text in texts]
+    if texts[0] == texts[1]:
+        return True
+    with _math_lock:
+        if _math_process is None or _math_process.poll() is not None:
+            _math_process = subprocess.Popen(
+                [sys.executable, "-c", "import verify; verify._math_worker()"], cwd=Path(__file__).resolve().parent,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            if _math_process.stdout.readline() != "ready\n":
+                raise RuntimeError(f"the worker that compares LaTeX does not start; {sys.executable} -c "
+                                   "'import math_verify' may say why")
+        print(json.dumps([MATH_SECONDS, *(f"${text}$" for text in texts)]), file=_math_process.stdin, flush=True)
+        answer = _math_process.stdout.readline()
+        if not answer:  # killed by its alarm, or out of memory
+            _math_process.communicate()
+            _math_process = None
+    return answer == "true\n"
+
+
+def _boxed(text):
+    r"""The content of the last \boxed{} with balanced braces; else the text itself."""
+    start = text.rfind("\\boxed{") + len("\\boxed{")
+    if start < len("\\boxed{"):
+        return text
+    depth = 1
+    for end in range(start, min(len(text), start + 2 * MAX_MATH)):
+        depth += (text[end] == "{") - (text[end] == "}")
+        if depth == 0:
+            return text[start:end]
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# programs
+
+def check_program(problem, completion, timeout_s=10, memory_mb=512, allow_unsafe=False):
+    """Does prompt + completion pass the tests? problem {"prompt", "test", "entry_point"}, as in HumanEval.
+
+    Reasons as run_program's, and "tests_not_run" where the program ended well before its tests did (sys.exit). That
+    they ran is shown by a random word printed after them; a completion that reads its own source for the word can
+    still forge it. Source: HumanEval (Chen et al. 2021), evaluation.py.
+    """
+    prompt, test, entry_point = (_field(problem, "problem", name, str) for name in ("prompt", "test", "entry_point"))
+    word = secrets.token_hex(16)
+    source = f"{prompt}{completion}\n{test}\ncheck({entry_point})\n__import__('sys').stdout.write('\\n{word}')\n"
+    verdict = run_program(source, timeout_s, memory_mb, allow_unsafe)
+    output, _, last = verdict.stdout.rpartition("\n")
+    if verdict.is_valid and last != word:
+        return Verdict(False, "tests_not_run", "the program ended before its tests did", verdict.stdout)
+    return Verdict(verdict.is_valid, verdict.reason, verdict.detail, output if verdict.is_valid else verdict.stdout)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # problems and chains
 
 def _final_answer(steps):
@@ -341,25 +442,40 @@ def _field(record, kind, name, types):
     return value
 
 
-def validate(problem, chain):
-    """Verdict on a chain of steps: its answer equals the problem's and the arithmetic of every step holds.
+def validate(problem, chain, allow_unsafe=False):
+    r"""Verdict on a chain of steps, by the problem's "kind".
 
-    problem {"answer": bare or with ####}; chain {"steps": [str], "answer": optional}. Where chain["answer"] is given
-    and the last step declares one too (#### n, A: n, \\boxed), both must be right. Reasons: "ok", "no_steps",
-    "no_answer", "wrong_answer", or that of the first bad step (check_step); the detail has its number, from 1.
+    chain {"steps": [str], "answer": optional}. Where both chain["answer"] and the last step declare an answer, both
+    must be right. Reasons common to all: "ok", "no_steps", "no_answer", "wrong_answer".
+    - "number" (also where there is no kind): {"answer": bare or with ####}; the answer is declared by #### n, A: n or
+      \boxed, and the arithmetic of every step must hold: else the reason of the first bad step (check_step); the
+      detail has its number, from 1.
+    - "math": {"answer": LaTeX}; declared by \boxed, or the last step as it is. Steps are not judged.
+    - "choice": {"choices": [str], "answer": its letter, or "label": its index}; a letter or the choice's text, declared
+      as a number is or by "answer is". Steps are not judged.
+    - "code": check_program's fields and reasons; the steps, joined by newlines, are the completion.
     Raises ValueError naming the field that is missing, empty or of the wrong type.
     """
+    kind, name = problem.get("kind", "number"), f"chain {chain.get('id', '')!r}"
+    if kind not in ("number", "math", "choice", "code"):
+        raise ValueError(f"problem {problem.get('id', '')!r}: kind {kind!r}: use number, math, choice or code")
+    steps = _field(chain, name, "steps", list)
+    if any(not isinstance(step, str) or not step.strip() for step in steps):
+        raise ValueError(f"{name}: field 'steps' holds something else than non-empty strings")
+    if not steps:
+        return Verdict(False, "no_steps", "the chain has no steps")
+    if kind == "code":
+        return check_program(problem, "\n".join(steps), allow_unsafe=allow_unsafe)
+    stated = _field(chain, name, "answer", str) if chain.get("answer") is not None else None
+    by_kind = {"number": _validate_number, "math": _validate_math, "choice": _validate_choice}
+    return by_kind[kind](problem, steps, stated)
+
+
+def _validate_number(problem, steps, stated):
     truth = _field(problem, f"problem {problem.get('id', '')!r}", "answer", str)
     if answer_value(truth) is None:
         raise ValueError(f"problem {problem.get('id', '')!r}: field 'answer' holds no number: {truth!r:.60}")
-    kind = f"chain {chain.get('id', '')!r}"
-    steps = _field(chain, kind, "steps", list)
-    if any(not isinstance(step, str) or not step.strip() for step in steps):
-        raise ValueError(f"{kind}: field 'steps' holds something else than non-empty strings")
-    if not steps:
-        return Verdict(False, "no_steps", "the chain has no steps")
     declared, implied = _final_answer(steps)
-    stated = _field(chain, kind, "answer", str) if chain.get("answer") is not None else None
     answers = [answer for answer in (stated, declared) if answer is not None] or [implied]
     for answer in answers:
         if answer is None or answer_value(answer) is None:
@@ -372,15 +488,55 @@ def validate(problem, chain):
     return Verdict(True, "ok")
 
 
+def _validate_math(problem, steps, stated):
+    truth = _field(problem, f"problem {problem.get('id', '')!r}", "answer", str)
+    for answer in [stated] * (stated is not None) + [steps[-1]] * (stated is None or "\\boxed{" in steps[-1]):
+        if not _boxed(answer).strip():
+            return Verdict(False, "no_answer", f"nothing in {answer!r:.60}")
+        if not check_math(answer, truth):
+            return Verdict(False, "wrong_answer", f"{_boxed(answer):.60} instead of {_boxed(truth):.60}")
+    return Verdict(True, "ok")
+
+
+CHOICE = re.compile(r"####\s*(.+)|^[ \t]*A:(.+)$|\\boxed\{(.+)\}|\banswer is:?\s*(\([A-Z]\)|.+)", re.M | re.I)
+
+
+def _choice(text, choices):
+    """The index of the choice that a letter ("B", "(b)", "B. Rome") or its own text names, or None."""
+    text = re.sub(r"\\text\{([^{}]*)\}|[*$]", r"\1", text).strip().removesuffix(".")
+    texts = [choice.strip().removesuffix(".").casefold() for choice in choices]
+    if match := re.fullmatch(r"\(?([a-z])\)?|\(?([a-z])[).:]\s*(.+)", text, re.I | re.S):
+        index, rest = ord((match[1] or match[2]).upper()) - ord("A"), match[3]
+        if index < len(choices) and (rest is None or rest.strip().casefold() == texts[index]):
+            return index
+    return texts.index(text.casefold()) if texts.count(text.casefold()) == 1 else None
+
+
+def _validate_choice(problem, steps, stated):
+    kind = f"problem {problem.get('id', '')!r}"
+    choices, label = [str(choice) for choice in _field(problem, kind, "choices", list)], problem.get("label")
+    truth = _choice(_field(problem, kind, "answer", str), choices) if label is None else label
+    if not isinstance(truth, int) or not 0 <= truth < len(choices):
+        raise ValueError(f"{kind}: neither field 'answer' nor 'label' names one of the {len(choices)} choices")
+    declared = CHOICE.findall(steps[-1])
+    answers = [stated] * (stated is not None) + ["".join(match) for match in declared[-1:]] or [steps[-1]]
+    for answer in answers:
+        if (index := _choice(answer, choices)) is None:
+            return Verdict(False, "no_answer", f"no choice in {answer!r:.60}")
+        if index != truth:
+            return Verdict(False, "wrong_answer", f"{choices[index]:.60} instead of {choices[truth]:.60}")
+    return Verdict(True, "ok")
+
+
 def read_jsonl(path, fields=(), limit=0):
-    """The objects of a jsonl file as dicts, each with all `fields`; blank lines are passed over.
+    """The objects of a .jsonl or .jsonl.gz file as dicts, each with all `fields`; blank lines are passed over.
 
     Raises FileNotFoundError, or ValueError naming file, line and field.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
         try:
             for number, line in enumerate(file, 1):
                 if limit and len(rows) >= limit:
@@ -396,7 +552,7 @@ def read_jsonl(path, fields=(), limit=0):
                 if missing := [field for field in fields if field not in row]:
                     raise ValueError(f"{path}, line {number}: field {missing[0]!r} is missing")
                 rows.append(row)
-        except UnicodeDecodeError as e:
+        except (UnicodeDecodeError, EOFError) as e:
             raise ValueError(f"{path}: no UTF-8 text: {e}") from None
     if not rows:
         raise ValueError(f"{path}: no rows")
@@ -430,29 +586,49 @@ def check_candidates(path, limit=0):
     return {"n": n, "agree": (n - len(disagree)) / max(1, n), "disagree": disagree[:5]}
 
 
+def check_humaneval(path, mutants=False, limit=0, allow_unsafe=False):
+    """{"n", "passed", "reasons", "seconds"} over the canonical solutions, or over mutants with `pass` for a body."""
+    rows = read_jsonl(path, ["prompt", "test", "entry_point", "canonical_solution"], limit)
+    start = time.monotonic()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        verdicts = list(pool.map(lambda row: check_program(
+            row, "    pass\n" if mutants else row["canonical_solution"], allow_unsafe=allow_unsafe), rows))
+    for row, verdict in zip(rows, verdicts, strict=True):
+        if verdict.is_valid == mutants:
+            print(f"{row.get('task_id')}: {verdict.reason} {verdict.detail}")
+    reasons = Counter(verdict.reason for verdict in verdicts)
+    return {"n": len(rows), "passed": reasons["ok"], "reasons": dict(reasons.most_common()),
+            "seconds": round(time.monotonic() - start, 2)}
+
+
 @dataclass
 class Args:
-    """Check chains, candidates or one expression; exactly one of the three."""
+    """Check chains, candidates, one expression or HumanEval's solutions; exactly one of the four."""
     chains: str | None = None  # jsonl of chains, or of problems with worked answers
     candidates: str | None = None  # jsonl of labelled candidates
     expression: str | None = None  # arithmetic, with or without an equals sign
+    humaneval: str | None = None  # jsonl or jsonl.gz of HumanEval's problems
+    mutants: bool = False  # with --humaneval: `pass` for every body, which must fail
+    allow_unsafe_code: bool = False  # where bubblewrap cannot run: run the programs with your rights
     limit: int = 0  # read this many rows only; 0: all
 
 
 def main():
     import tyro
     args = tyro.cli(Args)
-    if sum(value is not None for value in (args.chains, args.candidates, args.expression)) != 1:
-        raise SystemExit("verify.py: give exactly one of --chains FILE, --candidates FILE, --expression TEXT")
+    if sum(mode is not None for mode in (args.chains, args.candidates, args.expression, args.humaneval)) != 1:
+        raise SystemExit("verify.py: give exactly one of --chains, --candidates, --humaneval FILE, --expression TEXT")
     try:
         if args.expression is not None:
             verdict = check_expression(args.expression)
             print(verdict.detail[:200])
             result = {"valid": verdict.is_valid, "reason": verdict.reason}
+        elif args.humaneval is not None:
+            result = check_humaneval(args.humaneval, args.mutants, args.limit, args.allow_unsafe_code)
         else:
             check = check_chains if args.chains is not None else check_candidates
             result = check(args.candidates if args.chains is None else args.chains, args.limit)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RuntimeError) as e:
         raise SystemExit(str(e)) from None
     print(json.dumps(result))
 
