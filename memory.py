@@ -243,7 +243,7 @@ class Memory:
                 elif "meta" not in tables:
                     raise ValueError(f"{self.path} is no memory: it has no table 'meta'")
                 found = connection.execute("SELECT * FROM meta")
-                meta = dict(zip([column[0] for column in found.description], found.fetchone(), strict=True))
+                meta = dict(zip([column[0] for column in found.description], found.fetchall()[0], strict=True))
                 if meta["schema"] != SCHEMA:
                     raise ValueError(f"{self.path} is of schema {meta['schema']}, this version reads {SCHEMA}")
                 if self.origin is not None and meta["dim"] is not None:
@@ -353,11 +353,11 @@ class Memory:
     def latent(self, chain_id: str, position: int) -> torch.Tensor:
         """The stored latent [D] of a chain's question (position 0) or step. Raises ValueError where there is none."""
         with self.open() as (connection, meta):
-            row = None if meta["dim"] is None else connection.execute(
-                "SELECT z FROM latents WHERE chain = ? AND position = ?", [chain_id, position]).fetchone()
-        if row is None:
+            rows = [] if meta["dim"] is None else connection.execute(
+                "SELECT z FROM latents WHERE chain = ? AND position = ?", [chain_id, position]).fetchall()
+        if not rows:
             raise ValueError(f"{self.path} holds no chain {chain_id!r} with a position {position}")
-        return torch.tensor(row[0])
+        return torch.tensor(rows[0][0])
 
     def export_latents(self, out) -> int:
         """Parquet of chain id, position and latent, without any text; the prompt of the LLM is there as its hash."""
@@ -391,7 +391,7 @@ class Memory:
                                "WHERE (? OR id = ?) AND (? OR problem_id = ?) AND (? OR domain = ?)", filters)
             connection.execute("INSERT INTO gone SELECT id FROM interactions WHERE of IS NULL AND (? OR id = ?)",
                                [everything, id])
-            count = connection.execute("SELECT count(*) FROM gone").fetchone()[0]
+            count = connection.execute("SELECT count(*) FROM gone").fetchall()[0][0]
             if count:
                 write_atomic(self.path, functools.partial(self.copy_rest, connection, meta))
             connection.execute("BEGIN")
