@@ -76,6 +76,7 @@ ISSUER = re.compile(r"4|5[1-5]|2[2-7]|3[04-9]|6[0245]")
 IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f:]{3,39}(?:(?:\.\d{1,3}){3})?(?![\w:])")
 IPV4 = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?!\w|\.\d)")
 NUMBERING = re.compile(r"(?:version|release|section|chapter|clause|figure|table|§|\bv\.?)\s*$", re.I)
+SEVEN_DIGITS = re.compile(r"\d(?:[^\w,=*+<>$%:;?!\"'\n]{0,4}\d){6}")
 PHONE_CUE = re.compile(r"\b(?:(?:tele)?phone|telefon|tel|mobile|cell|fax|whatsapp|call|dial|ring|text)\b[^\d+(\n]{0,15}"
                        r"(\+?\(?\d[\d ()./-]{7,18}\d)(?!\s*[\d=*+/])", re.I)
 
@@ -113,6 +114,8 @@ def is_ip(text: str, before: str = "") -> bool:
 def phone_spans(text: str) -> list[tuple[int, int]]:
     """Begin and end of the phone numbers in a text: with a country code, written in groups, or after such as "call"."""
     phonenumbers = need("phonenumbers", "phonenumbers")
+    if not SEVEN_DIGITS.search(text):  # there is no shorter one, and the search for one is slow
+        return []
     spans = [match.span(1) for match in PHONE_CUE.finditer(text) if sum(map(str.isdigit, match[1])) > 8]
     dialled = re.sub(r"(?<![\w.,])00(?=[1-9]\d)", " +", text)  # 0049 30 ... is +49 30 ...; of the same length
     for match in phonenumbers.PhoneNumberMatcher(dialled, REGION, phonenumbers.Leniency.STRICT_GROUPING,
@@ -270,44 +273,42 @@ class Memory:
 
         if self.origin is None:
             raise ValueError(f"{self.path}: say which LLM the latents are from: Memory(path, origin)")
-        verdicts, chains = [], {}
+        verdicts, rows, found = [], {}, {}
         for problem, chain, h in items:
-            name, n = f"chain {chain.get('id', '')!r}", len(chain["steps"])
-            texts = [checked(f"{name}, question", chain["question"])]
-            texts += [checked(f"{name}, step {i}", step) for i, step in enumerate(chain["steps"], 1)]
-            labels = [checked(name, str(x)) for x in (problem.get("id", ""), domain, chain.get("source") or "")]
-            if tuple(h.shape) != (1 + n, self.origin["dim"]):
-                raise ValueError(f"{name}: latents of shape {list(h.shape)}, expected {[1 + n, self.origin['dim']]}")
+            name, texts = f"chain {chain.get('id', '')!r}", [chain["question"], *chain["steps"]]
+            answer = chain.get("answer") or problem["answer"]
+            labels = [str(problem.get("id", "")), domain, str(chain.get("source") or "")]
+            everything = "\n".join(checked(name, text) for text in [*texts, answer, *labels])
+            if tuple(h.shape) != (len(texts), self.origin["dim"]):
+                raise ValueError(f"{name}: latents of shape {list(h.shape)}, expected "
+                                 f"{[len(texts), self.origin['dim']]}: the question's, one a step")
             if not torch.isfinite(h).all():
                 raise ValueError(f"{name}: its latents hold values that are not finite")
             verdict = verify.validate(problem, chain)
-            if verdict.is_valid and redact("\n".join(texts))[1]:
-                verdict = verify.Verdict(False, "personal_data", "the chain's text holds what redact() would cut")
+            if verdict.is_valid and redact(everything)[1]:
+                verdict = verify.Verdict(False, "personal_data", "its text holds what redact() would cut")
             if verdict.is_valid:
-                answer = chain.get("answer") or problem["answer"]
-                chains[digest(json.dumps(texts))] = (texts, answer, labels, h.detach().float().cpu().numpy())
+                key = digest(json.dumps(texts))
+                rows[key] = [key, *labels[:2], texts[0], texts[1:], answer, labels[2]]
+                found[key] = h.detach().float().cpu().numpy()
             verdicts.append(verdict)
-        if not chains:
+        if not rows:
             return verdicts
-        string, z = pa.string(), np.concatenate([h for *_, h in chains.values()])
-        text_table = pa.table({
-            "id": list(chains), **{key: pa.array([labels[i] for _, _, labels, _ in chains.values()], string)
-                                   for i, key in ((0, "problem_id"), (1, "domain"))},
-            "question": [texts[0] for texts, *_ in chains.values()],
-            "steps": pa.array([texts[1:] for texts, *_ in chains.values()], pa.list_(string)),
-            "answer": [answer for _, answer, *_ in chains.values()],
-            "source": [labels[2] for _, _, labels, _ in chains.values()]})
-        latent_table = pa.table({
-            "chain": [key for key, (texts, *_) in chains.items() for _ in texts],
-            "position": pa.array([i for texts, *_ in chains.values() for i in range(len(texts))], pa.int32()),
-            "z": pa.FixedSizeListArray.from_arrays(pa.array(z.reshape(-1)), z.shape[1])})
+        text = pa.string()
+        texts = pa.table([pa.array(column, pa.list_(text) if i == 4 else text)
+                          for i, column in enumerate(zip(*rows.values(), strict=True))],
+                         "id problem_id domain question steps answer source".split())
+        z = pa.array(np.concatenate(list(found.values())).reshape(-1))
+        vectors = pa.table({"chain": [key for key, h in found.items() for _ in h],
+                            "position": pa.array([i for h in found.values() for i in range(len(h))], pa.int32()),
+                            "z": pa.FixedSizeListArray.from_arrays(z, self.origin["dim"])})
         with self.open(write=True, create=True) as (connection, meta):
             if meta["dim"] is None:
                 connection.execute("UPDATE meta SET llm = ?, layer = ?, pooling = ?, prompt = ?, dim = ?",
                                    [self.origin[key] for key in latents.SAME_LLM])
-                connection.execute(LATENTS.format("", z.shape[1]))
-            connection.register("new_texts", text_table)
-            connection.register("new_latents", latent_table)
+                connection.execute(LATENTS.format("", self.origin["dim"]))
+            connection.register("new_texts", texts)
+            connection.register("new_latents", vectors)
             connection.execute("INSERT INTO latents FROM new_latents WHERE chain NOT IN (SELECT id FROM texts)")
             connection.execute("INSERT INTO texts SELECT *, ? FROM new_texts WHERE id NOT IN (SELECT id FROM texts)",
                                [now()])
@@ -319,8 +320,8 @@ class Memory:
         positions: "steps", "questions" or "all". -> [{"cos", "chain_id", "position" (0: the question), "text",
         "question", "domain"}], best first. Raises ValueError for another width than the memory's.
         """
-        if positions not in WHERE:
-            raise ValueError(f"positions {positions!r}: use one of {', '.join(WHERE)}")
+        if positions not in WHERE or k < 1:
+            raise ValueError(f"positions {positions!r}, k {k}: use one of {', '.join(WHERE)}, and at least 1")
         z = torch.as_tensor(z).detach().float().cpu()
         with self.open() as (connection, meta):
             if meta["dim"] is None:
