@@ -69,16 +69,17 @@ MORE_KEYS = [re.compile(pattern, re.S) for pattern in (
     r"(?=[^\s\"']{0,64}[A-Za-z])(?=[^\s\"']{0,64}\d)[^\s\"',;()]{12,}",
 )]
 EMAIL = re.compile(r"(?<![\w.+%&'-])[\w.+%&'-]+@[\w-]+(?:\.[\w-]+)*\.[^\W\d_][\w-]+")
-IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{2}\d{2}(?:[ -]?[A-Za-z0-9]){11,30}")
-CARD = re.compile(r"(?<!\d)(?<!\d[.,])(?:(?:\d{4}[ -]?){3}\d{1,4}(?:[ -]?\d{3})?|\d{4}[ -]?\d{6}[ -]?\d{4,5})"
-                  r"(?!\d|[.,]\d)")
+# what is looked for ahead may begin inside what looked like one
+IBAN = re.compile(r"(?<![A-Za-z0-9])(?=([A-Za-z]{2}\d{2}(?:[ -]?[A-Za-z0-9]){11,30}))")
+CARDS = [re.compile(rf"(?<!\d)(?<!\d[.,])(?=({digits})(?!\d|[.,]\d))") for digits in (
+    r"(?:\d{4}[ -]?){4}\d{3}", r"(?:\d{4}[ -]?){3}\d{4}", r"\d{4}[ -]?\d{6}[ -]?\d{4,5}", r"\d{13}")]
 ISSUER = re.compile(r"4|5[1-5]|2[2-7]|3[04-9]|6[0245]")
 IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f:]{3,39}(?:(?:\.\d{1,3}){3})?(?![\w:])")
 IPV4 = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?!\w|\.\d)")
 NUMBERING = re.compile(r"(?:version|release|section|chapter|clause|figure|table|§|\bv\.?)\s*$", re.I)
 SEVEN_DIGITS = re.compile(r"\d(?:[^\w,=*+<>$%:;?!\"'\n]{0,4}\d){6}")
 PHONE_CUE = re.compile(r"\b(?:(?:tele)?phone|telefon|tel|mobile|cell|fax|whatsapp|call|dial|ring|text)\b[^\d+(\n]{0,15}"
-                       r"(\+?\(?\d[\d ()./-]{7,18}\d)(?!\s*[\d=*+/])", re.I)
+                       r"(\+?\(?\d[\d ()./-]{7,18}\d)(?!\d|\s*=)", re.I)
 
 
 @functools.cache
@@ -120,8 +121,8 @@ def phone_spans(text: str) -> list[tuple[int, int]]:
     dialled = re.sub(r"(?<![\w.,])00(?=[1-9]\d)", " +", text)  # 0049 30 ... is +49 30 ...; of the same length
     for match in phonenumbers.PhoneNumberMatcher(dialled, REGION, phonenumbers.Leniency.STRICT_GROUPING,
                                                  max_tries=len(text) + 1):
-        bare = match.raw_string.isdigit()  # 12345678901 apples
-        if not bare and not re.match(r"\s*[=*/+]", dialled[match.end:]):
+        is_sum = match.raw_string.isdigit() or dialled[match.end : match.end + 2].strip()[:1] == "="  # 900-300-2000 =
+        if not is_sum or match.raw_string.startswith("+"):
             spans.append((match.start - (text[match.start] == "0" and dialled[match.start] == "+"), match.end))
     return spans
 
@@ -140,15 +141,17 @@ def redact(text: str) -> tuple[str, int]:
         for begin, end in sorted(spans):
             if begin >= at:
                 out += [text[at:begin], f"[{kind}]"]
-                count, at = count + 1, end
+                count += 1
+            at = max(at, end)
         return "".join([*out, text[at:]])
 
     for pattern in key_patterns():
         text = cut("KEY", text, (m.span() for m in pattern.finditer(text)))
     text = cut("EMAIL", text, (m.span() for m in EMAIL.finditer(text)))
-    ibans = ((m.start(), m.start() + iban_length(m[0])) for m in IBAN.finditer(text))
+    ibans = ((m.start(), m.start() + iban_length(m[1])) for m in IBAN.finditer(text))
     text = cut("IBAN", text, (span for span in ibans if span[0] < span[1]))
-    text = cut("CARD", text, (m.span() for m in CARD.finditer(text) if is_card(m[0])))
+    for pattern in CARDS:
+        text = cut("CARD", text, (m.span(1) for m in pattern.finditer(text) if is_card(m[1])))
     for pattern in (IPV6, IPV4):
         found = ((m, m[0].rstrip(":") if m[0][-2:] != "::" else m[0]) for m in pattern.finditer(text))
         text = cut("IP", text, [(m.start(), m.start() + len(address)) for m, address in found

@@ -1,13 +1,13 @@
 """Tests of memory.py, to be moved into test_core.py."""
 
 import json
-import os
 import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -211,7 +211,7 @@ for i in itertools.count(1000) if sys.argv[2] == "ever" else range(1000, 1000 + 
 
 def start(program, *argv):
     return subprocess.Popen([sys.executable, "-c", program, *map(str, argv)], stdout=subprocess.PIPE, text=True,
-                            stderr=subprocess.PIPE, cwd=ROOT)
+                            stderr=subprocess.PIPE, stdin=subprocess.PIPE, cwd=ROOT)
 
 
 def test_readers_and_a_writer_at_once(tmp_path):
@@ -220,11 +220,22 @@ def test_readers_and_a_writer_at_once(tmp_path):
     outputs = [process.communicate(timeout=120) for process in processes]
     assert all(process.returncode == 0 for process in processes), [error for _, error in outputs]
     assert memory.stats()["chains"] == 3 + 12
-    with memory.open():  # a reader here: a writer there gives up with a clear word
-        code = f"import test_memory_part as t, memory as m; m.Memory({str(memory.path)!r}, t.ORIGIN, 0.2)" \
-               ".remember(*t.a_chain(5))"
-        error = start(code).communicate(timeout=60)[1]
-    assert "TimeoutError" in error and "m.duckdb is in use by another process" in error and str(os.getpid()) in error
+
+
+def test_a_file_in_use_is_named_with_the_process(tmp_path):
+    memory = a_memory(tmp_path, n=1, wait_s=0.1)
+    holder = "import duckdb, sys; c = duckdb.connect(sys.argv[1], read_only=sys.argv[2] == 'r'); print(1, flush=True);"
+    for how in "rw":
+        process = start(holder + "sys.stdin.read()", memory.path, how)
+        process.stdout.readline()
+        if how == "r":
+            assert memory.stats()["chains"] == 1
+        for refused in (lambda: memory.remember(*a_chain(1)), lambda: memory.forget(everything=True), memory.stats)[
+                : 2 if how == "r" else 3]:
+            with pytest.raises(TimeoutError, match=rf"m.duckdb is in use by another process \(PID {process.pid}\)"):
+                refused()
+        process.communicate()
+    assert memory.remember(*a_chain(1)).is_valid
 
 
 def test_a_kill_in_mid_write_leaves_whole_chains(tmp_path):
@@ -455,7 +466,7 @@ def test_feedback_becomes_chains(tmp_path):
             bad()
 
 
-def test_memory_command_line(tmp_path, capsys):
+def test_memory_command_line(tmp_path, capsys, monkeypatch):
     from runs import write_atomic
 
     path, folder = tmp_path / "m.duckdb", tmp_path / "latents"
@@ -485,6 +496,16 @@ def test_memory_command_line(tmp_path, capsys):
     chain_id = memory.vectors()[1][0]["chain_id"]
     nearest = run_memory(capsys, "recall", "--id", chain_id, "--position", 2, "--k", 2, "--memory", path)["nearest"]
     assert nearest[0]["chain_id"] == chain_id and nearest[0]["text"] == "2 * 2 = 4" and nearest[0]["cos"] > 0.999
+    read = SimpleNamespace(**ORIGIN | {"name": "toy"}, latent_dim=lambda pooling: 8,
+                           step_latents=lambda question, steps: a_chain(3)[2][: 1 + len(steps)])
+    read.set_prompt = lambda prompt: read
+    monkeypatch.setattr("llm.load_llm", lambda name, device, layer, pooling: read)
+    for steps in ((), ("--steps", "3+2 = 5")):
+        found = run_memory(capsys, "recall", "--question", "3 pens?", *steps, "--k", 1, "--memory", path)["nearest"]
+        assert (found[0]["position"], found[0]["question"][:14]) == (len(steps[1:]), "Tom has 3 pens")
+    read.layer = 3
+    with pytest.raises(SystemExit, match="layer: 2 there, 3 here"):
+        run_memory(capsys, "recall", "--question", "3 pens?", "--memory", path)
     logged = run_memory(capsys, "log", "--kind", "cli", "--question", "3 + 4? ann@example.com", "--steps", "3+4 = 7",
                         "#### 7", "--truth", 7, "--memory", path)
     assert (logged["is_valid"], logged["reason"], logged["redactions"]) == (True, "ok", 1)
