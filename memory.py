@@ -92,8 +92,8 @@ def key_patterns() -> list[re.Pattern]:
 def iban_length(text: str) -> int:
     """How many characters from the start of a text are a valid IBAN (country's form, check digits); 0: none."""
     iban = need("stdnum.iban", "python-stdnum")
-    ends = [i + 1 for i, char in enumerate(text) if char.isalnum()]
-    return next((end for end in reversed(ends[14:]) if iban.is_valid(text[:end], check_country=False)), 0)
+    ends = [match.end() for match in re.finditer(r"[A-Za-z0-9]+", text) if match.end() > 14]  # no country has less
+    return next((end for end in reversed(ends) if iban.is_valid(text[:end], check_country=False)), 0)
 
 
 def is_card(text: str) -> bool:
@@ -232,7 +232,7 @@ class Memory:
                         break
                     connection.close()  # `forget` put a new file there in between
                 except duckdb.IOException as error:
-                    if "lock" not in str(error):
+                    if "set lock" not in str(error):
                         raise ValueError(f"{self.path} cannot be opened: {str(error).splitlines()[0]}") from None
                     if time.monotonic() > deadline:
                         pid = re.search(r"PID \d+", str(error))
