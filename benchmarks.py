@@ -40,6 +40,7 @@ class Benchmark:
     problem: Callable[[dict], dict]  # row -> problem, without id and kind
     prompt: str = "{question}"  # put to an LLM; `number` has its own few-shot prompt
     stop: tuple[str, ...] = ()  # a written answer ends before any of these
+    chat: tuple[str, str] = ("", "")  # as a chat: the user's turn, if it is not `prompt`, and how the answer begins
     configs: tuple[str | None, ...] = (None,)
     splits: dict = field(default_factory=lambda: OFFICIAL)  # ours -> theirs; val = train: held out of it
     shots: str = ""  # the official split that few-shot examples come from
@@ -111,7 +112,9 @@ BENCHMARKS = {
                            hellaswag, shots="train"),
     "humaneval": Benchmark("openai/openai_humaneval", "code", (
         "task_id", "prompt", "canonical_solution", "test", "entry_point"), humaneval,
-        stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint"), splits=ONLY_TEST),
+        stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```"), splits=ONLY_TEST, chat=(
+            "Write a solution to the following problem and make sure that it passes the tests:\n```python\n{question}\n"
+            "```\n", "Here is the completed function:\n```python\n{question}")),
 }
 
 
@@ -207,6 +210,12 @@ def prompt(bench: Benchmark, problem: dict, examples: list[dict] = ()) -> str:
     solved = "".join(f"{bench.prompt.format(question=e['question'])}{continuations(e)[e.get('label', 0)]}\n\n"
                      for e in examples)
     return before + solved + bench.prompt.format(question=problem["question"])
+
+
+def chat_turn(bench: Benchmark, problem: dict) -> tuple[str, str]:
+    """What the user says in a chat, and how the answer begins."""
+    turn, begin = bench.chat
+    return (turn or bench.prompt).format(question=problem["question"]), begin.format(question=problem["question"])
 
 
 def continuations(problem: dict) -> list[str]:

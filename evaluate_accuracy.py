@@ -34,7 +34,7 @@ import latents
 import sandbox
 import verify
 from config import AnswerConfig, NanoJEPAConfig, RJEPAConfig, TextConfig, check
-from llm import HuggingFaceLLM, complete, load_llm
+from llm import HuggingFaceLLM, chat_text, complete, load_llm
 from llm import generate as llm_generate
 from model import wilson
 from runs import build_model, digest, is_run, load_config, load_run, load_tokenizer, weights_digest, write_atomic
@@ -47,6 +47,7 @@ class Args(eval_alignment.Args):
     run: Annotated[str, tyro.conf.Positional]  # a run folder of train.py, or an LLM as extract.py takes it
     dataset: Literal[("", "synthetic", *benchmarks.BENCHMARKS)] = ""  # empty: the run's own
     shots: int = 0  # solved examples before a question, where the data set has a split for them (MMLU: 5 is usual)
+    chat: bool = False  # what the LLM writes, it writes as a chat's answer, by its tokenizer's template
     allow_unsafe_code: bool = False  # run generated programs without the sandbox, if there is none
     k: int = 1  # candidates per problem: 1 is greedy, more are sampled
     temperature: float = 0.8  # of the samples
@@ -412,6 +413,12 @@ def evaluate_choices(llm, bench, problems: list[dict], args) -> dict:
 def write_answers(llm, bench, problems: list[dict], args) -> list[list[str]]:
     """k answers to each problem; kept in out/generations by all that they follow from, and not written again."""
     texts = [benchmarks.prompt(bench, p) for p in problems]
+    if args.chat:
+        if not getattr(getattr(llm, "tokenizer", None), "chat_template", None) or bench.kind == "number":
+            raise ValueError("--chat: " + (f"{args.dataset} is put as a chat already, where there is a template"
+                                           if bench.kind == "number" else f"{llm.name} has no chat template"))
+        turns = [benchmarks.chat_turn(bench, p) for p in problems]
+        texts = [chat_text(llm.tokenizer, [{"role": "user", "content": turn}]) + begin for turn, begin in turns]
     made_by = [llm.name, llm.tokenizer_hash, llm.dtype, llm.prompt, texts, args.k, args.temperature, args.top_p,
                args.seed, args.max_new_tokens, bench.stop]
     key = digest(json.dumps(made_by))[:10]

@@ -31,6 +31,7 @@ import latents
 import verify
 from config import check
 from llm import LLM, HuggingFaceLLM, generate, load_llm
+from memory import Memory
 from runs import encoder_block_size, load_config, load_encoder, load_run, load_tokenizer, weights_digest, write_atomic
 
 # ----------------------------------------------------------------------------- functions to import
@@ -289,7 +290,10 @@ def find_gap(model, ahead: torch.Tensor, quantile: float = 0.9) -> tuple[int | N
 
 
 def load_memory(config, folder: str) -> tuple[torch.Tensor, list[str]]:
-    """(latents [N, D], texts) of the verified training steps in a folder of latents."""
+    """(latents [N, D], texts) of the verified training steps in a folder of latents, or of memory.py's file."""
+    if Path(folder).is_file():
+        h, steps = Memory(folder, {k: getattr(config, k) for k in latents.SAME_LLM}).vectors()
+        return h, [step["text"] for step in steps]
     rows, manifest = latents.load_latents(folder)
     latents.check_same_llm(config, manifest, f"--memory {folder}")
     rows = [r for r in rows if r["is_valid"] and r["split"] == "train"]
@@ -404,16 +408,24 @@ def nearest_texts(thought: torch.Tensor, stored: torch.Tensor, texts: list[str],
 
 
 @dataclass
-class Score:
+class Asked:
+    """What all commands have in common: the run, and whether to keep what came of it."""
+
+    run: Annotated[str, tyro.conf.Positional]  # a run folder: of R-JEPA; of T-JEPA for think and speak
+    log: str = ""  # memory.py's file: appends question and steps without personal data, and the gate's verdict
+    truth: str = ""  # --log: the right answer, if it is known; memory.py export needs it
+    device: str = "auto"
+
+
+@dataclass
+class Score(Asked):
     """Energies and coherence of one chain, or of every chain in a file."""
 
-    run: Annotated[str, tyro.conf.Positional]  # an R-JEPA run folder
     question: str = ""
     steps: tuple[str, ...] = ()  # one text a step
     chains: str = ""  # a jsonl file of chains instead
     llm: str = ""  # where the run's LLM lies, if not under the name it was trained with
     limit: int = 0  # the first N chains of the file; 0: all
-    device: str = "auto"
 
 
 def run_score(args: Score) -> dict:
@@ -433,17 +445,15 @@ def run_score(args: Score) -> dict:
 
 
 @dataclass
-class Writing:
+class Writing(Asked):
     """What commands that let the run's LLM write have in common."""
 
-    run: Annotated[str, tyro.conf.Positional]  # an R-JEPA run folder
     question: str = ""
     temperature: float = 0.8  # 0: greedy
     top_p: float = 0.95
     max_new_tokens: int = 256
     seed: int = 1
     llm: str = ""  # where the run's LLM lies, if not under the name it was trained with
-    device: str = "auto"
 
     def __post_init__(self):
         check(self, "temperature", self.temperature >= 0, "must not be negative")
@@ -523,21 +533,19 @@ def run_nudge(args: NudgeArgs) -> dict:
 
 
 @dataclass
-class Plan:
+class Plan(Asked):
     """Finds and fills a gap in a chain."""
 
-    run: Annotated[str, tyro.conf.Positional]  # an R-JEPA run folder
     question: str = ""
     steps: tuple[str, ...] = ()  # one text a step
     at: int = 0  # the 1-based step before which something is missing; 0: find it
     slots: int = 1  # steps to insert, at most
     decode: Literal["speaker", "llm"] = "speaker"  # who puts the predicted step into words
     speaker: str = ""  # the Speaker's run folder; empty: RUN-speak
-    memory: str = ""  # folder of latents whose nearest verified steps are shown; empty: the run's own, if it is there
+    memory: str = ""  # where near verified steps come from: a folder of latents, memory.py's file; empty: the run's own
     quantile: float = 0.9  # a gap is a next-step energy above this quantile of verified steps' energies
     max_new_tokens: int = 64
     llm: str = ""  # where the run's LLM lies, if not under the name it was trained with
-    device: str = "auto"
 
     def __post_init__(self):
         check(self, "slots", 1 <= self.slots <= 16, "must lie in [1, 16]")
@@ -563,14 +571,12 @@ def run_plan(args: Plan) -> dict:
 
 
 @dataclass
-class Think:
+class Think(Asked):
     """The thought vector of a text, and the texts that are nearest to it."""
 
-    run: Annotated[str, tyro.conf.Positional]  # a T-JEPA run folder: pre-trained, distilled, or with a Speaker
     text: str = ""
     stored: str = ""  # a file with a text a line to search; empty: the run's own training texts, its questions alone
     k: int = 5  # how many
-    device: str = "auto"
 
     def __post_init__(self):
         check(self, "k", self.k > 0, "must be positive")
@@ -593,15 +599,13 @@ def run_think(args: Think) -> dict:
 
 
 @dataclass
-class Speak:
-    """What a Speaker answers to a question."""
+class Speak(Asked):
+    """What a Speaker answers to a question; the run is one of train.py tjepa-speak."""
 
-    run: Annotated[str, tyro.conf.Positional]  # a run of train.py tjepa-speak
     question: str = ""
     temperature: float = 0.0  # 0: greedy
     seed: int = 1
     max_new_tokens: int = 256
-    device: str = "auto"
 
     def __post_init__(self):
         check(self, "question", bool(self.question.strip()), "is empty: give the text of the problem")
@@ -624,6 +628,17 @@ COMMANDS = {"score": (Score, run_score), "rerank": (Rerank, run_rerank), "nudge"
             "plan": (Plan, run_plan), "think": (Think, run_think), "speak": (Speak, run_speak)}  # fmt: skip
 
 
+def log_answer(command: str, args: Asked, result: dict) -> str:
+    """Appends what came of a command to the feedback log -> its id, for `memory.py rate`."""
+    if command == "think" or not args.question.strip():
+        raise ValueError(f"--log is for one question's answer, not for infer.py {command}" + " with a file" * (
+            command != "think"))
+    steps = {"score": lambda: args.steps, "rerank": lambda: result["candidates"][0]["steps"],
+             "nudge": lambda: result["nudged"]["steps"], "plan": lambda: result["steps"],
+             "speak": lambda: data.split_steps(result["response"])}[command]()
+    return Memory(args.log).log(command, args.question, list(steps), args.truth or None, extra={"run": args.run})
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] not in COMMANDS:
@@ -631,7 +646,11 @@ def main(argv=None):
     kind, function = COMMANDS[argv[0]]
     args = tyro.cli(kind, args=argv[1:], prog=f"infer.py {argv[0]}")
     try:
+        if args.truth and not args.log:
+            raise ValueError("--truth goes with --log FILE")
         result = function(args)
+        if args.log:
+            result["interaction"] = log_answer(argv[0], args, result)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     if argv[0] == "score" and "steps" in result:

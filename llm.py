@@ -85,7 +85,12 @@ def few_shot(tokenizer) -> str:
     """SHOTS before {question}: as a chat where the tokenizer has a template for it, else one after the other."""
     if not tokenizer.chat_template:
         return "".join(f"{question}\n{steps}\n\n" for question, steps in SHOTS) + "{question}\n"
-    text = tokenizer.apply_chat_template(shot_messages("{question}"), tokenize=False, add_generation_prompt=True)
+    return chat_text(tokenizer, shot_messages("{question}"))
+
+
+def chat_text(tokenizer, messages: list[dict]) -> str:
+    """Messages in the tokenizer's chat template, up to where the answer begins; less a token that it adds by itself."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     return text.removeprefix(tokenizer.bos_token) if adds_bos else text
 

@@ -39,6 +39,7 @@ import infer
 import jobs
 import latents
 import llm as llms
+import memory
 import model as m
 import runs
 import train
@@ -813,15 +814,15 @@ def test_accuracy_by_hand():
 
 
 def test_importing_a_script_runs_nothing():
-    names = ["config", "model", "verify", "data", "train", "eval_alignment", "evaluate_accuracy", "bench"]
+    names = [path.stem for path in sorted(ROOT.glob("*.py")) if not path.stem.startswith("test_")]
     code = f"import sys; sys.argv = ['x', '--nonsense']; import {', '.join(names)}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_imports_run_one_way():
-    level = {"config": 0, "model": 1, "sandbox": 0, "verify": 1, "benchmarks": 2, "data": 3, "latents": 4, "runs": 5,
-             "llm": 6, "jobs": 7, "train": 8, "extract": 8, "memory": 8, "infer": 9, "eval_alignment": 10,
+    level = {"config": 0, "redact": 0, "sandbox": 0, "model": 1, "verify": 1, "benchmarks": 2, "data": 3, "latents": 4,
+             "runs": 5, "llm": 6, "jobs": 7, "train": 8, "extract": 8, "memory": 8, "infer": 9, "eval_alignment": 10,
              "evaluate_accuracy": 11, "bench": 10}  # fmt: skip
     for name, own in level.items():
         for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
@@ -2132,6 +2133,41 @@ def test_plan_and_rerank_commands(world, capsys, tmp_path):
     assert len(found["candidates"]) == 3 and found["alpha"] == fitted["alpha"]
     scores = [c["score"] for c in found["candidates"] if c["score"] is not None]
     assert scores == sorted(scores, reverse=True)
+
+
+def test_what_came_of_use_is_logged_rated_exported_and_learned_from(world, capsys, tmp_path):
+    for name in ("duckdb", "phonenumbers", "stdnum", "detect_secrets"):
+        pytest.importorskip(name)
+    base, rjepa, _, _ = world
+    _, config = infer.load_world_model(rjepa, "cpu")
+    kept, steps, score = str(tmp_path / "memory.duckdb"), ["Tom has 2 * 3 = 6 apples.", "#### 6"], ["score", rjepa]
+
+    def run(module, *args):
+        module.main(list(args))
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    question = "Ann (ann@example.com) has 2 bags of 3 apples. How many?"
+    logged = [run(infer, *score, "--question", f"{question} {i}", "--steps", *steps, "--log", kept, "--truth", truth)
+              for i, truth in enumerate(["6", "6", "7", "6"])]
+    run(memory, "rate", "--memory", kept, "--id", logged[1]["interaction"], "--rating", "down")
+    assert "ann@" not in Path(kept).read_bytes().decode("latin1")
+    fed = run(memory, "export", "--memory", kept, "--out", str(tmp_path / "fed.jsonl"))
+    assert (fed["chains"], fed["interactions"], fed["rated_down"]) == (2, 4, 1)  # less a wrong one and the one down
+    run(extract, "--chains", fed["out"], "--llm", str(base / "llm"), "--layer", str(config.layer), "--pooling",
+        config.pooling, "--device", "cpu", "--out", str(tmp_path / "fed"))
+    result = train.train("rjepa-small", dataclasses.replace(
+        config, init_from=rjepa, latents=str(tmp_path / "fed"), held_out=config.latents, max_steps=2, batch_size=2,
+        out_dir=str(tmp_path / "next"), eval_every=2))
+    assert result["accepted"] == (result["after"] <= result["before"])
+    stored = run(memory, "remember", "--memory", kept, "--latents", config.latents)
+    assert stored["remembered"] > 0
+    found = run(infer, "plan", rjepa, "--question", QUESTION, "--steps", "#### 6", "--at", "1", "--decode", "llm",
+                "--memory", kept)
+    whole, texts = infer.load_memory(config, kept)
+    assert found["filled"][0]["nearest"][0]["text"] in texts and len(whole) == len(texts)
+    assert set(texts) == set(infer.load_memory(config, config.latents)[1])
+    with pytest.raises(SystemExit, match="--truth goes with --log"):
+        infer.main([*score, "--question", question, "--steps", *steps, "--truth", "6"])
 
 
 @pytest.mark.parametrize("argv, message", [

@@ -1,0 +1,592 @@
+"""Verified experience: chains that passed the gate, their latents as pointers to the text, and a log of feedback.
+
+    python memory.py remember --latents out/latents/gsm8k            # what extract.py wrote, through the gate again
+    python memory.py recall --question "Tom has 3 apples and buys 4. How many?" --steps "3+4 = 7"
+    python memory.py log --kind demo --question "..." --steps "3+4 = 7" "#### 7" --truth 7   # prints the id that
+    python memory.py rate --id ID --rating up                                                # rate asks for
+    python memory.py export --out out/feedback.jsonl                 # for extract.py --chains, to train on
+    python memory.py latents --out out/latents.parquet               # the vectors alone, without any text
+    python memory.py forget --problem_id gsm8k-train-7               # or --id, --domain, --everything
+    python memory.py stats
+
+One DuckDB file, opened for each operation and closed after it: many processes may read, one at a time writes, the
+others wait for it a few seconds. A write is one transaction: what is killed in the middle leaves nothing. Personal
+data are taken out of a logged text before it reaches the disk, and a chain that has some is not remembered. What
+`redact` finds is what is written as usual: a number in words or an address "at" a host passes.
+"""
+
+import contextlib
+import datetime
+import functools
+import json
+import random
+import re
+import sys
+import threading
+import time
+import uuid
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import numpy as np
+import torch
+
+import latents
+import verify
+from config import check
+from redact import need, redact
+from runs import digest, say, write_atomic
+
+SCHEMA = 1
+MAX_TEXT = 1_100_000  # bytes of one text
+
+
+def checked(name: str, text) -> str:
+    """The text itself. Raises ValueError, without quoting it, for what cannot be stored and returned unchanged."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name}: expected a text, got {type(text).__name__}")
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise ValueError(f"{name}: holds half a character (a lone surrogate), which no UTF-8 file can") from None
+    if size > MAX_TEXT:
+        raise ValueError(f"{name}: {size:,} bytes are more than {MAX_TEXT:,}; shorten it")
+    return text
+
+
+# ----------------------------------------------------------------------------- the file
+
+TABLES = """
+CREATE TABLE {0}meta (schema INTEGER, llm VARCHAR, layer INTEGER, pooling VARCHAR, prompt VARCHAR,
+    dim INTEGER);
+CREATE TABLE {0}texts (id VARCHAR PRIMARY KEY, problem_id VARCHAR, domain VARCHAR, question VARCHAR,
+    steps VARCHAR[], answer VARCHAR, source VARCHAR, created TIMESTAMP);
+CREATE TABLE {0}interactions (id VARCHAR, of VARCHAR, created TIMESTAMP, kind VARCHAR, chain VARCHAR,
+    question VARCHAR, steps VARCHAR[], answer VARCHAR, truth VARCHAR, rating VARCHAR, is_valid BOOLEAN, reason VARCHAR,
+    redactions INTEGER, extra VARCHAR);
+"""
+LATENTS = "CREATE TABLE {}latents (chain VARCHAR, position INTEGER, z FLOAT[{:d}])"  # 0 the question, 1 … S the steps
+TEXT = "CASE WHEN position = 0 THEN question ELSE steps[position] END"
+WHERE = {"steps": "position > 0", "questions": "position = 0", "all": "true"}
+IN_PROCESS = threading.RLock()  # DuckDB refuses a reader beside a writer in one process, whatever the thread
+
+
+def now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
+
+
+def origin_of(llm) -> dict:
+    """What says whether two latents may be compared, of an LLM (llm.load_llm)."""
+    return {"llm": llm.name, "layer": llm.layer, "pooling": llm.pooling, "prompt": llm.prompt,
+            "dim": llm.latent_dim(llm.pooling)}
+
+
+class Memory:
+    """One DuckDB file of verified chains, their latents, and logged interactions. Made by the first write.
+
+    origin: latents.SAME_LLM of the latents that will be given, a manifest for one (`origin_of` an LLM). The first
+    chain fixes it for the file; ValueError where a later one differs. wait_s: how long to wait for another process,
+    then TimeoutError. Reading a file that is not there raises FileNotFoundError.
+    """
+
+    def __init__(self, path, origin: dict | None = None, wait_s: float = 10.0):
+        self.path, self.wait_s = Path(path), wait_s
+        self.origin = None if origin is None else {k: origin[k] for k in latents.SAME_LLM}
+
+    def inode(self) -> int | None:
+        return self.path.stat().st_ino if self.path.exists() else None
+
+    @contextlib.contextmanager
+    def open(self, write: bool = False, create: bool = False):
+        """(connection, meta as a dict); with `write` one transaction, which is undone where the block raises."""
+        duckdb = need("duckdb", "duckdb")
+        if create:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        elif not self.path.is_file():
+            raise FileNotFoundError(f"{self.path}: no such memory; `memory.py remember` or `log` makes one")
+        deadline, settings = time.monotonic() + self.wait_s, {"temp_directory": f"{self.path}.spill"}
+        with IN_PROCESS:
+            while True:
+                inode = self.inode()
+                try:
+                    connection = duckdb.connect(str(self.path), read_only=not write, config=settings)
+                    if inode in (None, self.inode()):
+                        break
+                    connection.close()  # `forget` put a new file there in between
+                except duckdb.IOException as error:
+                    if "set lock" not in str(error):
+                        raise ValueError(f"{self.path} cannot be opened: {str(error).splitlines()[0]}") from None
+                    if time.monotonic() > deadline:
+                        pid = re.search(r"PID \d+", str(error))
+                        raise TimeoutError(f"{self.path} is in use by another process{f' ({pid[0]})' if pid else ''} "
+                                           f"for more than {self.wait_s:g} s: try again when it is done") from None
+                time.sleep(random.uniform(0.002, 0.03))
+            try:
+                tables = {row[0] for row in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall()}
+                if write:
+                    connection.execute("BEGIN")
+                if write and not tables:
+                    connection.execute(TABLES.format(""))
+                    connection.execute("INSERT INTO meta (schema) VALUES (?)", [SCHEMA])
+                elif "meta" not in tables:
+                    raise ValueError(f"{self.path} is no memory: it has no table 'meta'")
+                found = connection.execute("SELECT * FROM meta")
+                meta = dict(zip([column[0] for column in found.description], found.fetchall()[0], strict=True))
+                if meta["schema"] != SCHEMA:
+                    raise ValueError(f"{self.path} is of schema {meta['schema']}, this version reads {SCHEMA}")
+                if self.origin is not None and meta["dim"] is not None:
+                    latents.check_same_llm(SimpleNamespace(**meta), self.origin, f"{self.path}, with other latents,")
+                yield connection, meta
+                if write:
+                    connection.execute("COMMIT")
+            finally:
+                connection.close()
+
+    # ------------------------------------------------------------------------- chains
+
+    def remember(self, problem: dict, chain: dict, h: torch.Tensor, domain: str = "") -> verify.Verdict:
+        """Stores a chain {"question", "steps", ...} with its latents h [1 + S, D] if the gate finds it valid.
+
+        problem {"id", "answer"} as in verify.validate, whose verdict is returned, or "personal_data": latents would
+        keep what a text must not. A chain that is there already stays as it is.
+        """
+        return self.remember_all([(problem, chain, h)], domain)[0]
+
+    def remember_all(self, items, domain: str = "") -> list[verify.Verdict]:
+        """`remember` for many (problem, chain, h) in one transaction, with one verdict each."""
+        import pyarrow as pa
+
+        if self.origin is None:
+            raise ValueError(f"{self.path}: say which LLM the latents are from: Memory(path, origin)")
+        verdicts, rows, found = [], {}, {}
+        for problem, chain, h in items:
+            name, texts = f"chain {chain.get('id', '')!r}", [chain["question"], *chain["steps"]]
+            answer = chain.get("answer") or problem["answer"]
+            labels = [str(problem.get("id", "")), domain, str(chain.get("source") or "")]
+            everything = "\n".join(checked(name, text) for text in [*texts, answer, *labels])
+            if tuple(h.shape) != (len(texts), self.origin["dim"]):
+                raise ValueError(f"{name}: latents of shape {list(h.shape)}, expected "
+                                 f"{[len(texts), self.origin['dim']]}: the question's, one a step")
+            if not torch.isfinite(h).all():
+                raise ValueError(f"{name}: its latents hold values that are not finite")
+            verdict = verify.validate(problem, chain)
+            if verdict.is_valid and redact(everything)[1]:
+                verdict = verify.Verdict(False, "personal_data", "its text holds what redact() would cut")
+            if verdict.is_valid:
+                key = digest(json.dumps(texts))
+                rows[key] = [key, *labels[:2], texts[0], texts[1:], answer, labels[2]]
+                found[key] = h.detach().float().cpu().numpy()
+            verdicts.append(verdict)
+        if not rows:
+            return verdicts
+        text = pa.string()
+        texts = pa.table([pa.array(column, pa.list_(text) if i == 4 else text)
+                          for i, column in enumerate(zip(*rows.values(), strict=True))],
+                         "id problem_id domain question steps answer source".split())
+        z = pa.array(np.concatenate(list(found.values())).reshape(-1))
+        vectors = pa.table({"chain": [key for key, h in found.items() for _ in h],
+                            "position": pa.array([i for h in found.values() for i in range(len(h))], pa.int32()),
+                            "z": pa.FixedSizeListArray.from_arrays(z, self.origin["dim"])})
+        with self.open(write=True, create=True) as (connection, meta):
+            if meta["dim"] is None:
+                connection.execute("UPDATE meta SET llm = ?, layer = ?, pooling = ?, prompt = ?, dim = ?",
+                                   [self.origin[key] for key in latents.SAME_LLM])
+                connection.execute(LATENTS.format("", self.origin["dim"]))
+            connection.register("new_texts", texts)
+            connection.register("new_latents", vectors)
+            connection.execute("INSERT INTO latents FROM new_latents WHERE chain NOT IN (SELECT id FROM texts)")
+            connection.execute("INSERT INTO texts SELECT *, ? FROM new_texts WHERE id NOT IN (SELECT id FROM texts)",
+                               [now()])
+        return verdicts
+
+    def recall(self, z, k: int = 5, domain: str = "", positions: str = "steps") -> list[dict]:
+        """The k latents nearest to z [D] by cosine (exact, over all), with the texts that they point to.
+
+        positions: "steps", "questions" or "all". -> [{"cos", "chain_id", "position" (0: the question), "text",
+        "question", "domain"}], best first. Raises ValueError for another width than the memory's.
+        """
+        if positions not in WHERE or k < 1:
+            raise ValueError(f"positions {positions!r}, k {k}: use one of {', '.join(WHERE)}, and at least 1")
+        z = torch.as_tensor(z).detach().float().cpu()
+        with self.open() as (connection, meta):
+            if meta["dim"] is None:
+                return []
+            if tuple(z.shape) != (meta["dim"],) or not torch.isfinite(z).all() or not z.any():
+                raise ValueError(f"{self.path} holds latents of width {meta['dim']}, the query has shape "
+                                 f"{list(z.shape)}; it must be finite and not zero")
+            rows = connection.execute(f"""
+                SELECT cos, chain, position, {TEXT}, question, domain
+                FROM (SELECT chain, position, array_cosine_similarity(z, ?::FLOAT[{meta["dim"]:d}]) AS cos FROM latents
+                      WHERE {WHERE[positions]} AND (? = '' OR chain IN (SELECT id FROM texts WHERE domain = ?))
+                      AND NOT isnan(cos) ORDER BY cos DESC, chain, position LIMIT ?) AS nearest
+                JOIN texts ON texts.id = nearest.chain ORDER BY cos DESC, chain, position""",
+                [z.tolist(), domain, domain, k]).fetchall()  # fmt: skip
+        return [dict(zip(("cos", "chain_id", "position", "text", "question", "domain"), row, strict=True))
+                for row in rows]
+
+    def vectors(self, domain: str = "", positions: str = "steps") -> tuple[torch.Tensor, list[dict]]:
+        """(all latents [N, D] fp32, [{"chain_id", "position", "text"}]), in the order in which they were stored."""
+        with self.open() as (connection, meta):
+            if meta["dim"] is None:
+                return torch.zeros(0, 0), []
+            found = connection.sql(f"""
+                SELECT chain AS chain_id, position, {TEXT} AS text, z
+                FROM latents JOIN texts ON texts.id = chain WHERE {WHERE[positions]} AND (? = '' OR domain = ?)
+                ORDER BY latents.rowid""", params=[domain, domain]).to_arrow_table()
+        z = found["z"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, meta["dim"])
+        return torch.from_numpy(z.copy()), found.drop_columns("z").to_pylist()
+
+    def latent(self, chain_id: str, position: int) -> torch.Tensor:
+        """The stored latent [D] of a chain's question (position 0) or step. Raises ValueError where there is none."""
+        with self.open() as (connection, meta):
+            rows = [] if meta["dim"] is None else connection.execute(
+                "SELECT z FROM latents WHERE chain = ? AND position = ?", [chain_id, position]).fetchall()
+        if not rows:
+            raise ValueError(f"{self.path} holds no chain {chain_id!r} with a position {position}")
+        return torch.tensor(rows[0][0])
+
+    def export_latents(self, out) -> int:
+        """Parquet of chain id, position and latent, without any text; the prompt of the LLM is there as its hash."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        z, rows = self.vectors(positions="all")
+        with self.open() as (_, meta):
+            origin = json.dumps(meta | {"prompt": meta["prompt"] and digest(meta["prompt"])})
+        if not rows:
+            raise ValueError(f"{self.path} holds no latents")
+        table = pa.table({"chain": [row["chain_id"] for row in rows],
+                          "position": pa.array([row["position"] for row in rows], pa.int32()),
+                          "z": pa.FixedSizeListArray.from_arrays(pa.array(z.numpy().reshape(-1)), z.shape[1])})
+        write_atomic(Path(out), lambda path: pq.write_table(table.replace_schema_metadata({"origin": origin}), path))
+        return len(rows)
+
+    def forget(self, id: str = "", problem_id: str = "", domain: str = "", everything: bool = False) -> int:
+        """Deletes the chains that fit all filters, or the logged interaction of that id -> how many there were.
+
+        DuckDB keeps the bytes of deleted rows, so what is left goes to a new file that takes the old one's place:
+        killed in between, the old one stays. everything: all chains and interactions.
+        """
+        if everything == bool(id or problem_id or domain):
+            raise ValueError("forget needs id, problem_id or domain; or everything, and nothing else")
+        filters = [everything or not id, id, everything or not problem_id, problem_id, everything or not domain, domain]
+        with self.open(write=True) as (connection, meta):
+            connection.execute("COMMIT")  # a checkpoint needs it; and no log may be left beside the new file
+            connection.execute("CHECKPOINT")
+            connection.execute("CREATE TEMP TABLE gone AS SELECT id FROM texts "
+                               "WHERE (? OR id = ?) AND (? OR problem_id = ?) AND (? OR domain = ?)", filters)
+            connection.execute("INSERT INTO gone SELECT id FROM interactions WHERE of IS NULL AND (? OR id = ?)",
+                               [everything, id])
+            count = connection.execute("SELECT count(*) FROM gone").fetchall()[0][0]
+            if count:
+                write_atomic(self.path, functools.partial(self.copy_rest, connection, meta))
+            connection.execute("BEGIN")
+        return count
+
+    @staticmethod
+    def copy_rest(connection, meta: dict, path: Path):
+        """Writes all but what the table `gone` names to a new file."""
+        for stale in (path, Path(f"{path}.wal")):
+            stale.unlink(missing_ok=True)
+        connection.execute("ATTACH ? AS fresh", [str(path)])
+        connection.execute(TABLES.format("fresh."))
+        rest = {"meta": "true", "texts": "id NOT IN (FROM gone)", "latents": "chain NOT IN (FROM gone)",
+                "interactions": "coalesce(of, id) NOT IN (FROM gone)"}
+        if meta["dim"] is None:
+            del rest["latents"]
+        else:
+            connection.execute(LATENTS.format("fresh.", meta["dim"]))
+        for table, stays in rest.items():
+            connection.execute(f"INSERT INTO fresh.{table} SELECT * FROM {table} WHERE {stays} ORDER BY rowid")
+        connection.execute("DETACH fresh")
+
+    # ------------------------------------------------------------------------- feedback
+
+    def log(self, kind: str, question: str, steps: list[str], truth: str | None = None, answer: str | None = None,
+            rating: str | None = None, extra: dict | None = None) -> str:
+        """Appends one interaction, all its texts redacted, with the gate's verdict on what is left -> its id.
+
+        truth: the right answer, where it is known; without it is_valid is False, for "unverified" or for the first
+        step whose arithmetic fails. extra: further values, kept as texts.
+        """
+        row = {"kind": kind, "question": question, "answer": answer, "truth": truth}
+        row |= {"extra": None if extra is None else [str(x) for item in extra.items() for x in item]}
+        row, count = redact_row(row | {"steps": list(steps)})
+        if row["extra"] is not None:
+            row["extra"] = json.dumps(dict(zip(row["extra"][::2], row["extra"][1::2], strict=True)))
+        verdict = judge(row["steps"], row["truth"], row["answer"])
+        row |= {"id": uuid.uuid4().hex, "chain": digest(json.dumps([row["question"], *row["steps"]])),
+                "rating": check_rating(rating), "redactions": count}
+        self.append(row | {"is_valid": verdict.is_valid, "reason": verdict.reason})
+        return row["id"]
+
+    def rate(self, id: str, rating: str | None, truth: str | None = None):
+        """Appends a rating ("up", "down"; None says nothing new) or the right answer to an interaction.
+
+        No row is ever changed: the latest rating and the latest truth count.
+        """
+        row, count = redact_row({"truth": truth})
+        row |= {"id": uuid.uuid4().hex, "of": id, "rating": check_rating(rating), "redactions": count}
+        first = next((r for r in self.interactions(id) if r["of"] is None), None)
+        if first is None:
+            raise ValueError(f"{self.path} has no interaction of id {id!r}")
+        if truth is not None:
+            verdict = judge(first["steps"], row["truth"], first["answer"])
+            row |= {"is_valid": verdict.is_valid, "reason": verdict.reason}
+        self.append(row)
+
+    def append(self, row: dict):
+        row = {"created": now(), **row}
+        names, marks = ", ".join(row), ", ".join("?" * len(row))
+        with self.open(write=True, create=True) as (connection, _):
+            connection.execute(f"INSERT INTO interactions ({names}) VALUES ({marks})", list(row.values()))
+
+    def interactions(self, id: str = "") -> list[dict]:
+        """The log's rows, oldest first: all, or those of one interaction: itself, then its ratings."""
+        with self.open() as (connection, _):
+            found = connection.execute("SELECT * FROM interactions WHERE ? = '' OR coalesce(of, id) = ? ORDER BY rowid",
+                                       [id, id])
+            names = [column[0] for column in found.description]
+            return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
+
+    def export(self, out, remembered: bool = False) -> dict:
+        """Writes chains for retraining (extract.py --chains): those of the log that hold and that nobody rated down.
+
+        Each once; the gate judges them again, as they are stored. remembered: the stored chains as well.
+        -> {"out", "chains", "interactions", "rated_down"}.
+        """
+        groups, chains, down = {}, {}, set()
+        for row in self.interactions():
+            groups.setdefault(row["of"] or row["id"], []).append(row)
+        for rows in groups.values():
+            first = rows[0]
+            rating, truth = (next((r[key] for r in reversed(rows) if r[key] is not None), None)
+                             for key in ("rating", "truth"))
+            if rating == "down":
+                down.add(first["chain"])
+            if truth is not None and judge(first["steps"], truth, first["answer"]).is_valid:
+                chains[first["chain"]] = {"id": first["chain"], "question": first["question"], "steps": first["steps"],
+                                          "answer": truth, "is_valid": True, "source": first["kind"]}
+        if remembered:
+            with self.open() as (connection, _):
+                found = connection.execute("SELECT id, problem_id, question, steps, answer, source FROM texts")
+                for id, problem_id, question, steps, answer, source in found.fetchall():
+                    chains[id] = {"id": id, "problem_id": problem_id, "question": question, "steps": steps,
+                                  "answer": answer, "is_valid": True, "source": source}
+        kept = [chain for key, chain in chains.items() if key not in down]
+        lines = "".join(json.dumps(chain) + "\n" for chain in kept)
+        write_atomic(Path(out), lambda path: path.write_text(lines))
+        return {"out": str(out), "chains": len(kept), "interactions": len(groups), "rated_down": len(down)}
+
+    def stats(self) -> dict:
+        """Counts: chains, steps, latents, chains a domain, interactions by verdict and rating; bytes; the origin."""
+        with self.open() as (connection, meta):
+            def query(sql):
+                return connection.execute(sql).fetchall()
+
+            chains, steps = query("SELECT count(*), coalesce(sum(len(steps)), 0)::BIGINT FROM texts")[0]
+            n = 0 if meta["dim"] is None else query("SELECT count(*) FROM latents")[0][0]
+            domains = dict(query("SELECT domain, count(*) FROM texts GROUP BY ALL ORDER BY ALL"))
+            reasons = dict(query("SELECT reason, count(*) FROM interactions WHERE of IS NULL GROUP BY ALL"))
+            ratings = dict(query("SELECT rating, count(*) FROM interactions WHERE rating IS NOT NULL GROUP BY ALL"))
+        return {"memory": str(self.path), **meta, "chains": chains, "steps": steps, "latents": n, "domains": domains,
+                "interactions": reasons, "ratings": ratings, "bytes": self.path.stat().st_size}
+
+
+def redact_row(row: dict) -> tuple[dict, int]:
+    """(row with every text in it, also in its lists, checked and redacted, how many places were)."""
+    count = 0
+
+    def clean(name, value):
+        nonlocal count
+        if value is None:
+            return None
+        if isinstance(value, list):
+            return [clean(f"{name} {i}", part) for i, part in enumerate(value, 1)]
+        text, n = redact(checked(name, value))
+        count += n
+        return text
+
+    return {name: clean(name, value) for name, value in row.items()}, count
+
+
+def check_rating(rating: str | None) -> str | None:
+    if rating not in ("up", "down", None):
+        raise ValueError(f"rating {rating!r:.20}: use 'up', 'down' or None")
+    return rating
+
+
+def judge(steps: list[str], truth: str | None, answer: str | None) -> verify.Verdict:
+    """The gate's verdict. Without the truth never valid: "unverified", or what is wrong with a step's arithmetic."""
+    if truth is not None:
+        return verify.validate({"answer": truth}, {"steps": steps, "answer": answer})
+    wrong = (v for v in map(verify.check_step, steps) if not v.is_valid)
+    return next(wrong, verify.Verdict(False, "unverified" if steps else "no_steps"))
+
+
+# ----------------------------------------------------------------------------- command line
+
+
+@dataclass
+class Stats:
+    """What the memory holds."""
+
+    memory: str = "out/memory.duckdb"  # the file
+
+
+@dataclass
+class Remember(Stats):
+    """Stores the verified training chains of a finished folder of latents, after the gate has seen them again."""
+
+    latents: str = ""  # folder that extract.py wrote
+    domain: str = ""  # name for these chains; empty: the folder's data set
+    allow_test: bool = False  # also chains of a test split; what is remembered helps with them afterwards
+
+    def __post_init__(self):
+        check(self, "latents", bool(self.latents), "name the folder that extract.py wrote")
+
+
+def run_remember(args: Remember) -> dict:
+    rows, manifest = latents.load_latents(args.latents)
+    if not args.allow_test and (manifest["split"] == "test" or any(r["split"] == "test" for r in rows)):
+        raise ValueError(f"--latents {args.latents} is of a test split: the memory refuses it (--allow_test)")
+    kept = [r for r in rows if r["is_valid"] and r["split"] in ("train", "test")]
+    known = [r for r in kept if verify.answer_value(r["answer"]) is not None]
+    items = [({"id": r["problem_id"], "answer": r["answer"]}, r, r["h"]) for r in known]
+    say(f"{len(items):,} of {len(rows):,} chains are marked valid and of the split train")
+    verdicts = Memory(args.memory, manifest).remember_all(items, args.domain or manifest["dataset"])
+    reasons = Counter(v.reason for v in verdicts) + Counter(no_answer=len(kept) - len(known))
+    return {"memory": args.memory, "remembered": reasons.pop("ok", 0), "refused": dict(reasons)}
+
+
+@dataclass
+class Recall(Stats):
+    """The stored steps or questions nearest to a question, to the last step of a chain, or to a stored one."""
+
+    question: str = ""  # embedded by the memory's LLM
+    steps: tuple[str, ...] = ()  # after the question; the last one is searched with
+    id: str = ""  # a stored chain instead, with --position
+    position: int = 0  # 0: its question; 1, 2, …: a step
+    positions: Literal["like", "steps", "questions", "all"] = "like"  # where to search; like: what is searched with
+    domain: str = ""  # only chains of this one
+    k: int = 5  # how many
+    llm: str = ""  # where the memory's LLM lies, if not under its name
+    device: str = "auto"
+
+    def __post_init__(self):
+        check(self, "k", self.k > 0, "must be positive")
+        check(self, "position", self.position >= 0, "must not be negative")
+        check(self, "question", bool(self.question.strip()) != bool(self.id), "give it, or --id of a stored chain")
+
+
+def run_recall(args: Recall) -> dict:
+    memory = Memory(args.memory)
+    if args.id:
+        z, is_step = memory.latent(args.id, args.position), args.position > 0
+    else:
+        from llm import load_llm
+
+        meta = memory.stats()
+        if meta["dim"] is None:
+            raise ValueError(f"{args.memory} holds no chains")
+        llm = load_llm(args.llm or meta["llm"], args.device, layer=meta["layer"], pooling=meta["pooling"])
+        origin = origin_of(llm.set_prompt(meta["prompt"])) | ({"llm": meta["llm"]} if args.llm else {})
+        memory = Memory(args.memory, origin)
+        z, is_step = llm.step_latents(args.question, list(args.steps))[-1], bool(args.steps)
+    positions = args.positions if args.positions != "like" else "steps" if is_step else "questions"
+    return {"nearest": memory.recall(z, args.k, args.domain, positions)}
+
+
+@dataclass
+class Forget(Stats):
+    """Deletes chains (text and latents) or a logged interaction; several filters narrow it down."""
+
+    id: str = ""  # of a chain, or of an interaction, which goes with its ratings
+    problem_id: str = ""  # all chains of a problem
+    domain: str = ""  # all chains of a domain
+    everything: bool = False  # all chains and interactions
+
+
+@dataclass
+class Log(Stats):
+    """Appends an interaction to the log, without personal data."""
+
+    kind: str = ""  # where it is from: demo, rerank, ...
+    question: str = ""
+    steps: tuple[str, ...] = ()
+    truth: str | None = None  # the right answer, if it is known
+    answer: str | None = None  # the one given
+    rating: Literal["up", "down"] | None = None
+
+    def __post_init__(self):
+        for name in ("kind", "question"):
+            check(self, name, bool(getattr(self, name).strip()), "must not be empty")
+
+
+def run_log(args: Log) -> dict:
+    memory = Memory(args.memory)
+    id = memory.log(args.kind, args.question, list(args.steps), args.truth, args.answer, args.rating)
+    return {k: v for k, v in memory.interactions(id)[0].items() if k in ("id", "is_valid", "reason", "redactions")}
+
+
+@dataclass
+class Rate(Stats):
+    """Appends a rating to a logged interaction, or the right answer."""
+
+    id: str = ""  # as `log` printed it
+    rating: Literal["up", "down"] | None = None
+    truth: str | None = None  # the right answer: the gate judges the chain by it
+
+
+def run_rate(args: Rate) -> dict:
+    Memory(args.memory).rate(args.id, args.rating, args.truth)
+    return {"id": args.id, "rating": args.rating, "truth": args.truth is not None}
+
+
+@dataclass
+class Export(Stats):
+    """Writes logged chains that the gate accepts and nobody rated down, for extract.py --chains."""
+
+    out: str = "out/feedback.jsonl"
+    remembered: bool = False  # the stored chains as well
+
+
+@dataclass
+class Latents(Stats):
+    """Writes the latents alone: chain ids, positions, vectors; no text."""
+
+    out: str = "out/latents.parquet"
+
+
+COMMANDS = {
+    "stats": (Stats, lambda args: Memory(args.memory).stats()), "remember": (Remember, run_remember),
+    "recall": (Recall, run_recall), "log": (Log, run_log), "rate": (Rate, run_rate),
+    "forget": (Forget, lambda args: {"forgotten": Memory(args.memory).forget(args.id, args.problem_id, args.domain,
+                                                                             args.everything)}),
+    "export": (Export, lambda args: Memory(args.memory).export(args.out, args.remembered)),
+    "latents": (Latents, lambda args: {"out": args.out, "latents": Memory(args.memory).export_latents(args.out)}),
+}  # fmt: skip
+
+
+def main(argv=None):
+    import tyro
+
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] not in COMMANDS:
+        raise SystemExit(f"memory.py COMMAND ...; commands: {', '.join(COMMANDS)}")
+    kind, function = COMMANDS[argv[0]]
+    args = tyro.cli(kind, args=argv[1:], prog=f"memory.py {argv[0]}")
+    try:
+        result = function(args)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+    for found in result.get("nearest", []):
+        print(f"{found['cos']:.3f}  {found['chain_id']} {found['position']}  {found['text'][:90]}")
+    print(json.dumps(result, allow_nan=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

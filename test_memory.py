@@ -1,0 +1,522 @@
+"""The memory's tests: what is stored and forgotten, who reads beside a writer, kills, personal data, the feedback log.
+
+    pytest -q test_memory.py
+"""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import latents
+import memory as mem
+import verify
+from test_core import ROOT, shared_data, write_jsonl
+
+pytest.importorskip("duckdb")
+pytest.importorskip("phonenumbers")
+pytest.importorskip("stdnum")
+pytest.importorskip("detect_secrets")
+
+ORIGIN = {"llm": "toy", "layer": 2, "pooling": "last", "prompt": "", "dim": 8}
+
+
+def a_chain(i=0, question="", steps=None):
+    """(problem, chain, latents) that the gate accepts, another one for every i."""
+    steps = steps or [f"{i} + 2 = {i + 2} pens", f"{i + 2} * 2 = {2 * i + 4}", f"#### {2 * i + 4}"]
+    chain = {"id": f"c{i}", "question": question or f"Tom has {i} pens, gets 2, doubles them?", "steps": steps,
+             "answer": f"{2 * i + 4}", "source": "toy"}
+    h = torch.randn(1 + len(steps), 8, generator=torch.Generator().manual_seed(i))
+    return {"id": f"p{i}", "answer": chain["answer"]}, chain, h
+
+
+def a_memory(tmp_path, n=0, **kw):
+    memory = mem.Memory(tmp_path / "m.duckdb", ORIGIN, **kw)
+    if n:
+        assert all(v.is_valid for v in memory.remember_all([a_chain(i) for i in range(n)], "toy"))
+    return memory
+
+
+def bytes_beside(path):
+    """All bytes of the database and of whatever lies beside it under its name."""
+    return b"".join(p.read_bytes() for p in sorted(Path(path).parent.glob(Path(path).name + "*")) if p.is_file())
+
+
+def run_memory(capsys, *argv):
+    """The last line of stdout of memory.py as JSON; raises SystemExit as it does."""
+    capsys.readouterr()
+    mem.main([str(x) for x in argv])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_memory_holds_verified_chains_alone(tmp_path):
+    memory = a_memory(tmp_path)
+    problem, chain, h = a_chain(3)
+    wrong = chain | {"steps": ["3 + 2 = 6 pens", "6 * 2 = 12", "#### 10"]}
+    verdict = memory.remember(problem, wrong, h)
+    assert (verdict.is_valid, verdict.reason) == (False, "arithmetic")
+    assert not memory.path.exists(), "nothing is written for a chain that is not valid"
+    assert memory.remember(problem, chain, h, domain="toy") == verify.Verdict(True, "ok")
+    memory.remember(problem, chain, h)
+    memory.remember(problem, chain | {"answer": "11"}, h)
+    for private in ({"question": "Tom (tom@example.org) has 3 pens?"}, {"source": "tom@example.org"}):
+        assert memory.remember(problem, chain | private, h).reason == "personal_data"
+    stats = memory.stats()
+    assert {k: stats[k] for k in ("chains", "steps", "latents", "domains", "llm", "dim")} == {
+        "chains": 1, "steps": 3, "latents": 4, "domains": {"toy": 1}, "llm": "toy", "dim": 8}
+
+
+@pytest.mark.parametrize("h, message", [
+    (torch.zeros(3, 8), "shape"), (torch.zeros(4, 7), "shape"), (torch.full((4, 8), float("nan")), "not finite")])
+def test_memory_refuses_latents_that_do_not_fit(tmp_path, h, message):
+    memory = a_memory(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        memory.remember(*a_chain(3)[:2], h)
+    assert not memory.path.exists()
+
+
+def test_memory_is_of_one_llm(tmp_path):
+    memory = a_memory(tmp_path, n=1)
+    for field, value in (("llm", "other"), ("layer", 3), ("pooling", "mean"), ("prompt", "{question}!"), ("dim", 9)):
+        other = mem.Memory(memory.path, ORIGIN | {field: value})
+        with pytest.raises(ValueError, match=f"{field}: {ORIGIN[field]} there, {value} here"):
+            other.remember(*a_chain(1)[:2], torch.ones(4, 9 if field == "dim" else 8))
+        with pytest.raises(ValueError, match=field):
+            other.recall(torch.ones(8))
+    with pytest.raises(ValueError, match="width 8"):
+        memory.recall(torch.ones(9))
+    with pytest.raises(ValueError, match="which LLM"):
+        mem.Memory(memory.path).remember(*a_chain(1))
+
+
+def test_recall_is_exact_cosine(tmp_path):
+    memory = a_memory(tmp_path, n=40)
+    memory.remember_all([a_chain(i) for i in range(40, 50)], "others")
+    chains = [a_chain(i) for i in range(50)]
+    z = torch.randn(8, generator=torch.Generator().manual_seed(99))
+    for positions, rows in (("steps", slice(1, None)), ("questions", slice(0, 1)), ("all", slice(0, None))):
+        for domain, part in (("", chains), ("others", chains[40:])):
+            texts = [t for _, c, _ in part for t in [c["question"], *c["steps"]][rows]]
+            cos = torch.cosine_similarity(torch.cat([h[rows] for *_, h in part]).double(), z.double()[None], dim=1)
+            best = cos.argsort(descending=True)[:7].tolist()
+            found = memory.recall(z, 7, domain, positions)
+            assert [f["text"] for f in found] == [texts[i] for i in best]
+            assert np.allclose([f["cos"] for f in found], cos[best], atol=1e-6)
+    assert set(found[0]) == {"cos", "chain_id", "position", "text", "question", "domain"}
+    h, rows = memory.vectors(domain="others")
+    assert torch.equal(h, torch.cat([h[1:] for *_, h in chains[40:]])) and rows[0]["text"] == chains[40][1]["steps"][0]
+    assert torch.equal(memory.latent(rows[4]["chain_id"], 2), h[4])
+    for bad in (torch.zeros(8), torch.full((8,), float("inf"))):
+        with pytest.raises(ValueError, match="finite and not zero"):
+            memory.recall(bad)
+
+
+def test_what_is_forgotten_is_not_in_the_file(tmp_path):
+    memory = a_memory(tmp_path, n=300)
+    secret = a_chain(777, question="The zebra Xylophonia has 777 pens, gets 2, doubles them?")
+    memory.remember(*secret, domain="zoo")
+    needles = [b"Xylophonia", b"779 * 2 = 1558", secret[2][2].numpy().tobytes()]
+    assert needles[0] in bytes_beside(memory.path)
+    with pytest.raises(ValueError, match="forget needs"):
+        memory.forget()
+    assert memory.forget(problem_id="p777", domain="toy") == 0
+    assert memory.forget(problem_id="p777") == 1
+    assert not any(needle in bytes_beside(memory.path) for needle in needles)
+    stats = memory.stats()
+    assert (stats["chains"], stats["latents"], stats["domains"]) == (300, 1200, {"toy": 300})
+    log_id = memory.log("demo", "Who is Quetzalia?", ["1+1 = 2"], truth="2")
+    memory.rate(log_id, "up")
+    assert memory.forget(id=log_id) == 1 and memory.interactions() == []
+    assert b"Quetzalia" not in bytes_beside(memory.path)
+    z = secret[2][1]
+    assert all("777" not in found["text"] for found in memory.recall(z))
+    assert memory.remember(*secret).is_valid and memory.forget(everything=True) == 301
+    assert memory.stats()["latents"] == 0 and memory.recall(z) == [] and b"pens" not in bytes_beside(memory.path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.duckdb"]
+
+
+def test_exported_latents_hold_no_text(tmp_path):
+    import pyarrow.parquet as pq
+
+    memory = mem.Memory(tmp_path / "m.duckdb", ORIGIN | {"prompt": "Solve {question} now"})
+    memory.remember_all([a_chain(i) for i in range(5)], "toy")
+    assert memory.export_latents(tmp_path / "z.parquet") == 20
+    raw, table = (tmp_path / "z.parquet").read_bytes(), pq.read_table(tmp_path / "z.parquet")
+    assert not any(word in raw for word in (b"pens", b"Tom", b"####", b"Solve", b"p3", b" + 2"))
+    assert np.allclose(table["z"].to_pylist(), torch.cat([a_chain(i)[2] for i in range(5)]))
+    assert table["position"].to_pylist() == [0, 1, 2, 3] * 5
+
+
+def adversarial_strings(n=1000):
+    rng = random.Random(5)
+    pieces = ["'; DROP TABLE texts; --", "\"", "$1", "?", "{0}", "%s", "\0", "\x01\x1b[31m", "\r\n", "\u202e", "\u200f",
+              "😀", "e\u0301", "\ufeff", "<script>", "\\", "\t", "NULL", "é", "\u2028", "\x7f", "٣", "' OR 1=1 --", "a"]
+    fixed = ["x" * 1_000_000, "\ud800", "a\udfffb", "'" * 9, "\0", *pieces]
+    return fixed + ["".join(rng.choices(pieces, k=rng.randint(1, 12))) for _ in range(n - len(fixed))]
+
+
+def test_adversarial_texts_come_back_unchanged_or_are_refused(tmp_path):
+    memory, kept, refused = a_memory(tmp_path), [], 0
+    for i, text in enumerate(adversarial_strings()):
+        problem, chain, h = a_chain(i, question=f"{i} {text}")
+        try:
+            mem.checked("question", chain["question"])
+            kept.append((problem, chain | {"source": text[:100]}, h))
+        except ValueError as error:
+            assert "surrogate" in str(error)
+            with pytest.raises(ValueError, match="surrogate"):
+                memory.remember(problem, chain, h, text)
+            refused += 1
+    assert refused == 2 and all(v.is_valid for v in memory.remember_all(kept, "' OR 1=1 --"))
+    _, rows = memory.vectors("' OR 1=1 --", "questions")
+    assert [row["text"] for row in rows] == [chain["question"] for _, chain, _ in kept]
+    hard = [chain["question"] for _, chain, _ in kept[1::50]]
+    ids = [memory.log(text[:40], text, [text], answer=text, extra={text: text}) for text in hard]
+    stored = {row["id"]: row for row in memory.interactions()}
+    for id, text in zip(ids, hard, strict=True):
+        row = stored[id]
+        assert (row["question"], row["steps"], row["answer"], json.loads(row["extra"])) == (
+            text, [text], text, {text: text})
+    with pytest.raises(ValueError, match="1,100,001 bytes are more than"):
+        memory.log("demo", "x" * 1_100_001, [])
+    assert memory.recall(kept[7][2][1], 1, "' OR 1=1 --")[0]["question"] == kept[7][1]["question"]
+    assert memory.forget(domain="' OR 1=1") == 0 and memory.stats()["chains"] == len(kept)
+
+
+# what one process of the test below does, n times
+READER = """
+import sys, memory as mem, torch
+memory = mem.Memory(sys.argv[1], wait_s=60)
+for i in range(int(sys.argv[2])):
+    found = memory.recall(torch.ones(8), 3)
+    assert len(found) == 3, found
+print(memory.stats()["chains"])
+"""
+WRITER = """
+import sys, itertools, test_memory as t, memory as mem
+memory = mem.Memory(sys.argv[1], t.ORIGIN, wait_s=60)
+for i in itertools.count(1000) if sys.argv[2] == "ever" else range(1000, 1000 + int(sys.argv[2])):
+    problem, chain, h = t.a_chain(i)
+    assert memory.remember(problem, chain, h).is_valid
+    if i % 5 == 0:
+        assert memory.forget(problem_id=problem["id"]) == 1
+    print(i, flush=True)
+"""
+
+
+def start(program, *argv):
+    return subprocess.Popen([sys.executable, "-c", program, *map(str, argv)], stdout=subprocess.PIPE, text=True,
+                            stderr=subprocess.PIPE, stdin=subprocess.PIPE, cwd=ROOT)
+
+
+def test_readers_and_a_writer_at_once(tmp_path):
+    memory = a_memory(tmp_path, n=3, wait_s=0.2)
+    processes = [start(READER, memory.path, 20) for _ in range(2)] + [start(WRITER, memory.path, 15)]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert all(process.returncode == 0 for process in processes), [error for _, error in outputs]
+    assert memory.stats()["chains"] == 3 + 12
+
+
+def test_a_file_in_use_is_named_with_the_process(tmp_path):
+    memory = a_memory(tmp_path, n=1, wait_s=0.1)
+    holder = "import duckdb, sys; c = duckdb.connect(sys.argv[1], read_only=sys.argv[2] == 'r'); print(1, flush=True);"
+    for how in "rw":
+        process = start(holder + "sys.stdin.read()", memory.path, how)
+        process.stdout.readline()
+        if how == "r":
+            assert memory.stats()["chains"] == 1
+        for refused in (lambda: memory.remember(*a_chain(1)), lambda: memory.forget(everything=True), memory.stats)[
+                : 2 if how == "r" else 3]:
+            with pytest.raises(TimeoutError, match=rf"m.duckdb is in use by another process \(PID {process.pid}\)"):
+                refused()
+        process.communicate()
+    assert memory.remember(*a_chain(1)).is_valid
+
+
+def test_a_kill_in_mid_write_leaves_whole_chains(tmp_path):
+    rng = random.Random(time.time())
+    memory, done = a_memory(tmp_path), []
+    for _ in range(2):
+        process = start(WRITER.replace("1000)", f"{1000 * (1 + len(done))})"), memory.path, "ever")
+        done += [process.stdout.readline() for _ in range(2)]
+        time.sleep(rng.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        done += process.communicate()[0].splitlines()
+    stored = {row["text"] for row in memory.vectors(positions="questions")[1]}
+    assert len(done) > 3
+    for i in map(int, done):
+        assert (a_chain(i)[1]["question"] in stored) == (i % 5 > 0), "what was said to be stored is, or is forgotten"
+    with memory.open() as (connection, _):
+        counts = connection.execute("SELECT id, len(steps), (SELECT count(*) FROM latents WHERE chain = id) FROM texts")
+        assert all(n == 1 + steps for _, steps, n in counts.fetchall())
+        assert connection.execute("SELECT count(*) FROM latents WHERE chain NOT IN (SELECT id FROM texts)"
+                                  ).fetchall() == [(0,)]
+
+
+PERSONAL = [  # kind, what is around it, what must go; "~" keeps scanners of repositories quiet and is taken out
+    ("EMAIL", "Write to {} by noon.", "ann.lee@example.com"),
+    ("EMAIL", "My mail is {}, 12 + 5 = 17 is the answer", "o'brien+maths@mail.example.co.uk"),
+    ("EMAIL", "<{}>", "J_Smith99@sub-domain.example.org"),
+    ("EMAIL", "mailto:{}?subject=homework", "teacher@school.edu"),
+    ("EMAIL", "contact:{};", "x@example.io"),
+    ("EMAIL", "Tom ({}) has 3 apples", "tom-2024@students.uni-berlin.de"),
+    ("EMAIL", "E-Mail {}!", "müller@beispiel.de"),
+    ("EMAIL", "{} says 2+2=4", "CAPS.LOCK@EXAMPLE.COM"),
+    ("EMAIL", "ask\n{}\nfor help", "very.long.name.with.dots@very.long.example.museum"),
+    ("EMAIL", "user={}&n=3", "a.b%2bc@example.net"),
+    ("PHONE", "Call {} after 5", "+1 650-253-0000"),
+    ("PHONE", "my number is {}", "(212) 555-0187"),
+    ("PHONE", "tel. {}, thanks", "+44 20 7946 0958"),
+    ("PHONE", "Ring {} now", "+49 30 901820"),
+    ("PHONE", "WhatsApp {}", "+91 98765 43210"),
+    ("PHONE", "phone: {}", "415-555-2671"),
+    ("PHONE", "Reach me at {}.", "+33 6 12 34 56 78"),
+    ("PHONE", "mobile {} or so", "+86 138 0013 8000"),
+    ("PHONE", "She has 4 pens, her cell is {}", "+16502530000"),
+    ("PHONE", "fax {}", "1-800-356-9377"),
+    ("PHONE", "call {} if 3 apples are left", "617.495.1000"),
+    ("PHONE", "Rufen Sie {} an", "0049 89 636 48018"),
+    ("CARD", "card {}", "4111 1111 1111 1111"),
+    ("CARD", "I paid with {} for 3 books", "5555555555554444"),
+    ("CARD", "Amex {}", "3782 822463 10005"),
+    ("CARD", "number: {} exp 12/27", "6011-1111-1111-1117"),
+    ("CARD", "{}", "378282246310005"),
+    ("CARD", "visa={},", "4012888888881881"),
+    ("CARD", "my debit card is {}.", "5105-1051-0510-5100"),
+    ("CARD", "Diners {} please", "30569309025904"),
+    ("CARD", "JCB {}", "3530 1113 3330 0000"),
+    ("CARD", "UnionPay {}", "6200000000000005"),
+    ("IBAN", "pay to {}", "DE89 3704 0044 0532 0130 00"),
+    ("IBAN", "IBAN: {}.", "GB29NWBK60161331926819"),
+    ("IBAN", "account {} gets $20", "FR14 2004 1010 0505 0001 3M02 606"),
+    ("IBAN", "({})", "NL91ABNA0417164300"),
+    ("IBAN", "Konto {}, danke", "CH93 0076 2011 6238 5295 7"),
+    ("IBAN", "iban {}", "es9121000418450200051332"),
+    ("IBAN", "{} is mine", "AT61 1904 3002 3457 3201"),
+    ("IBAN", "IBAN={}", "PL61109010140000071219812874"),
+    ("IBAN", "send it to {} today", "NO93 8601 1117 947"),
+    ("IBAN", "banca: {}", "IT60-X054-2811-1010-0000-0123-456"),
+    ("IP", "server at {}", "192.168.1.17"),
+    ("IP", "from {}:8080 came 3 requests", "203.0.113.9"),
+    ("IP", "ping {}", "8.8.8.8"),
+    ("IP", "host [{}]", "2001:db8::ff00:42:8329"),
+    ("IP", "{} is down", "10.0.0.1"),
+    ("IP", "IPv6 {}", "fe80::1ff:fe23:4567:890a"),
+    ("IP", "address {}.", "2001:0db8:85a3:0000:0000:8a2e:0370:7334"),
+    ("IP", "(ip={})", "172.16.254.1"),
+    ("IP", "http://{}/login", "198.51.100.23"),
+    ("IP", "{}/24 is the net", "192.0.2.0"),
+    ("KEY", "export AWS_ACCESS_KEY_ID={}", "AK~IAIOSFODNN7EXAMPLE"),
+    ("KEY", "token {} leaked", "gh~p_16C7e42F292c6912E7710c838347Ae178B4a"),
+    ("KEY", "OPENAI_API_KEY={}", "sk~-abcdefghijklmnopqrstT3BlbkFJabcdefghijklmnopqrst"),
+    ("KEY", "key: {}", "sk~-proj-Zx8_kQ2mN5vB7wR1tY4uE9oP3aS6dF0gH-jKlMnBvCxZ"),
+    ("KEY", "my {} does not work", "sk~-ant-api03-QmFzZTY0RW5jb2RlZFRleHRGb3JUZXN0aW5n-Ab12"),
+    ("KEY", "login with {}", "hf~_aBcDeFgHiJkLmNoPqRsTuVwXyZaBcDeFgH"),
+    ("KEY", "maps key {}", "AI~zaSyA1bC2dE3fG4hI5jK6lM7nO8pQ9rS0tU1v"),
+    ("KEY", "slack {}", "xo~xb-123456789012-1234567890123-abcdefghijklmnopqrstuvwx"),
+    ("KEY", "stripe {} charge 3", "sk~_live_4eC39HqLyjWDarjtT1zdp7dc"),
+    ("KEY", "Authorization: Bearer {}",
+     "ey~JhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U"),
+    ("KEY", "{}\nis my key", "-----BEGIN RSA ~PRIVATE KEY-----\nMIIEowIBAAKCAQEAx8n1\nq2w3e4r5t6y7u8i9\n"
+     "-----END RSA PRIVATE KEY-----"),
+    ("KEY", "use {} for CI", "gl~pat-x1Y2z3A4b5C6d7E8f9G0"),
+    ("KEY", "secret_key = \"{}\"", "wJal~rXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"),
+]
+HARMLESS = [
+    "12345678901 apples were sold.",
+    "The population is 7,894,561,230 people.",
+    "She has 4111 stamps and 1111 coins.",
+    "48/2 = 24, so 48+24 = 72 clips.",
+    "555-0100 is -99455? No: 555-100 = 455.",
+    "1000 - 200 - 300 = 500",
+    "2024-11-22 is a date, 22.11.2024 and 11/22/2024 too",
+    "from 9:30 to 10:45:30 she worked",
+    "version 1.2.3 is older than 1.10.0",
+    "Python 3.11.7 with torch 2.13.0 on 2 cores",
+    "3.14159265358979323846",
+    "0.333333333333333333",
+    "1/3 + 2/3 = 3/3 = 1",
+    "(3 + 4) * (5 - 2) = 21",
+    "100000000000000 grains of sand",
+    "5000000000 * 2 = 10000000000",
+    "$1,234,567.89 - $234,567.89 = $1,000,000",
+    "x = 650 - 253 - 0 = 397",
+    "Each of 800 boxes weighs 356 g, 9377 in all?",
+    "10 20 30 40 50 60 70 80 90 100",
+    "1 2 3 4 5 6 7 8 9 10 11 12",
+    "2, 3, 5, 7, 11, 13, 17, 19, 23, 29",
+    "1 1 2 3 5 8 13 21 34 55 89 144",
+    "1+2+3+4+5+6+7+8+9+10 = 55",
+    "6 022 140 760 000 000 000 000 molecules",
+    "6.02214076e23 particles, 1.6e-19 C",
+    "2^64 = 18446744073709551616",
+    "12! = 479001600 and 15! = 1307674368000",
+    "7 * 11 * 13 = 1001",
+    "1234567890 / 10 = 123456789",
+    "9876543210 - 123456789 = 9753086421",
+    "the ratio 3:4:5 is Pythagorean",
+    "a::b::c in C++ and std::vector",
+    "at 12:34:56 the clock stopped",
+    "section 4.3.2.1 of the rules? no, section 4.3",
+    "ISBN 978-3-16-148410-0",
+    "years 1990-1999, 2000-2009 and 2010-2019",
+    "pages 123-456, lines 7890-7900",
+    "Class 5-B, room 212, seat 187",
+    "He ran 26.2 miles in 3:59:40",
+    "A@B is not a mail, 5 @ $3 each is $15",
+    "3 apples @ 2.50 = 7.50",
+    "f(x) = x@2 and user@ localhost",
+    "#### 4111",
+    "#### 1,234,567",
+    "<<12*12345678=148148136>>148148136",
+    "<<2500000000*4=10000000000>>10000000000 dollars",
+    "120-60-30-15 = 15",
+    "200+300-400+500-600 = 0",
+    "4.5 x 10.25 = 46.125",
+    "DE is Germany, GB is Britain, 89 + 29 = 118",
+    "AB12 CD34 are seats",
+    "the code sk-8 and model sk-ii cream",
+    "let hf_x = 3 and ghp = 2",
+    "key = value, token = 3, secret = 5",
+    "The secret is 12; the password has 8 letters.",
+    "AIza is a name? AKIA too",
+    "0101 1100 1111 0000 in binary",
+    "0xDEADBEEF = 3735928559",
+    "32 bits: 11110000111100001111000011110000",
+    "It costs 1.299,00 EUR",
+    "20% of 50 = 10, 33.33% of 300 = 99.99",
+    "Ann has 3 bags: 12-15-18 marbles.",
+    "1999 2000 2001 2002 were good years",
+    "temperatures -3, -5, -10 and +12 degrees",
+    "Divide 1000000000000066 by 2",
+    "4/12 * 100 = 33.33%",
+    "latitude 52.5200, longitude 13.4050",
+]
+
+
+def test_redaction_of_a_table(tmp_path):
+    found = [mem.redact(around.format(secret.replace("~", ""))) for _, around, secret in PERSONAL]
+    caught = [f"[{kind}]" in text and secret.replace("~", "") not in text
+              for (text, _), (kind, _, secret) in zip(found, PERSONAL, strict=True)]
+    wrong = [text for text in HARMLESS if mem.redact(text) != (text, 0)]
+    assert wrong == [] and all(caught), [p for p, ok in zip(PERSONAL, caught, strict=True) if not ok]
+    everything = "\n".join(around.format(secret.replace("~", "")) for _, around, secret in PERSONAL)
+    assert mem.redact(everything)[1] >= len(PERSONAL)
+    assert mem.redact(mem.redact(everything)[0])[1] == 0
+
+
+def test_no_personal_data_reach_the_disk(tmp_path):
+    memory = a_memory(tmp_path)
+    for name in ("EMAIL", "PHONE", "CARD", "IBAN", "IP", "KEY"):
+        texts = [around.format(secret.replace("~", "")) for kind, around, secret in PERSONAL if kind == name]
+        memory.log("demo", texts[0], texts, answer=texts[1], extra={"note": texts[2]})
+    raw = bytes_beside(memory.path)
+    assert b"[EMAIL]" in raw and b"[KEY]" in raw
+    assert [secret for *_, secret in PERSONAL if secret.replace("~", "").encode() in raw] == []
+    row = memory.interactions()[0]
+    assert row["redactions"] == 13 and row["question"] == row["steps"][0] == "Write to [EMAIL] by noon."
+    with pytest.raises(ValueError) as caught:
+        memory.log("demo", "2+2?", ["2+2 = 4"], truth="ann.lee@example.com")
+    assert "ann.lee" not in str(caught.value)
+
+
+def test_problems_are_not_redacted():
+    rows = [json.loads(line) for line in shared_data("gsm8k/test.jsonl").read_text().splitlines()[::8]]
+    assert [r for r in rows if mem.redact(f"{r['question']}\n{r['answer']}")[1]] == []
+
+
+def test_feedback_becomes_chains(tmp_path):
+    memory, steps = a_memory(tmp_path), ["3 + 4 = 7 pens", "#### 7"]
+    good = memory.log("demo", "Tom has 3 pens and gets 4?", steps, truth="7", answer="7")
+    twice = memory.log("demo", "Tom has 3 pens and gets 4?", steps, truth="7")
+    wrong = memory.log("demo", "Ann has 3 pens and gets 5?", steps, truth="8")
+    down = memory.log("demo", "Bob has 3 pens and gets 4?", steps, truth="7", rating="down")
+    later = memory.log("demo", "Eva has 3 pens and gets 4?", steps)
+    slip = memory.log("demo", "Leo has 3 pens and gets 4?", ["3 + 4 = 8", "#### 7"])
+    secret = memory.log("demo", "How many?", ["4111111111111111 = 4111111111111111", "#### 4111111111111111"],
+                        truth="4111111111111111 or 5")
+    verdicts = {row["id"]: (row["is_valid"], row["reason"]) for row in memory.interactions()}
+    assert [verdicts[i] for i in (good, twice, wrong, down, later, slip)] == [
+        (True, "ok"), (True, "ok"), (False, "wrong_answer"), (True, "ok"), (False, "unverified"), (False, "arithmetic")]
+    assert not verdicts[secret][0]
+
+    def exported(**kw):
+        result = memory.export(tmp_path / "chains.jsonl", **kw)
+        rows = [json.loads(line) for line in (tmp_path / "chains.jsonl").read_text().splitlines()]
+        assert result["chains"] == len(rows)
+        return [row["question"][:3] for row in rows]
+
+    assert exported() == ["Tom"]
+    memory.rate(later, "up", truth="7")
+    memory.rate(down, "up")
+    assert exported() == ["Tom", "Bob", "Eva"]
+    memory.rate(good, "up")
+    memory.rate(twice, "down")
+    assert exported() == ["Bob", "Eva"] and len(memory.interactions(later)) == 2
+    memory.remember(*a_chain(1))
+    assert exported(remembered=True) == ["Bob", "Eva", "Tom"]
+    records = latents.chains_of_file(str(tmp_path / "chains.jsonl"), "chains")
+    assert len(records) == 3 and all(r["is_valid"] and r["split"] in ("train", "val") for r in records)
+    assert verify.check_chains(tmp_path / "chains.jsonl")["accepted"] == 3
+    for bad in (lambda: memory.rate("nobody", "up"), lambda: memory.rate(good, "sideways")):
+        with pytest.raises(ValueError, match="nobody|sideways"):
+            bad()
+
+
+def test_memory_command_line(tmp_path, capsys, monkeypatch):
+    from runs import write_atomic
+
+    path, folder = tmp_path / "m.duckdb", tmp_path / "latents"
+    folder.mkdir()
+
+    def folder_of(split):
+        chains = [a_chain(i) for i in range(4)]
+        header = {"schema": latents.SCHEMA, "dtype": "float32", "quantization": "none", "tokenizer": "t",
+                  "logprobs": False, "dataset": "toy", "split": split, **ORIGIN}
+        rows = [latents.record(c | {"is_valid": i != 2}, p["id"], split) |
+                {"n_tokens": [1] * len(h), "shard": 0, "start": 4 * i, "end": 4 * i + 4}
+                for i, (p, c, h) in enumerate(chains)]
+        latents.write_shard(folder / latents.shard_name(0), [h for *_, h in chains], [None] * 4, header, write_atomic)
+        latents.write_index(folder, rows, header, write_atomic)
+
+    for command in ("stats", "recall --id x", "forget --everything", "export", "rate --id x --rating up", "latents"):
+        with pytest.raises(SystemExit, match="no such memory"):
+            run_memory(capsys, *command.split(), "--memory", path)
+    folder_of("test")
+    with pytest.raises(SystemExit, match="test split"):
+        run_memory(capsys, "remember", "--latents", folder, "--memory", path)
+    assert not path.exists()
+    folder_of("train")
+    assert run_memory(capsys, "remember", "--latents", folder, "--memory", path) == {
+        "memory": str(path), "remembered": 3, "refused": {}}
+    memory = mem.Memory(path)
+    chain_id = memory.vectors()[1][0]["chain_id"]
+    nearest = run_memory(capsys, "recall", "--id", chain_id, "--position", 2, "--k", 2, "--memory", path)["nearest"]
+    assert nearest[0]["chain_id"] == chain_id and nearest[0]["text"] == "2 * 2 = 4" and nearest[0]["cos"] > 0.999
+    read = SimpleNamespace(**ORIGIN | {"name": "toy"}, latent_dim=lambda pooling: 8,
+                           step_latents=lambda question, steps: a_chain(3)[2][: 1 + len(steps)])
+    read.set_prompt = lambda prompt: read
+    monkeypatch.setattr("llm.load_llm", lambda name, device, layer, pooling: read)
+    for steps in ((), ("--steps", "3+2 = 5")):
+        found = run_memory(capsys, "recall", "--question", "3 pens?", *steps, "--k", 1, "--memory", path)["nearest"]
+        assert (found[0]["position"], found[0]["question"][:14]) == (len(steps[1:]), "Tom has 3 pens")
+    read.layer = 3
+    with pytest.raises(SystemExit, match="layer: 2 there, 3 here"):
+        run_memory(capsys, "recall", "--question", "3 pens?", "--memory", path)
+    logged = run_memory(capsys, "log", "--kind", "cli", "--question", "3 + 4? ann@example.com", "--steps", "3+4 = 7",
+                        "#### 7", "--truth", 7, "--memory", path)
+    assert (logged["is_valid"], logged["reason"], logged["redactions"]) == (True, "ok", 1)
+    assert run_memory(capsys, "export", "--out", tmp_path / "f.jsonl", "--memory", path)["chains"] == 1
+    assert run_memory(capsys, "forget", "--domain", "toy", "--memory", path) == {"forgotten": 3}
+    assert run_memory(capsys, "stats", "--memory", path)["interactions"] == {"ok": 1}
+    write_jsonl(tmp_path / "no.duckdb", [{"a": 1}] * 999)
+    with pytest.raises(SystemExit, match="no.duckdb cannot be opened"):
+        run_memory(capsys, "stats", "--memory", tmp_path / "no.duckdb")
