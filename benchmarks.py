@@ -14,7 +14,7 @@ Prompts and metrics are lm-evaluation-harness's where it has the task; `BENCHMAR
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 import verify
@@ -39,6 +39,7 @@ class Benchmark:
     fields: tuple[str, ...]  # the official ones that are read
     problem: Callable[[dict], dict]  # row -> problem, without id and kind
     prompt: str = "{question}"  # put to an LLM; `number` has its own few-shot prompt
+    _: KW_ONLY
     stop: tuple[str, ...] = ()  # a written answer ends before any of these
     chat: tuple[str, str] = ("", "")  # as a chat: the user's turn, if it is not `prompt`, and how the answer begins
     configs: tuple[str | None, ...] = (None,)
@@ -96,14 +97,14 @@ BENCHMARKS = {
     "svamp": Benchmark("ChilleD/SVAMP", "number", ("Body", "Question", "Answer"), lambda row: {
         "question": f"{row['Body']} {row['Question']}", "answer": str(row["Answer"])}, splits=HELD_OUT),
     "math": Benchmark("EleutherAI/hendrycks_math", "math", ("problem", "solution"), math,
-                      "Problem:\n{question}\n\nSolution:", ("Problem:",), tuple(MATH), HELD_OUT, "train"),
+                      "Problem:\n{question}\n\nSolution:", stop=("Problem:",), configs=tuple(MATH), splits=HELD_OUT),
     "mmlu": Benchmark("cais/mmlu", "choice", ("question", "subject", "choices", "answer"), mmlu,
                       "{question}\nAnswer:", configs=("all",), splits=OFFICIAL | {"train": "auxiliary_train"},
                       shots="dev", intro="The following are multiple choice questions (with answers) about {subject}."),
     # zero-shot: the chain-of-thought examples of the paper are no part of the data
     "bbh": Benchmark("SaylorTwift/bbh", "exact", ("input", "target"), lambda row: {
-        "question": row["input"], "answer": row["target"]}, "Q: {question}\nA:", ("Q:", "\n\n"), tuple(BBH), ONLY_TEST,
-        group=three_sizes),
+        "question": row["input"], "answer": row["target"]}, "Q: {question}\nA:", stop=("Q:", "\n\n"),
+        configs=tuple(BBH), splits=ONLY_TEST, group=three_sizes),
     "arc_easy": Benchmark("allenai/ai2_arc", "choice", ("question", "choices", "answerKey"), arc,
                           "Question: {question}\nAnswer:", configs=("ARC-Easy",), shots="train"),
     "arc_challenge": Benchmark("allenai/ai2_arc", "choice", ("question", "choices", "answerKey"), arc,

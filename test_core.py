@@ -1569,7 +1569,7 @@ def test_a_benchmark_is_scored_as_its_kind(tmp_path, monkeypatch, capsys):
     def run(name, planted=None, **fields):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        row, split = OFFICIAL_ROWS[name][0], benchmarks.BENCHMARKS[name].splits["test"]
+        row, split = OFFICIAL_ROWS[name][0], benchmarks.BENCHMARKS[name].splits[fields.get("split", "test")]
         rows = [row, row | {k: v for k, v in fields.items() if k in row}]
         for config in benchmarks.BENCHMARKS[name].configs:
             path = folder / config if len(benchmarks.BENCHMARKS[name].configs) > 1 else folder
@@ -1598,6 +1598,14 @@ def test_a_benchmark_is_scored_as_its_kind(tmp_path, monkeypatch, capsys):
     assert found["methods"]["acc"]["accuracy"] == 0.0  # "a fish" is likelier, but not a character
     assert found["methods"]["acc_norm"]["accuracy"] == 1.0 - 1.0 * (0.9 / 6 < 1.0 / 5)
     assert found["random"] == pytest.approx(1 / 3) and found["metric"] == "acc_norm"
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate_accuracy, "load_llm", lambda *_: tiny_llm())
+    for name, fields in (("mmlu", {}), ("hellaswag", {"split": "val"}), ("arc_challenge", {}), ("math", {}), ("bbh", {
+            "input": "1 < 2 is", "target": "True"})):  # the whole road
+        found = run(name, max_new_tokens=4, **fields)
+        assert found["metric"] in found["methods"] and all(0 <= m["accuracy"] <= 1 for m in found["methods"].values())
+        assert len(found.get("subjects", {})) == 23 * (name == "bbh")
     with pytest.raises(ValueError, match="--shots is for multiple choice"):
         run("bbh", shots=2)
     with pytest.raises(ValueError, match="needs --dataset, one of gsm8k"):
