@@ -41,7 +41,7 @@ class Benchmark:
     prompt: str = "{question}"  # put to an LLM; `number` has its own few-shot prompt
     _: KW_ONLY
     stop: tuple[str, ...] = ()  # a written answer ends before any of these
-    chat: tuple[str, str] = ("", "")  # as a chat: the user's turn, if it is not `prompt`, and how the answer begins
+    chat: tuple[str, str, tuple[str, ...]] | None = None  # as a chat, where not as `prompt`: turn, answer's begin, stop
     configs: tuple[str | None, ...] = (None,)
     splits: dict = field(default_factory=lambda: OFFICIAL)  # ours -> theirs; val = train: held out of it
     shots: str = ""  # the official split that few-shot examples come from
@@ -113,9 +113,11 @@ BENCHMARKS = {
                            hellaswag, shots="train"),
     "humaneval": Benchmark("openai/openai_humaneval", "code", (
         "task_id", "prompt", "canonical_solution", "test", "entry_point"), humaneval,
-        stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```"), splits=ONLY_TEST, chat=(
-            "Write a solution to the following problem and make sure that it passes the tests:\n```python\n{question}\n"
-            "```\n", "Here is the completed function:\n```python\n{question}")),
+        stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```"), splits=ONLY_TEST, chat=(  # EvalPlus's words
+            "Please provide a self-contained Python script that solves the following problem in a markdown code "
+            "block:\n```\n{question}\n```\n",
+            "Below is a Python script with a self-contained function that solves the problem and passes corresponding "
+            "tests:\n```python\n", ("\n```",))),
 }
 
 
@@ -213,10 +215,10 @@ def prompt(bench: Benchmark, problem: dict, examples: list[dict] = ()) -> str:
     return before + solved + bench.prompt.format(question=problem["question"])
 
 
-def chat_turn(bench: Benchmark, problem: dict) -> tuple[str, str]:
-    """What the user says in a chat, and how the answer begins."""
-    turn, begin = bench.chat
-    return (turn or bench.prompt).format(question=problem["question"]), begin.format(question=problem["question"])
+def chat_turn(bench: Benchmark, problem: dict) -> tuple[str, str, tuple[str, ...]]:
+    """What the user says in a chat, how the answer begins, and before what it ends."""
+    turn, begin, stop = bench.chat or (bench.prompt, "", bench.stop)
+    return turn.format(question=problem["question"]), begin, stop
 
 
 def continuations(problem: dict) -> list[str]:

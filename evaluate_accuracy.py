@@ -412,15 +412,16 @@ def evaluate_choices(llm, bench, problems: list[dict], args) -> dict:
 
 def write_answers(llm, bench, problems: list[dict], args) -> list[list[str]]:
     """k answers to each problem; kept in out/generations by all that they follow from, and not written again."""
-    texts = [benchmarks.prompt(bench, p) for p in problems]
+    texts, stop = [benchmarks.prompt(bench, p) for p in problems], bench.stop
     if args.chat:
         if not getattr(getattr(llm, "tokenizer", None), "chat_template", None) or bench.kind == "number":
             raise ValueError("--chat: " + (f"{args.dataset} is put as a chat already, where there is a template"
                                            if bench.kind == "number" else f"{llm.name} has no chat template"))
         turns = [benchmarks.chat_turn(bench, p) for p in problems]
-        texts = [chat_text(llm.tokenizer, [{"role": "user", "content": turn}]) + begin for turn, begin in turns]
+        texts, stop = [chat_text(llm.tokenizer, [{"role": "user", "content": turn}]) + begin
+                       for turn, begin, _ in turns], turns[0][2]
     made_by = [llm.name, llm.tokenizer_hash, llm.dtype, llm.prompt, texts, args.k, args.temperature, args.top_p,
-               args.seed, args.max_new_tokens, bench.stop]
+               args.seed, args.max_new_tokens, stop]
     key = digest(json.dumps(made_by))[:10]
     path = Path("out/generations") / f"{Path(llm.name).name}-{args.dataset}-{args.split}-k{args.k}-{key}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -434,7 +435,7 @@ def write_answers(llm, bench, problems: list[dict], args) -> list[list[str]]:
             answers = [["\n".join(c["steps"]) for c in row] for row in chains]
         else:
             answers = complete(llm, texts[start : start + size], args.k, temperature, args.top_p, args.seed,
-                               args.max_new_tokens, bench.stop)
+                               args.max_new_tokens, stop)
         rows += [{"id": p["id"], "answers": a} for p, a in zip(part, answers, strict=True)]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         write_atomic(path, lambda p, lines=lines: p.write_text(lines))
