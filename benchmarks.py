@@ -8,11 +8,14 @@ A row becomes a problem {"id", "question", "answer", "kind"} with what its kind 
     exact    a short answer as a text                             the same text
     code     "prompt", "test", "entry_point"                      runs in the sandbox: pass@k
 
-Prompts and metrics are lm-evaluation-harness's where it has the task; `BENCHMARKS` says what departs from it.
+Multiple choice is put and scored as in lm-evaluation-harness. The others depart from it: `number` has llm.SHOTS before
+it, MATH is put as in its minerva_math but with `--shots` of the training split, BBH is zero-shot without descriptions,
+HumanEval is completed as in Chen et al. 2021 and, as a chat, put as in EvalPlus.
 """
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
@@ -46,6 +49,7 @@ class Benchmark:
     splits: dict = field(default_factory=lambda: OFFICIAL)  # ours -> theirs; val = train: held out of it
     shots: str = ""  # the official split that few-shot examples come from
     intro: str = ""  # before the examples
+    max_new_tokens: int = 256  # of an answer, unless told otherwise
     group: Callable[[str], str] = str  # "subject" of a problem -> what the macro average is over
 
 
@@ -67,7 +71,7 @@ def hellaswag(row: dict) -> dict:
     if row["label"] == "":
         raise ValueError("field 'label' is empty: the labels of this split are not public")
     question = clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
-    return choice(question, [clean(ending) for ending in row["endings"]], row["label"], row["activity_label"])
+    return choice(question, [clean(ending) for ending in row["endings"]], row["label"])
 
 
 def mmlu(row: dict) -> dict:
@@ -97,7 +101,8 @@ BENCHMARKS = {
     "svamp": Benchmark("ChilleD/SVAMP", "number", ("Body", "Question", "Answer"), lambda row: {
         "question": f"{row['Body']} {row['Question']}", "answer": str(row["Answer"])}, splits=HELD_OUT),
     "math": Benchmark("EleutherAI/hendrycks_math", "math", ("problem", "solution"), math,
-                      "Problem:\n{question}\n\nSolution:", stop=("Problem:",), configs=tuple(MATH), splits=HELD_OUT),
+                      "Problem:\n{question}\n\nSolution:", stop=("Problem:",), configs=tuple(MATH), splits=HELD_OUT,
+                      shots="train", max_new_tokens=1024),
     "mmlu": Benchmark("cais/mmlu", "choice", ("question", "subject", "choices", "answer"), mmlu,
                       "{question}\nAnswer:", configs=("all",), splits=OFFICIAL | {"train": "auxiliary_train"},
                       shots="dev", intro="The following are multiple choice questions (with answers) about {subject}."),
@@ -113,7 +118,7 @@ BENCHMARKS = {
                            hellaswag, shots="train"),
     "humaneval": Benchmark("openai/openai_humaneval", "code", (
         "task_id", "prompt", "canonical_solution", "test", "entry_point"), humaneval,
-        stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```"), splits=ONLY_TEST, chat=(  # EvalPlus's words
+        stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```"), splits=ONLY_TEST, max_new_tokens=1024, chat=(
             "Please provide a self-contained Python script that solves the following problem in a markdown code "
             "block:\n```\n{question}\n```\n",
             "Below is a Python script with a self-contained function that solves the problem and passes corresponding "
@@ -145,6 +150,15 @@ def load(name: str, split: str, data_dir: str = "") -> list[dict]:
     if bench.splits.get("val") == "train" and split in ("train", "val"):
         problems = [p for i, p in enumerate(problems) if (i % VAL_EVERY == 0) == (split == "val")]
     return problems
+
+
+def spread(problems: list[dict], n: int) -> list[dict]:
+    """n of the problems, as evenly over the subjects as they go, the first ones of each; in the order they had."""
+    seen, turns = Counter(), []
+    for i, p in enumerate(problems):
+        turns.append((seen[p["subject"]], i))
+        seen[p["subject"]] += 1
+    return [problems[i] for i in sorted(i for _, i in sorted(turns)[:n])]
 
 
 def as_problem(bench: Benchmark, row: dict, where: str) -> dict:
@@ -228,9 +242,11 @@ def continuations(problem: dict) -> list[str]:
 
 def examples_for(problems: list[dict], pool: list[dict], n: int) -> list[list[dict]]:
     """The first n of a pool with each problem's subject (lm-evaluation-harness's `first_n`), itself left out."""
-    found = []
+    by_subject, found = {}, []
+    for e in pool:
+        by_subject.setdefault(e["subject"], []).append(e)
     for p in problems:
-        fitting = [e for e in pool if e["subject"] == p["subject"] and e["question"] != p["question"]]
+        fitting = [e for e in by_subject.get(p["subject"], [])[: n + 1] if e["question"] != p["question"]]
         if len(fitting) < n:
             raise ValueError(f"--shots {n}: only {len(fitting)} examples with the subject '{p['subject']}'")
         found.append(fitting[:n])

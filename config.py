@@ -181,6 +181,8 @@ class RJEPAConfig(RunConfig):
         check(self, "suffix_share", self.suffix_share + self.single_share <= 1, "and single_share make more than 1")
         for name in ("adapters_only", "held_out"):
             check(self, name, not getattr(self, name) or bool(self.init_from), "needs --init_from RUN")
+        check(self, "held_out", not (self.held_out and self.adapters_only),
+              "does not go with adapters_only: new adapters have no old ones to beat")
 
 
 @dataclass

@@ -28,9 +28,9 @@ from model import answer_row, pad_rows, pool_weights, question_row
 def load_problems(dataset: str, split: str, data_dir: str = "", limit: int = 0, seed: int = 1, max_steps: int = 8):
     """Problems of a split (`train`, `val`, `test`) as dicts id, question, answer.
 
-    data_dir: a folder with SPLIT.jsonl or SPLIT.parquet, or DATASET/SPLIT.*; empty: the hub. limit: the first N; for
-    `synthetic` the number to make (required), seed and max_steps say which. Raises FileNotFoundError or ValueError
-    that names the file, line or field.
+    data_dir: a folder with SPLIT.jsonl or SPLIT.parquet, or DATASET/SPLIT.*; empty: the hub. limit: N of them, of
+    every subject the first ones; for `synthetic` the number to make (required), seed and max_steps say which. Raises
+    FileNotFoundError or ValueError that names the file, row or field.
     """
     if dataset == "synthetic":
         if data_dir:
@@ -40,7 +40,7 @@ def load_problems(dataset: str, split: str, data_dir: str = "", limit: int = 0, 
     for p in problems:
         if p["kind"] == "number" and not split_steps(p["answer"]):
             raise ValueError(f"{p['id']}: field 'answer' holds annotations alone")
-    return problems[:limit] if limit else problems
+    return benchmarks.spread(problems, limit) if limit else problems
 
 
 def run_problems(config, split: str) -> list[dict]:

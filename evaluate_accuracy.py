@@ -7,8 +7,9 @@
     python evaluate_accuracy.py smollm2 --dataset arc_easy --limit 500      # any LLM on any data set of benchmarks.py
     python evaluate_accuracy.py smollm2 --dataset humaneval --k 10          # pass@1 and pass@10, in the sandbox
 
-Every generation is written to RUN/generations-*.jsonl. An answer counts where verify.check_answer says so, that is
-by value (18 = 18.00 = $18); text without `#### n` counts by its last number and is reported apart as `strict`.
+Every generation is kept, in RUN/generations-*.jsonl, an LLM's in out/generations. An answer counts where
+verify.check_answer says so, that is by value (18 = 18.00 = $18); text without `#### n` counts by its last number and is
+reported apart as `strict`. The other kinds of problems are judged as benchmarks.py says.
 """
 
 import functools
@@ -52,7 +53,7 @@ class Args(eval_alignment.Args):
     k: int = 1  # candidates per problem: 1 is greedy, more are sampled
     temperature: float = 0.8  # of the samples
     top_p: float = 0.95  # of an R-JEPA's LLM
-    max_new_tokens: int = 256
+    max_new_tokens: int = 0  # of an answer; 0: what the data set needs
     batch_size: int = 128  # candidates generated at a time
     candidates: str = ""  # R-JEPA: a jsonl file of labelled candidates to pick from
     also: tuple[str, ...] = ()  # R-JEPA: more runs over the same LLM, layer and pooling, shown under their own names
@@ -65,6 +66,8 @@ class Args(eval_alignment.Args):
 
     def __post_init__(self):
         super().__post_init__()
+        bench = benchmarks.BENCHMARKS.get(self.dataset)
+        self.max_new_tokens = self.max_new_tokens or (bench.max_new_tokens if bench else 256)
         check(self, "shots", self.shots >= 0, "must not be negative")
         check(self, "folds", self.folds >= 2, "must be at least 2")
         check(self, "alphas", bool(self.alphas), "needs one value at least")
@@ -364,7 +367,7 @@ def grade(problem: dict, text: str, allow_unsafe_code: bool = False) -> bool:
     if problem["kind"] == "math":
         return verify.check_math(text, problem["answer"])
     if problem["kind"] == "exact":
-        return text.strip().removesuffix(".") == problem["answer"].strip().removesuffix(".")
+        return verify.validate(problem, {"steps": [text]}).is_valid if text.strip() else False
     return verify.check_answer(text, data.answer_text(problem, "final"))
 
 
@@ -377,19 +380,13 @@ def by_subject(bench, problems: list[dict], correct: np.ndarray) -> dict:
     return {"macro": float(np.mean(list(found.values()))), "subjects": found} if len(found) > 1 else {}
 
 
-def evaluate_choices(llm, bench, problems: list[dict], args) -> dict:
+def evaluate_choices(llm, bench, problems: list[dict], shots: list[list[dict]], args) -> dict:
     """Multiple choice by log-likelihood, as lm-evaluation-harness scores it.
 
     `acc`: the choice with the highest log p(choice | question); `acc_norm`: the same a character of the choice.
     Controls: `no_question` is acc_norm after the prompt with an empty question, `constant` the best position in
     hindsight.
     """
-    shots = [()] * len(problems)
-    if args.shots:
-        if not bench.shots:
-            raise ValueError(f"--shots: {args.dataset} has no split with examples")
-        shots = benchmarks.examples_for(problems, benchmarks.load(args.dataset, bench.shots, args.data_dir), args.shots)
-
     def scores(contexts: list[str]) -> list[np.ndarray]:
         pairs = [(c, t) for c, p in zip(contexts, problems, strict=True) for t in benchmarks.continuations(p)]
         values = iter(lp for lp, _ in llm.loglikelihoods(pairs))
@@ -410,9 +407,9 @@ def evaluate_choices(llm, bench, problems: list[dict], args) -> dict:
             **by_subject(bench, problems, picks[best] == labels)}
 
 
-def write_answers(llm, bench, problems: list[dict], args) -> list[list[str]]:
+def write_answers(llm, bench, problems: list[dict], shots: list[list[dict]], args) -> list[list[str]]:
     """k answers to each problem; kept in out/generations by all that they follow from, and not written again."""
-    texts, stop = [benchmarks.prompt(bench, p) for p in problems], bench.stop
+    texts, stop = [benchmarks.prompt(bench, p, e) for p, e in zip(problems, shots, strict=True)], bench.stop
     if args.chat:
         if not getattr(getattr(llm, "tokenizer", None), "chat_template", None) or bench.kind == "number":
             raise ValueError("--chat: " + (f"{args.dataset} is put as a chat already, where there is a template"
@@ -420,8 +417,8 @@ def write_answers(llm, bench, problems: list[dict], args) -> list[list[str]]:
         turns = [benchmarks.chat_turn(bench, p) for p in problems]
         texts, stop = [chat_text(llm.tokenizer, [{"role": "user", "content": turn}]) + begin
                        for turn, begin, _ in turns], turns[0][2]
-    made_by = [llm.name, llm.tokenizer_hash, llm.dtype, llm.prompt, texts, args.k, args.temperature, args.top_p,
-               args.seed, args.max_new_tokens, stop]
+    made_by = [llm.name, llm.fingerprint(), llm.tokenizer_hash, llm.dtype, llm.prompt, texts, args.k,
+               args.temperature, args.top_p, args.seed, args.max_new_tokens, stop]
     key = digest(json.dumps(made_by))[:10]
     path = Path("out/generations") / f"{Path(llm.name).name}-{args.dataset}-{args.split}-k{args.k}-{key}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -454,17 +451,26 @@ def evaluate_llm(name: str, args) -> dict:
         raise ValueError(f"{name} is no run folder; as an LLM it needs --dataset, one of "
                          f"{', '.join(benchmarks.BENCHMARKS)}")
     bench = benchmarks.BENCHMARKS[args.dataset]
-    problems = data.load_problems(args.dataset, args.split, args.data_dir, args.limit)
+    problems, shots = data.load_problems(args.dataset, args.split, args.data_dir, args.limit), None
+    if args.shots and not bench.shots:
+        raise ValueError(f"--shots: {args.dataset} has no split with examples")
+    if bench.kind == "choice" and (args.chat or args.k > 1):
+        raise ValueError(f"--chat and --k are for what an LLM writes; {args.dataset} is multiple choice")
+    if args.shots:
+        pool = benchmarks.load(args.dataset, bench.shots, args.data_dir)
+        shots = benchmarks.examples_for(problems, pool, args.shots)
+    if bench.kind == "math":
+        verify.check_math("1", "1")  # is math-verify there?
     if bench.kind == "code" and not args.allow_unsafe_code and (problem := sandbox.sandbox_problem()):
         raise ValueError(f"{problem}, or pass --allow_unsafe_code to run generated code with your rights")
     llm = load_llm(name, args.device)
+    print(f"{llm.name} itself on {args.dataset}, {len(problems)} problems")
+    shots = shots or [[] for _ in problems]
     if bench.kind == "choice":
-        return evaluate_choices(llm, bench, problems, args)
-    if args.shots:
-        raise ValueError(f"--shots is for multiple choice, not for {args.dataset}")
+        return {"llm": llm.name, **evaluate_choices(llm, bench, problems, shots, args)}
     if bench.kind == "number" and isinstance(llm, HuggingFaceLLM):
         llm.set_prompt("few_shot")
-    answers = write_answers(llm, bench, problems, args)
+    answers = write_answers(llm, bench, problems, shots, args)
     jobs = [(p, text) for p, row in zip(problems, answers, strict=True) for text in row]
     jobs += [(p, row[0]) for p, row in zip(problems, answers[1:] + answers[:1], strict=True)]
     with ThreadPoolExecutor() as pool:
@@ -479,8 +485,8 @@ def evaluate_llm(name: str, args) -> dict:
     if k > 1 and bench.kind == "number":
         methods["majority"] = figures(right[np.arange(n), [majority(row) for row in answers]])
     methods["shuffled"] = figures(shuffled, recovered=False)
-    return {"n": n, "k": k, "random": random, "oracle": oracle, "metric": "pass@1" if k > 1 else "greedy",
-            "methods": methods, **by_subject(bench, problems, right.mean(1))}
+    return {"llm": llm.name, "n": n, "k": k, "random": random, "oracle": oracle,
+            "metric": "pass@1" if k > 1 else "greedy", "methods": methods, **by_subject(bench, problems, right.mean(1))}
 
 
 def main():

@@ -142,6 +142,7 @@ def extract_written(llm: LLM, splits: list[tuple[str, list[dict]]], out: Path, d
                              "source": llm.name, "is_valid": verify.check_answer(answer, truth)}
                     if split != "test" and c["steps"]:  # may be trained on: every equation must hold as well
                         chain["is_valid"] = verify.validate({"id": p["id"], "answer": truth}, chain).is_valid
+                    chain["answer"] = verify.extract_answer(truth)
                     rows.append(latents.record(chain, p["id"], split) | {
                         "n_tokens": [len(llm.question_ids(p["question"])), *c["n_tokens"]], "shard": number,
                         "start": at, "end": at + len(c["h"])})
@@ -193,13 +194,16 @@ def ask_endpoint(args, splits: list[tuple[str, list[dict]]]) -> dict:
                 max_tokens=args.max_new_tokens)
             if not reply.choices:
                 raise ValueError(f"--endpoint {args.endpoint}: an answer without choices to problem {problem['id']}")
-            spent = reply.usage.total_tokens if reply.usage else 0
+            if args.max_tokens_total and not reply.usage:
+                raise ValueError(f"--endpoint {args.endpoint} does not say how many tokens it used: --max_tokens_total "
+                                 "cannot be kept, leave it out")
+            spent, truth = reply.usage.total_tokens if reply.usage else 0, data.answer_text(problem, "final")
             for i, choice in enumerate(reply.choices[: args.generate - n]):
                 steps = data.split_steps(choice.message.content or "")
                 chain = {"id": f"{problem['id']}/{n + i}", "steps": steps}
-                verdict = verify.validate(problem | {"answer": data.answer_text(problem, "final")}, chain)
+                verdict = verify.validate(problem | {"answer": truth}, chain)
                 row = {**chain, "problem_id": problem["id"], "question": problem["question"],
-                       "answer": "".join(steps[-1:]), "is_valid": verdict.is_valid, "reason": verdict.reason,
+                       "answer": verify.extract_answer(truth), "is_valid": verdict.is_valid, "reason": verdict.reason,
                        "source": args.llm, "made_by": made_by, "tokens": 0 if i else spent}
                 with lock, open(path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")

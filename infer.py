@@ -630,9 +630,6 @@ COMMANDS = {"score": (Score, run_score), "rerank": (Rerank, run_rerank), "nudge"
 
 def log_answer(command: str, args: Asked, result: dict) -> str:
     """Appends what came of a command to the feedback log -> its id, for `memory.py rate`."""
-    if command == "think" or not args.question.strip():
-        raise ValueError(f"--log is for one question's answer, not for infer.py {command}" + " with a file" * (
-            command != "think"))
     steps = {"score": lambda: args.steps, "rerank": lambda: result["candidates"][0]["steps"],
              "nudge": lambda: result["nudged"]["steps"], "plan": lambda: result["steps"],
              "speak": lambda: data.split_steps(result["response"])}[command]()
@@ -646,8 +643,10 @@ def main(argv=None):
     kind, function = COMMANDS[argv[0]]
     args = tyro.cli(kind, args=argv[1:], prog=f"infer.py {argv[0]}")
     try:
-        if args.truth and not args.log:
-            raise ValueError("--truth goes with --log FILE")
+        if args.truth and (not args.log or verify.answer_value(args.truth) is None):
+            raise ValueError(f"--truth {args.truth}: needs a number, and --log FILE to be kept in")
+        if args.log and (argv[0] == "think" or not args.question.strip()):
+            raise ValueError("--log is for the answer to one --question")
         result = function(args)
         if args.log:
             result["interaction"] = log_answer(argv[0], args, result)

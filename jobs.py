@@ -153,9 +153,11 @@ class LatentJob:
         for name in latents.SAME_LLM:
             setattr(config, name, manifest[name])
         if config.held_out:
-            self.train, self.val = sum(latents.training_chains(rows, manifest, folder), []), held_out_chains(config)
-            if seen := {r["problem_id"] for r in self.train} & {r["problem_id"] for r in self.val}:
-                raise ValueError(f"{folder} holds problem {min(seen)} of --held_out {config.held_out}")
+            self.train = sum(latents.training_chains(rows, manifest, folder), [])[: config.limit or None]
+            self.val = held_out_chains(config)
+            for same in (lambda r: r["problem_id"], lambda r: " ".join(r["question"].split()).casefold()):
+                if seen := {same(r) for r in self.train} & {same(r) for r in self.val}:
+                    raise ValueError(f"{folder} holds a problem of --held_out {config.held_out}: {min(seen)[:80]}")
         else:
             self.train, self.val = chains_to_train_on(config, rows, manifest, folder)
         self.batches = latents.Batches(self.train, config)

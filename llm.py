@@ -139,6 +139,10 @@ class LLM:
             raise ValueError(f"{longest} tokens{more} are more than the context of {self.name}, {self.context}; the "
                              f"text begins '{self.decode(max(rows, key=len)[:12])}'")
 
+    def fingerprint(self) -> str:
+        """A digest of the weights: changes with any of them."""
+        return digest(str([float(p.detach().float().abs().sum()) for p in self.model.parameters()]))
+
     def latent_dim(self, pooling: str) -> int:
         return self.dim * (2 if pooling == "both" else 1)
 
@@ -216,11 +220,22 @@ class LLM:
     def loglikelihoods(self, pairs: list[tuple[str, str]], token_budget: int = 4096) -> list[tuple[float, int]]:
         """(log p(continuation | context), tokens of the continuation) for every pair of texts, in nats.
 
-        The two are tokenised as one text, as in lm-evaluation-harness: the continuation is what comes after the tokens
-        of the context alone. Batches of like length.
+        As in lm-evaluation-harness the two are tokenised as one text, the continuation (to which blanks at the end of
+        the context are moved) is what comes after the context's own tokens, and what is too long loses its begin.
+        Batches of like length.
         """
-        coded, out = [self.pair_ids(*pair) for pair in pairs], [None] * len(pairs)
-        self.check_room([ids for ids, _ in coded], 0)
+        coded, out = [], [None] * len(pairs)
+        for context, continuation in pairs:
+            kept = context.rstrip()
+            ids, begin = self.pair_ids(kept, context[len(kept) :] + continuation)
+            if begin == 0:  # an empty context
+                ids, begin = [self.first_id, *ids], 1
+            cut = max(0, len(ids) - self.context)
+            if cut >= begin:
+                raise ValueError(f"'{continuation[:60]}': no room for it in the context of {self.name}, {self.context}")
+            coded.append((ids[cut:], begin - cut))
+        if n_cut := sum(len(ids) == self.context for ids, _ in coded):
+            say(f"{n_cut} of {len(coded)} texts fill the context of {self.name} and may have lost their begin")
         order = sorted(range(len(coded)), key=lambda i: len(coded[i][0]))
         while order:
             batch = [order.pop()]
@@ -300,6 +315,12 @@ class HuggingFaceLLM(LLM):
 
     def question_ids(self, question: str) -> list[int]:
         return self.tokens(question + self.after)[0]
+
+    @property
+    def first_id(self) -> int:
+        """What a text follows where nothing is before it."""
+        bos = self.tokenizer.bos_token_id
+        return self.tokenizer.eos_token_id if bos is None else bos
 
     def text_ids(self, text: str) -> list[int]:
         """Tokens of a text to be gone on from as it is, without the prompt around it."""

@@ -21,6 +21,7 @@ import functools
 import json
 import random
 import re
+import shutil
 import sys
 import threading
 import time
@@ -265,30 +266,32 @@ class Memory:
         return len(rows)
 
     def forget(self, id: str = "", problem_id: str = "", domain: str = "", everything: bool = False) -> int:
-        """Deletes the chains that fit all filters, or the logged interaction of that id -> how many there were.
+        """Deletes the chains that fit all filters, also from the log, or the interaction of that id -> how many.
 
         DuckDB keeps the bytes of deleted rows, so what is left goes to a new file that takes the old one's place:
         killed in between, the old one stays. everything: all chains and interactions.
         """
         if everything == bool(id or problem_id or domain):
             raise ValueError("forget needs id, problem_id or domain; or everything, and nothing else")
+        if id and self.path.is_file() and self.interactions(id):
+            if problem_id or domain:
+                raise ValueError(f"id {id!r} is an interaction: it goes without problem_id and domain")
         filters = [everything or not id, id, everything or not problem_id, problem_id, everything or not domain, domain]
         with self.open(write=True) as (connection, meta):
             connection.execute("COMMIT")  # a checkpoint needs it; and no log may be left beside the new file
             connection.execute("CHECKPOINT")
             connection.execute("CREATE TEMP TABLE gone AS SELECT id FROM texts "
                                "WHERE (? OR id = ?) AND (? OR problem_id = ?) AND (? OR domain = ?)", filters)
-            connection.execute("INSERT INTO gone SELECT id FROM interactions WHERE of IS NULL AND (? OR id = ?)",
-                               [everything, id])
+            connection.execute("INSERT INTO gone SELECT id FROM interactions WHERE of IS NULL AND "
+                               "(? OR id = ? OR chain IN (FROM gone))", [everything, id])
             count = connection.execute("SELECT count(*) FROM gone").fetchall()[0][0]
             if count:
                 write_atomic(self.path, functools.partial(self.copy_rest, connection, meta))
             connection.execute("BEGIN")
         return count
 
-    @staticmethod
-    def copy_rest(connection, meta: dict, path: Path):
-        """Writes all but what the table `gone` names to a new file."""
+    def copy_rest(self, connection, meta: dict, path: Path):
+        """Writes all but what the table `gone` names to a new file, with the old one's permissions."""
         for stale in (path, Path(f"{path}.wal")):
             stale.unlink(missing_ok=True)
         connection.execute("ATTACH ? AS fresh", [str(path)])
@@ -302,6 +305,7 @@ class Memory:
         for table, stays in rest.items():
             connection.execute(f"INSERT INTO fresh.{table} SELECT * FROM {table} WHERE {stays} ORDER BY rowid")
         connection.execute("DETACH fresh")
+        shutil.copymode(self.path, path)
 
     # ------------------------------------------------------------------------- feedback
 
@@ -315,6 +319,9 @@ class Memory:
         row = {"kind": kind, "question": question, "answer": answer, "truth": truth}
         row |= {"extra": None if extra is None else [str(x) for item in extra.items() for x in item]}
         row, count = redact_row(row | {"steps": list(steps)})
+        whole, _ = redact("\n".join(steps))
+        if whole != "\n".join(row["steps"]):  # a key over several steps
+            row["steps"] = whole.split("\n")
         if row["extra"] is not None:
             row["extra"] = json.dumps(dict(zip(row["extra"][::2], row["extra"][1::2], strict=True)))
         verdict = judge(row["steps"], row["truth"], row["answer"])
@@ -352,12 +359,17 @@ class Memory:
             names = [column[0] for column in found.description]
             return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
 
-    def export(self, out, remembered: bool = False) -> dict:
+    def export(self, out, remembered: bool = False, without: tuple = ()) -> dict:
         """Writes chains for retraining (extract.py --chains): those of the log that hold and that nobody rated down.
 
-        Each once; the gate judges them again, as they are stored. remembered: the stored chains as well.
-        -> {"out", "chains", "interactions", "rated_down"}.
+        Each once; the gate judges them again, as they are stored. remembered: the stored chains as well. without: jsonl
+        files of problems whose questions are left out (test sets). -> {"out", "chains", "interactions", "rated_down",
+        "left_out"}.
         """
+        def plain(question: str) -> str:
+            return " ".join(question.split()).casefold()
+
+        tested = {plain(row["question"]) for path in without for row in verify.read_jsonl(path, ["question"])}
         groups, chains, down = {}, {}, set()
         for row in self.interactions():
             groups.setdefault(row["of"] or row["id"], []).append(row)
@@ -368,18 +380,21 @@ class Memory:
             if rating == "down":
                 down.add(first["chain"])
             if truth is not None and judge(first["steps"], truth, first["answer"]).is_valid:
-                chains[first["chain"]] = {"id": first["chain"], "question": first["question"], "steps": first["steps"],
-                                          "answer": truth, "is_valid": True, "source": first["kind"]}
+                chains[first["chain"]] = {"id": first["chain"], "problem_id": digest(plain(first["question"])),
+                                          "question": first["question"], "steps": first["steps"], "answer": truth,
+                                          "is_valid": True, "source": first["kind"]}
         if remembered:
             with self.open() as (connection, _):
                 found = connection.execute("SELECT id, problem_id, question, steps, answer, source FROM texts")
                 for id, problem_id, question, steps, answer, source in found.fetchall():
                     chains[id] = {"id": id, "problem_id": problem_id, "question": question, "steps": steps,
                                   "answer": answer, "is_valid": True, "source": source}
-        kept = [chain for key, chain in chains.items() if key not in down]
+        liked = [chain for key, chain in chains.items() if key not in down]
+        kept = [chain for chain in liked if plain(chain["question"]) not in tested]
         lines = "".join(json.dumps(chain) + "\n" for chain in kept)
         write_atomic(Path(out), lambda path: path.write_text(lines))
-        return {"out": str(out), "chains": len(kept), "interactions": len(groups), "rated_down": len(down)}
+        return {"out": str(out), "chains": len(kept), "interactions": len(groups), "rated_down": len(down),
+                "left_out": len(liked) - len(kept)}
 
     def stats(self) -> dict:
         """Counts: chains, steps, latents, chains a domain, interactions by verdict and rating; bytes; the origin."""
@@ -552,6 +567,7 @@ class Export(Stats):
 
     out: str = "out/feedback.jsonl"
     remembered: bool = False  # the stored chains as well
+    without: tuple[str, ...] = ()  # jsonl files of problems whose questions are left out: test sets
 
 
 @dataclass
@@ -566,7 +582,7 @@ COMMANDS = {
     "recall": (Recall, run_recall), "log": (Log, run_log), "rate": (Rate, run_rate),
     "forget": (Forget, lambda args: {"forgotten": Memory(args.memory).forget(args.id, args.problem_id, args.domain,
                                                                              args.everything)}),
-    "export": (Export, lambda args: Memory(args.memory).export(args.out, args.remembered)),
+    "export": (Export, lambda args: Memory(args.memory).export(args.out, args.remembered, args.without)),
     "latents": (Latents, lambda args: {"out": args.out, "latents": Memory(args.memory).export_latents(args.out)}),
 }  # fmt: skip
 

@@ -3,8 +3,9 @@
     from redact import redact
     redact("Call 650-253-0000 or write to ann@example.com")  # ("Call [PHONE] or write to [EMAIL]", 2)
 
-E-mail addresses, phone, card and IBAN account numbers, IP addresses, API keys and passwords. What is found is what is
-written as usual: a number in words, "ann at example dot com", a bare local phone number pass.
+E-mail addresses, phone and card numbers, IBANs, IP addresses, API keys, passwords that are called so. What is found is
+what is written as usual: numbers in words, "ann at example dot com", ten digits in a row, local numbers of other
+countries without a word such as "call" before them, and account numbers of other kinds pass.
 """
 
 import functools
@@ -12,6 +13,7 @@ import importlib
 import ipaddress
 import re
 
+WIDE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # ann＠example.com
 REGION = "US"  # whose phone numbers are known without a country code
 
 
@@ -19,7 +21,7 @@ def need(module: str, package: str):
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise ValueError(f"memory.py needs {package}: pip install {package}") from None
+        raise ValueError(f"this needs {package}: pip install {package}") from None
 
 
 SECRETS = """aws.AWSKeyDetector azure_storage_key.AzureStorageKeyDetector basic_auth.BasicAuthDetector
@@ -32,6 +34,9 @@ MORE_KEYS = [re.compile(pattern, re.S) for pattern in (
     r"(?<![A-Za-z0-9])(?:sk|rk|pk)[-_][\w-]{20,}",  # OpenAI, Anthropic, Stripe
     r"(?<![A-Za-z0-9])(?:hf_\w{20,}|npm_\w{20,}|github_pat_\w{20,}|AIza[\w-]{30,})",
     r"(?<![A-Za-z0-9])eyJ[\w=-]+\.[\w=-]+(?:\.[\w.+/=-]*)?",  # JSON web tokens
+    r"(?i:\bpassw(?:or)?d|\bpwd|\bpassphrase)(?:\s+is)?\s{0,3}[:=]?\s{0,3}[\"']?(?=[^\s\"']{0,64}[\d!@#$%&*])"
+    r"[^\s\"',;()]{6,}",
+    r"\b(?i:bearer)\s+[\w.~+/-]{16,}=*",
     r"(?i:api[_-]?key|(?:access|secret)[_-]?key|secret|token|passw(?:or)?d|pwd)[\"']?\s{0,3}[:=]\s{0,3}[\"']?"
     r"(?=[^\s\"']{0,64}[A-Za-z])(?=[^\s\"']{0,64}\d)[^\s\"',;()]{12,}",
 )]
@@ -100,7 +105,7 @@ def redact(text: str) -> tuple[str, int]:
     Of what two kinds claim, the first in this order has it. Keys: patterns of detect-secrets and MORE_KEYS; the rest
     is checked as far as it can be: IBANs and cards by their check digits, addresses and phone numbers by libraries.
     """
-    count = 0
+    count, text = 0, text.translate(WIDE)
 
     def cut(kind, text, spans):
         nonlocal count

@@ -152,7 +152,7 @@ def _run(source, timeout_s, memory_mb, is_boxed):
     if reason:
         detail = {"timeout": f"after {timeout_s} s", "output_limit": f"more than {MAX_OUTPUT} bytes"}[reason]
     elif process.returncode:
-        reason = "memory" if detail.rpartition("\n")[2].startswith("MemoryError") else "exit_code"
+        reason = "memory" if "MemoryError" in detail.rpartition("\n")[2].partition(":")[0] else "exit_code"
     return Verdict(reason is None, reason or "ok", detail if reason else "", stdout)
 
 

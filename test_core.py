@@ -504,6 +504,34 @@ def test_every_benchmark_reads_its_official_schema(name, tmp_path):
             data.load_problems(name, split, str(tmp_path))
 
 
+def test_prompts_are_those_of_the_field(tmp_path):
+    row = OFFICIAL_ROWS["mmlu"][0]
+    write_jsonl(tmp_path / "test.jsonl", [row, row | {"subject": "anatomy", "question": "Where?", "answer": 0}] * 2)
+    write_jsonl(tmp_path / "dev.jsonl", [row | {"question": f"{s}?", "subject": s, "answer": 3}
+                                         for s in ("anatomy", "world_religions")])
+    bench, (p, q, *_) = benchmarks.BENCHMARKS["mmlu"], data.load_problems("mmlu", "test", str(tmp_path))
+    shots = benchmarks.examples_for([p, q], benchmarks.load("mmlu", "dev", str(tmp_path)), 1)
+    choices = "A. a\nB. b\nC. c\nD. d\nAnswer:"
+    assert [benchmarks.prompt(bench, x, e) for x, e in zip((p, q), shots, strict=True)] == [
+        "The following are multiple choice questions (with answers) about world religions.\n\n"
+        f"world_religions?\n{choices} D\n\nWho?\n{choices}",
+        f"The following are multiple choice questions (with answers) about anatomy.\n\nanatomy?\n{choices} D\n\n"
+        f"Where?\n{choices}"]
+    assert benchmarks.continuations(p) == [" A", " B", " C", " D"]
+    assert {x["subject"] for x in data.load_problems("mmlu", "test", str(tmp_path), 2)} == {p["subject"], q["subject"]}
+    found = evaluate_accuracy.by_subject(bench, data.load_problems("mmlu", "test", str(tmp_path)), [1, 0, 1, 1])
+    assert found == {"macro": 0.75, "subjects": {"anatomy": 0.5, "world_religions": 1.0}}
+    arc = data.load_problems("arc_easy", "test", str(write_rows(tmp_path / "arc", [ARC_ROW])))[0]
+    assert benchmarks.prompt(benchmarks.BENCHMARKS["arc_easy"], arc) == "Question: Which animal barks?\nAnswer:"
+    assert benchmarks.continuations(arc) == [" a cat", " a dog", " a fish"]
+
+
+def write_rows(folder, rows, name="test.jsonl"):
+    folder.mkdir()
+    write_jsonl(folder / name, rows)
+    return folder
+
+
 def test_benchmarks_group_and_refuse(tmp_path):
     assert len({benchmarks.three_sizes(task) for task in benchmarks.BBH}) == 23 and len(benchmarks.BBH) == 27
     with pytest.raises(ValueError, match="humaneval has only test"):
@@ -1211,16 +1239,20 @@ def latent_chains(n=40, dim=12, seed=0, wrong=True):
     return chains
 
 
-def latents_folder(folder, n=60, split="train", dim=12):
-    """A folder of latents as extract.py writes it, from made-up vectors; every 5th chain is of `val`."""
+def latents_folder(folder, n=60, split="train", dim=12, name=""):
+    """A folder of latents as extract.py writes it, from made-up vectors; every 5th chain is of `val`.
+
+    name: before every id and question, for a folder of other problems.
+    """
     header = {"schema": latents.SCHEMA, "llm": "made-up", "layer": 2, "pooling": "last", "dim": dim, "dtype": "float32",
               "logprobs": False, "dataset": "gsm8k", "split": split}  # fmt: skip
     records, parts, at = [], [], 0
     for chain in latent_chains(n, dim):
         for suffix, z, step in (("", chain["h"], None), ("+wrong", chain["wrong_h"], chain["wrong_step"])):
-            part = {"id": chain["id"] + suffix, "question": "q", "steps": chain["steps"], "is_valid": step is None}
+            part = {"id": name + chain["id"] + suffix, "question": f"{name}q{chain['id']}",
+                    "steps": chain["steps"], "is_valid": step is None}
             where = {"train": "val" if int(chain["id"]) % 5 == 0 else "train"}.get(split, split)
-            records.append(latents.record(part, chain["id"], where, step) | {
+            records.append(latents.record(part, name + chain["id"], where, step) | {
                 "n_tokens": [1] * len(z), "shard": 0, "start": at, "end": at + len(z)})
             parts.append(z)
             at += len(z)
@@ -1407,29 +1439,31 @@ def test_an_rjepa_run_resumes_to_the_same_weights_and_scores(tmp_path, monkeypat
     json.dumps(figures, allow_nan=False)
 
 
-def test_a_retrained_run_must_not_lose_on_the_held_out_set(tmp_path, capsys):
-    here, more, first = latents_folder(tmp_path / "here"), tmp_path / "more", str(tmp_path / "first")
+def test_a_retrained_run_must_not_lose_on_the_held_out_set(tmp_path, capsys, monkeypatch):
+    runs_relative, real = train.relative_l1, latents.load_latents
+    here, more = latents_folder(tmp_path / "here"), latents_folder(tmp_path / "more", name="fed-")
+    first = str(tmp_path / "first")
     train.train("rjepa-small", rjepa_config(dim=0, latents=str(here), out_dir=first))
-    rows, manifest = latents.load_latents(here)
-    fed = [latents.record({"id": f"fed-{r['id']}", "question": "q", "steps": r["steps"], "is_valid": True}, f"fed-{i}",
-                          "train") | {"n_tokens": [1] * len(r["h"]), "shard": 0} for i, r in enumerate(rows)]
-    ends = np.cumsum([0] + [len(r["h"]) for r in rows]).tolist()
-    fed = [r | {"start": b, "end": e} for r, b, e in zip(fed, ends, ends[1:], strict=False)]
-    more.mkdir()
-    header = {k: v for k, v in manifest.items() if k not in ("chains", "rows", "tokens", "shards", "index")}
-    latents.write_shard(more / latents.shard_name(0), [r["h"] for r in rows], [], header, runs.write_atomic)
-    latents.write_index(more, fed, header, runs.write_atomic)
     fields = dict(dim=0, latents=str(more), init_from=first, held_out=str(here))
     worse, better = tmp_path / "worse", tmp_path / "better"
     lost = train.train("rjepa-small", rjepa_config(out_dir=str(worse), lr=3.0, warmup_ratio=0.0, **fields))
     assert not lost["accepted"] and lost["after"] > lost["before"] and "rejected" in capsys.readouterr().err
+    assert runs_relative(lost["val"]) == lost["before"]  # the figures are those of the weights that stay
     (old, _), (kept, _) = runs.load_run(first, "cpu"), runs.load_run(worse, "cpu")
     assert all(torch.equal(v, kept.state_dict()[k]) for k, v in old.state_dict().items())
     won = train.train("rjepa-small", rjepa_config(out_dir=str(better), max_steps=60, save_every=60, **fields))
     assert won["accepted"] and won["before"] == lost["before"] >= won["after"]
     assert any(not torch.equal(v, old.state_dict()[k]) for k, v in runs.load_run(better, "cpu")[0].state_dict().items())
-    with pytest.raises(ValueError, match="holds problem .* of --held_out"):
+    with pytest.raises(ValueError, match="holds a problem of --held_out"):
         train.train("rjepa-small", rjepa_config(out_dir=str(tmp_path / "x"), **(fields | {"latents": str(here)})))
+    asked_again = latents_folder(tmp_path / "again", n=3, name="q")  # other ids, and questions in another spelling
+    index = json.loads(json.dumps(latents.load_latents(asked_again)[1]))
+    rows, _ = latents.load_latents(asked_again)
+    monkeypatch.setattr(latents, "load_latents", lambda folder, *args: (
+        [r | {"question": " Q5"} for r in rows], index) if str(folder) == str(asked_again) else real(folder, *args))
+    fields |= {"latents": str(asked_again), "out_dir": str(tmp_path / "x")}
+    with pytest.raises(ValueError, match="holds a problem of --held_out .*q5"):
+        train.train("rjepa-small", rjepa_config(**fields))
     with pytest.raises(ValueError, match="held_out.*needs --init_from"):
         rjepa_config(held_out=str(here))
 
@@ -1592,11 +1626,14 @@ def test_a_benchmark_is_scored_as_its_kind(tmp_path, monkeypatch, capsys):
     found = run("bbh", [" False"], input="1 < 2 is", target="True")
     assert found["methods"]["greedy"]["accuracy"] == 0.5 and found["macro"] == 0.5 and len(found["subjects"]) == 23
     assert found["methods"]["shuffled"]["accuracy"] == 0.5
-    likely = {" a dog": -1.0, " a cat": -3.0, " a fish": -0.9, " b": 0.0}
+    likely = {" a dog": -1.2, " a cat": -1.1, " a fish": -9.0}
     monkeypatch.setattr(tiny_llm(), "loglikelihoods", lambda pairs: [(likely[t], 1) for _, t in pairs], raising=False)
     found = run("arc_easy")
-    assert found["methods"]["acc"]["accuracy"] == 0.0  # "a fish" is likelier, but not a character
-    assert found["methods"]["acc_norm"]["accuracy"] == 1.0 - 1.0 * (0.9 / 6 < 1.0 / 5)
+    assert found["methods"]["acc"]["accuracy"] == found["methods"]["acc_norm"]["accuracy"] == 0.0
+    likely |= {" a fish": -1.3}  # the least likely, and the likeliest a character
+    monkeypatch.setitem(OFFICIAL_ROWS, "arc_easy", (ARC_ROW | {"answerKey": "3"}, {}))
+    found = run("arc_easy")
+    assert (found["methods"]["acc"]["accuracy"], found["methods"]["acc_norm"]["accuracy"]) == (0.0, 1.0)
     assert found["random"] == pytest.approx(1 / 3) and found["metric"] == "acc_norm"
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
@@ -1606,8 +1643,10 @@ def test_a_benchmark_is_scored_as_its_kind(tmp_path, monkeypatch, capsys):
         found = run(name, max_new_tokens=4, **fields)
         assert found["metric"] in found["methods"] and all(0 <= m["accuracy"] <= 1 for m in found["methods"].values())
         assert len(found.get("subjects", {})) == 23 * (name == "bbh")
-    with pytest.raises(ValueError, match="--shots is for multiple choice"):
+    with pytest.raises(ValueError, match="--shots: bbh has no split with examples"):
         run("bbh", shots=2)
+    with pytest.raises(ValueError, match="--chat and --k are for what an LLM writes"):
+        run("mmlu", k=2)
     with pytest.raises(ValueError, match="needs --dataset, one of gsm8k"):
         evaluate_accuracy.evaluate_llm("tiny", evaluate_accuracy.Args(run="tiny"))
     n, c, k = 10, 3, 4
@@ -2174,7 +2213,7 @@ def test_what_came_of_use_is_logged_rated_exported_and_learned_from(world, capsy
     whole, texts = infer.load_memory(config, kept)
     assert found["filled"][0]["nearest"][0]["text"] in texts and len(whole) == len(texts)
     assert set(texts) == set(infer.load_memory(config, config.latents)[1])
-    with pytest.raises(SystemExit, match="--truth goes with --log"):
+    with pytest.raises(SystemExit, match="--truth 6: .* and --log FILE"):
         infer.main([*score, "--question", question, "--steps", *steps, "--truth", "6"])
 
 

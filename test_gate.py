@@ -288,7 +288,7 @@ def test_validate_runs_code():
     assert verify.validate(ADD, {"steps": []}).reason == "no_steps"
     with pytest.raises(ValueError, match="'entry_point'"):
         verify.validate({"kind": "code", "prompt": "x", "test": "y"}, {"steps": ["z"]})
-    with pytest.raises(ValueError, match="number, math, choice or code"):
+    with pytest.raises(ValueError, match="number, math, choice, exact or code"):
         verify.validate({"kind": "poem", "answer": "1"}, {"steps": ["1"]})
 
 
@@ -323,6 +323,26 @@ OTHER = [("5", "6"), ("(1,2)", "(2,1)"), ("(1,2)", "[1,2]"), (r"\frac{1}{3}", "0
 HOSTILE = ["9**9**9**9", "10^{10^{10}}", "((9!)!)!", "(" * 450 + "1" + ")" * 450, "1" * (1 << 20), "9" * 999, "\0",
            "\ud800", "__import__('os').system('touch MARK')", r"\text{__import__('os').system('touch MARK')}",
            r"\operatorname{exec}(open('MARK','w'))", r"\operatorname{zeros}(99999,99999)", r"\boxed{" * 9999]
+
+
+def test_answers_are_found_where_models_put_them():
+    choice = {"kind": "choice", "choices": ["Paris", "Rome"], "answer": "B"}
+    for text in ("Answer: B", "The answer is B because Rome lies there.", "The answer is B, Rome", "B. Rome", "rome"):
+        assert verify.validate(choice, {"steps": [text]}).is_valid, text
+    assert verify.validate(choice, {"steps": ["The answer is A, Paris"]}).reason == "wrong_answer"
+    exact = {"kind": "exact", "answer": "True"}
+    assert verify.validate(exact, {"steps": [" True."]}).is_valid
+    assert verify.validate(exact, {"steps": ["not True"]}).reason == "wrong_answer"
+    if importlib.util.find_spec("math_verify"):
+        math = {"kind": "math", "answer": "It is \\boxed{5}."}
+        for steps in (["So \\boxed{5}.", "I hope it is correct."], ["\\boxed 5"], ["The answer is $5$."]):
+            assert verify.validate(math, {"steps": steps}).is_valid, steps
+
+
+@boxed
+def test_what_a_program_prints_at_exit_does_not_count_against_it():
+    late = "    return a + b\nimport atexit\natexit.register(print, 'bye')"
+    assert verify.check_program(ADD, late).is_valid
 
 
 @latex

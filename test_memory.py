@@ -123,17 +123,23 @@ def test_what_is_forgotten_is_not_in_the_file(tmp_path):
     memory = a_memory(tmp_path, n=300)
     secret = a_chain(777, question="The zebra Xylophonia has 777 pens, gets 2, doubles them?")
     memory.remember(*secret, domain="zoo")
-    needles = [b"Xylophonia", b"779 * 2 = 1558", secret[2][2].numpy().tobytes()]
-    assert needles[0] in bytes_beside(memory.path)
+    memory.log("demo", secret[1]["question"], secret[1]["steps"], truth="1558")
+    needles = [b"Xylophonia", b"779 * 2 = 1558"]
+    assert all(needle in bytes_beside(memory.path) for needle in needles)
+    memory.path.chmod(0o600)
     with pytest.raises(ValueError, match="forget needs"):
         memory.forget()
     assert memory.forget(problem_id="p777", domain="toy") == 0
-    assert memory.forget(problem_id="p777") == 1
+    assert memory.forget(problem_id="p777") == 2  # the chain, and its like in the log
+    assert memory.path.stat().st_mode & 0o777 == 0o600
     assert not any(needle in bytes_beside(memory.path) for needle in needles)
     stats = memory.stats()
     assert (stats["chains"], stats["latents"], stats["domains"]) == (300, 1200, {"toy": 300})
+    assert not (memory.vectors(positions="all")[0][:, None] == secret[2]).all(-1).any()
     log_id = memory.log("demo", "Who is Quetzalia?", ["1+1 = 2"], truth="2")
     memory.rate(log_id, "up")
+    with pytest.raises(ValueError, match="goes without problem_id"):
+        memory.forget(id=log_id, problem_id="nope")
     assert memory.forget(id=log_id) == 1 and memory.interactions() == []
     assert b"Quetzalia" not in bytes_beside(memory.path)
     z = secret[2][1]
@@ -141,6 +147,22 @@ def test_what_is_forgotten_is_not_in_the_file(tmp_path):
     assert memory.remember(*secret).is_valid and memory.forget(everything=True) == 301
     assert memory.stats()["latents"] == 0 and memory.recall(z) == [] and b"pens" not in bytes_beside(memory.path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.duckdb"]
+
+
+def test_a_key_over_several_steps_and_a_test_question_do_not_get_far(tmp_path):
+    memory = a_memory(tmp_path)
+    key = ["-----BEGIN RSA PRIVATE KEY-----", "MIIEpAIBAAKCAQEAsecretbody", "-----END RSA PRIVATE KEY-----"]
+    log_id = memory.log("demo", "What is this?", ["1+1 = 2", *key])
+    assert memory.interactions(log_id)[0]["steps"] == ["1+1 = 2", "[KEY]"]
+    assert b"secretbody" not in bytes_beside(memory.path)
+    for question in ("Who has 2 pens?", "Who has  2 PENS?", "Who has 3 pens?"):
+        memory.log("demo", question, ["1+1 = 2"], truth="2")
+    tests = write_jsonl(tmp_path / "test.jsonl", [{"question": "Who has 2 pens?", "answer": "#### 2"}])
+    found = memory.export(tmp_path / "fed.jsonl", without=[tests])
+    assert (found["chains"], found["left_out"]) == (1, 2) and "3 pens" in (tmp_path / "fed.jsonl").read_text()
+    memory.export(tmp_path / "fed.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "fed.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 and len({r["problem_id"] for r in rows}) == 2  # a problem lies in one split
 
 
 def test_exported_latents_hold_no_text(tmp_path):

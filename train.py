@@ -94,7 +94,8 @@ def train(preset: str, config) -> dict:
     before = None  # what a run that goes on from another must not lose
     if getattr(config, "held_out", ""):
         kept = {k: v.clone() for k, v in model.state_dict().items()}
-        before = relative_l1(job.evaluate(model, device, autocast))
+        old_val = job.evaluate(model, device, autocast)
+        before = relative_l1(old_val)
         model.load_state_dict(kept)  # evaluation stores quantiles
     optimizer = configure_optimizers(model, config)
     first = 0
@@ -210,6 +211,7 @@ def train(preset: str, config) -> dict:
                         + ("accepted" if is_accepted else "rejected, the old weights stay"))
                     if not is_accepted:
                         model.load_state_dict(kept)
+                        val = old_val
             window, window_tokens = time.time(), 0
         if done % config.save_every == 0 or done == n_steps:
             save(done)

@@ -366,7 +366,7 @@ def check_math(prediction, truth):
     """
     global _math_process
     if importlib.util.find_spec("math_verify") is None:
-        raise ImportError("LaTeX answers are compared by math-verify: pip install math-verify")
+        raise ValueError("LaTeX answers are compared by math-verify: pip install math-verify")
     texts = [_boxed(text).strip() for text in (prediction, truth)]
     if not all(0 < len(text) <= MAX_MATH for text in texts):
         return False
@@ -390,10 +390,12 @@ def check_math(prediction, truth):
 
 
 def _boxed(text):
-    r"""The content of the last \boxed{} with balanced braces; else the text itself."""
+    r"""The content of the last \boxed{} with balanced braces; else the last $formula$, else the text itself."""
+    text = re.sub(r"\\boxed ([^{\s$]+)", r"\\boxed{\1}", text)
     start = text.rfind("\\boxed{") + len("\\boxed{")
     if start < len("\\boxed{"):
-        return text
+        inline = re.findall(r"(?<!\\)\$([^$]+)\$", text)
+        return inline[-1] if inline else text
     depth = 1
     for end in range(start, min(len(text), start + 2 * MAX_MATH)):
         depth += (text[end] == "{") - (text[end] == "}")
@@ -414,12 +416,12 @@ def check_program(problem, completion, timeout_s=10, memory_mb=512, allow_unsafe
     """
     prompt, test, entry_point = (_field(problem, "problem", name, str) for name in ("prompt", "test", "entry_point"))
     word = secrets.token_hex(16)
-    source = f"{prompt}{completion}\n{test}\ncheck({entry_point})\n__import__('sys').stdout.write('\\n{word}')\n"
+    source = f"{prompt}{completion}\n{test}\ncheck({entry_point})\n__import__('sys').stdout.write('\\n{word}\\n')\n"
     verdict = run_program(source, timeout_s, memory_mb, allow_unsafe)
-    output, _, last = verdict.stdout.rpartition("\n")
-    if verdict.is_valid and last != word:
+    output, found, rest = verdict.stdout.partition(f"\n{word}\n")  # the rest: what is printed at exit
+    if verdict.is_valid and not found:
         return Verdict(False, "tests_not_run", "the program ended before its tests did", verdict.stdout)
-    return Verdict(verdict.is_valid, verdict.reason, verdict.detail, output if verdict.is_valid else verdict.stdout)
+    return Verdict(verdict.is_valid, verdict.reason, verdict.detail, output + rest)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -450,15 +452,16 @@ def validate(problem, chain, allow_unsafe=False):
     - "number" (also where there is no kind): {"answer": bare or with ####}; the answer is declared by #### n, A: n or
       \boxed, and the arithmetic of every step must hold: else the reason of the first bad step (check_step); the
       detail has its number, from 1.
-    - "math": {"answer": LaTeX}; declared by \boxed, or the last step as it is. Steps are not judged.
+    - "math": {"answer": LaTeX}; declared by the last \boxed, or the last step as it is. Steps are not judged.
+    - "exact": {"answer": text}; the last step is that text, but for blanks around it and a full stop.
     - "choice": {"choices": [str], "answer": its letter, or "label": its index}; a letter or the choice's text, declared
       as a number is or by "answer is". Steps are not judged.
     - "code": check_program's fields and reasons; the steps, joined by newlines, are the completion.
     Raises ValueError naming the field that is missing, empty or of the wrong type.
     """
     kind, name = problem.get("kind", "number"), f"chain {chain.get('id', '')!r}"
-    if kind not in ("number", "math", "choice", "code"):
-        raise ValueError(f"problem {problem.get('id', '')!r}: kind {kind!r}: use number, math, choice or code")
+    if kind not in ("number", "math", "choice", "exact", "code"):
+        raise ValueError(f"problem {problem.get('id', '')!r}: kind {kind!r}: use number, math, choice, exact or code")
     steps = _field(chain, name, "steps", list)
     if any(not isinstance(step, str) or not step.strip() for step in steps):
         raise ValueError(f"{name}: field 'steps' holds something else than non-empty strings")
@@ -467,7 +470,8 @@ def validate(problem, chain, allow_unsafe=False):
     if kind == "code":
         return check_program(problem, "\n".join(steps), allow_unsafe=allow_unsafe)
     stated = _field(chain, name, "answer", str) if chain.get("answer") is not None else None
-    by_kind = {"number": _validate_number, "math": _validate_math, "choice": _validate_choice}
+    by_kind = {"number": _validate_number, "math": _validate_math, "choice": _validate_choice,
+               "exact": _validate_exact}
     return by_kind[kind](problem, steps, stated)
 
 
@@ -490,7 +494,9 @@ def _validate_number(problem, steps, stated):
 
 def _validate_math(problem, steps, stated):
     truth = _field(problem, f"problem {problem.get('id', '')!r}", "answer", str)
-    for answer in [stated] * (stated is not None) + [steps[-1]] * (stated is None or "\\boxed{" in steps[-1]):
+    text = "\n".join(steps)
+    written = text if "\\boxed" in text else steps[-1]
+    for answer in [stated] * (stated is not None) + [written] * (stated is None or written is text):
         if not _boxed(answer).strip():
             return Verdict(False, "no_answer", f"nothing in {answer!r:.60}")
         if not check_math(answer, truth):
@@ -498,12 +504,21 @@ def _validate_math(problem, steps, stated):
     return Verdict(True, "ok")
 
 
-CHOICE = re.compile(r"####\s*(.+)|^[ \t]*A:(.+)$|\\boxed\{(.+)\}|\banswer is:?\s*(\([A-Z]\)|.+)", re.M | re.I)
+def _validate_exact(problem, steps, stated):
+    truth = _field(problem, f"problem {problem.get('id', '')!r}", "answer", str).strip().removesuffix(".")
+    for answer in [stated] * (stated is not None) + [steps[-1]]:
+        if answer.strip().removesuffix(".") != truth:
+            return Verdict(False, "wrong_answer", f"{answer:.60} instead of {truth:.60}")
+    return Verdict(True, "ok")
+
+
+CHOICE = re.compile(r"####\s*(.+)|^[ \t]*A:(.+)$|\\boxed\{(.+)\}|\banswer(?: is)?:?\s*(\([A-Z]\)|.+)", re.M | re.I)
 
 
 def _choice(text, choices):
     """The index of the choice that a letter ("B", "(b)", "B. Rome") or its own text names, or None."""
     text = re.sub(r"\\text\{([^{}]*)\}|[*$]", r"\1", text).strip().removesuffix(".")
+    text = re.sub(r"^\(?([A-Z])\)?(?:,|\s+because\b).*", r"\1", text)  # B, since Rome lies there
     texts = [choice.strip().removesuffix(".").casefold() for choice in choices]
     if match := re.fullmatch(r"\(?([a-z])\)?|\(?([a-z])[).:]\s*(.+)", text, re.I | re.S):
         index, rest = ord((match[1] or match[2]).upper()) - ord("A"), match[3]
@@ -631,6 +646,8 @@ def main():
     except (ValueError, OSError, RuntimeError) as e:
         raise SystemExit(str(e)) from None
     print(json.dumps(result))
+    if args.humaneval is not None and result["passed"] != (0 if args.mutants else result["n"]):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
