@@ -1,4 +1,4 @@
-"""The gate's tests: programs in the sandbox and attacks on it, HumanEval, LaTeX and multiple choice; the memory.
+"""The gate's tests: programs in the sandbox and attacks on it, HumanEval, LaTeX and multiple choice.
 
     pytest -q test_gate.py
 """
