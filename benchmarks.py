@@ -69,7 +69,7 @@ def hellaswag(row: dict) -> dict:
         return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
     if row["label"] == "":
-        raise ValueError("field 'label' is empty: the labels of this split are not public")
+        raise ValueError("field 'label' is empty: the labels of this split are not public, those of --split val are")
     question = clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
     return choice(question, [clean(ending) for ending in row["endings"]], row["label"])
 

@@ -424,10 +424,25 @@ def pick_preset(name: str):
     return dataclasses.replace(PRESETS[name])
 
 
+def pick_command(doc: str, script: str, commands, argv: list[str] | None = None) -> list[str]:
+    """The command line, of which the first word is one of `commands`; else the help, or SystemExit with the nearest."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] in ([], ["-h"], ["--help"]):
+        print(f"{doc.strip()}\n\n{script} COMMAND --help lists the options of a command: {', '.join(commands)}")
+        raise SystemExit(0 if argv else 2)
+    if argv[0] not in commands:
+        near = difflib.get_close_matches(argv[0], commands, 1)
+        raise SystemExit(f"{script} {argv[0]}: " + (f"did you mean {near[0]}? " if near else "")
+                         + f"Commands: {', '.join(commands)}")
+    return argv
+
+
 def parse_cli(argv: list[str], default: str = "quickstart"):
     """[PRESET] --field value ... -> (preset name, config). Prints what differs from the preset."""
     import tyro
 
+    if argv in (["-h"], ["--help"]):
+        print(f"train.py PRESET --field value; presets: {', '.join(PRESETS)}\n")
     name, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (default, argv)
     base = pick_preset(name)
     config = tyro.cli(type(base), default=base, args=rest, prog=f"train.py {name}")

@@ -465,9 +465,10 @@ def evaluate_llm(name: str, args) -> dict:
         raise ValueError(f"{problem}, or pass --allow_unsafe_code to run generated code with your rights")
     llm = load_llm(name, args.device)
     print(f"{llm.name} itself on {args.dataset}, {len(problems)} problems")
+    asked = {"llm": llm.name} | {key: getattr(args, key) for key in ("dataset", "split", "shots", "chat")}
     shots = shots or [[] for _ in problems]
     if bench.kind == "choice":
-        return {"llm": llm.name, **evaluate_choices(llm, bench, problems, shots, args)}
+        return asked | evaluate_choices(llm, bench, problems, shots, args)
     if bench.kind == "number" and isinstance(llm, HuggingFaceLLM):
         llm.set_prompt("few_shot")
     answers = write_answers(llm, bench, problems, shots, args)
@@ -485,7 +486,7 @@ def evaluate_llm(name: str, args) -> dict:
     if k > 1 and bench.kind == "number":
         methods["majority"] = figures(right[np.arange(n), [majority(row) for row in answers]])
     methods["shuffled"] = figures(shuffled, recovered=False)
-    return {"llm": llm.name, "n": n, "k": k, "random": random, "oracle": oracle,
+    return asked | {"n": n, "k": k, "random": random, "oracle": oracle,
             "metric": "pass@1" if k > 1 else "greedy", "methods": methods, **by_subject(bench, problems, right.mean(1))}
 
 

@@ -174,16 +174,22 @@ def ask_endpoint(args, splits: list[tuple[str, list[dict]]]) -> dict:
         raise ValueError("--endpoint needs openai: pip install openai") from None
     path, problems = Path(args.out) / "chains.jsonl", [p for _, part in splits for p in part]
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = path.read_bytes().split(b"\n")[:-1] if path.is_file() and not args.overwrite else []
-    write_atomic(path, lambda p: p.write_bytes(b"".join(line + b"\n" for line in kept)))  # less a half-written line
-    rows = verify.read_jsonl(path, ["problem_id", "made_by"]) if kept else []
+    if args.overwrite and path.is_file():
+        os.replace(path, path.with_suffix(".jsonl.old"))  # they may have cost money
+    if path.is_file() and not path.read_bytes().endswith(b"\n"):  # a half-written line
+        whole = path.read_bytes().rpartition(b"\n")[0]
+        write_atomic(path, lambda p: p.write_bytes(whole + b"\n" * bool(whole)))
+    rows = verify.read_jsonl(path, ["problem_id", "made_by"]) if path.is_file() and path.stat().st_size else []
     made_by = f"{args.llm} temperature {args.temperature:g} top_p {args.top_p:g} seed {args.seed}"
     if foreign := {r["made_by"] for r in rows} - {made_by}:
         raise ValueError(f"{path} holds chains of {foreign.pop()}, not of {made_by}: choose another --out, or "
                          "--overwrite")
     n_there = Counter(r["problem_id"] for r in rows)
     client = openai.OpenAI(base_url=args.endpoint, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=5)
-    used, began, lock = sum(r["tokens"] for r in rows), time.time(), threading.Lock()
+    say(f"asking {args.endpoint} for {args.generate} chains to each of {len(problems):,} problems; {len(rows):,} are "
+        "there")
+    paid = used = sum(r["tokens"] for r in rows)
+    began, lock = time.time(), threading.Lock()
 
     def ask(problem):
         nonlocal used
@@ -192,8 +198,9 @@ def ask_endpoint(args, splits: list[tuple[str, list[dict]]]) -> dict:
                 model=args.llm, messages=shot_messages(problem["question"]),
                 n=args.generate - n, temperature=args.temperature, top_p=args.top_p, seed=args.seed + n,
                 max_tokens=args.max_new_tokens)
-            if not reply.choices:
-                raise ValueError(f"--endpoint {args.endpoint}: an answer without choices to problem {problem['id']}")
+            if not getattr(reply, "choices", None):
+                raise ValueError(f"--endpoint {args.endpoint}: no reply of OpenAI's chat API ({str(reply)[:60]!r}); "
+                                 "its address usually ends in /v1")
             if args.max_tokens_total and not reply.usage:
                 raise ValueError(f"--endpoint {args.endpoint} does not say how many tokens it used: --max_tokens_total "
                                  "cannot be kept, leave it out")
@@ -219,15 +226,15 @@ def ask_endpoint(args, splits: list[tuple[str, list[dict]]]) -> dict:
                     say(f"{done:,} of {len(problems):,} problems, {used:,} tokens")
         except openai.OpenAIError as error:
             pool.shutdown(cancel_futures=True)
-            raise ValueError(f"--endpoint {args.endpoint}: {type(error).__name__}: {str(error)[:300]}; what has come "
-                             f"is in {path}, the same command goes on") from None
+            raise ValueError(f"--endpoint {args.endpoint}: {type(error).__name__}: {str(error)[:300]}; {len(rows)} "
+                             f"chains are in {path}, to which the same command, without --overwrite, adds") from None
     missing = sum(n_there[p["id"]] < args.generate for p in problems)
     if missing:
         say(f"--max_tokens_total {args.max_tokens_total} is used up: {missing} problems are still to be asked")
     return {"chains": len(rows), "steps": sum(len(r["steps"]) for r in rows), "tokens": used, "missing": missing,
             "right": sum(r["is_valid"] for r in rows) / max(1, len(rows)),
             "reasons": dict(Counter(r["reason"] for r in rows).most_common()),
-            "tokens_per_s": round(used / max(time.time() - began, 1e-9)), "dim": None, "layer": None}
+            "tokens_per_s": round((used - paid) / max(time.time() - began, 1e-9)), "dim": None, "layer": None}
 
 
 def prepare(folder: Path, overwrite: bool):
@@ -302,14 +309,15 @@ class Args:
     generate: int = 0  # write this many chains for each problem instead of reading its own solution; with logprobs
     endpoint: str = ""  # --generate: URL of a server with OpenAI's chat API that is asked for --llm; no latents
     concurrency: int = 8  # requests to it at a time
-    max_tokens_total: int = 0  # ask no more once it has used so many tokens, prompts included; 0: no limit
+    # ask no more once it has used so many tokens, prompts included (requests on their way come on top); 0: no limit
+    max_tokens_total: int = 0
     temperature: float = 0.8  # of what is written; 0: greedy
     top_p: float = 0.95
     max_new_tokens: int = 256
     logprobs: bool = False  # mean logprob of each step's tokens as well; runs all layers and the LM head
     quantize: Literal["none", "nf4"] = "none"  # load the LLM in 4 bits (CUDA, bitsandbytes)
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # the LLM's; auto: bf16 where the hardware computes in it
-    limit: int = 0  # the first N problems; 0: all (synthetic: needed)
+    limit: int = 0  # the first N problems (`train`: and a twentieth as many of val); 0: all (synthetic: needed)
     seed: int = 1  # which synthetic problems, which counterfactuals
     max_problem_steps: int = 8  # of synthetic problems
     shard_size: int = 512  # chains a shard
@@ -322,8 +330,8 @@ class Args:
         for name in ("shard_size", "token_budget", "max_new_tokens"):
             check(self, name, getattr(self, name) > 0, "must be positive")
         check(self, "concurrency", self.concurrency > 0, "must be positive")
-        if self.endpoint and not self.generate:
-            raise ValueError("--endpoint goes with --generate K")
+        if self.endpoint and not (self.generate and self.endpoint.startswith(("http://", "https://"))):
+            raise ValueError(f"--endpoint {self.endpoint}: needs an address with http:// or https://, and --generate K")
         for name in ("limit", "seed", "threads", "generate", "max_tokens_total"):
             check(self, name, getattr(self, name) >= 0, "must not be negative")
         check(self, "layer", bool(self.layer) and bool(self.pooling), "needs at least one layer and pooling")
@@ -396,4 +404,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on from here")

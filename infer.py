@@ -29,7 +29,7 @@ import data
 import extract
 import latents
 import verify
-from config import check
+from config import check, pick_command
 from llm import LLM, HuggingFaceLLM, generate, load_llm
 from memory import Memory
 from runs import encoder_block_size, load_config, load_encoder, load_run, load_tokenizer, weights_digest, write_atomic
@@ -293,7 +293,11 @@ def load_memory(config, folder: str) -> tuple[torch.Tensor, list[str]]:
     """(latents [N, D], texts) of the verified training steps in a folder of latents, or of memory.py's file."""
     if Path(folder).is_file():
         h, steps = Memory(folder, {k: getattr(config, k) for k in latents.SAME_LLM}).vectors()
+        if not steps:
+            raise ValueError(f"--memory {folder} holds no verified chain")
         return h, [step["text"] for step in steps]
+    if not Path(folder).exists():
+        raise FileNotFoundError(f"--memory {folder}: neither a folder of latents nor a file of memory.py")
     rows, manifest = latents.load_latents(folder)
     latents.check_same_llm(config, manifest, f"--memory {folder}")
     rows = [r for r in rows if r["is_valid"] and r["split"] == "train"]
@@ -637,9 +641,7 @@ def log_answer(command: str, args: Asked, result: dict) -> str:
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] not in COMMANDS:
-        raise SystemExit(f"infer.py COMMAND RUN ...; commands: {', '.join(COMMANDS)}")
+    argv = pick_command(__doc__, "infer.py", COMMANDS, argv)
     kind, function = COMMANDS[argv[0]]
     args = tyro.cli(kind, args=argv[1:], prog=f"infer.py {argv[0]}")
     try:
@@ -660,7 +662,7 @@ def main(argv=None):
     for c in result.get("candidates", []):
         head = "nothing written" if not c["steps"] else (
             f"score {c['score']:.3f}  logprob {c['logprob']:.3f}  energy {c['energy']:.3f}  "
-            f"{c['arithmetic'] or 'arithmetic holds'}")
+            + (f"wrong: {c['arithmetic']}" if c["arithmetic"] else "no wrong equation"))
         print("\n    ".join([head, *c["steps"]]))
     print(json.dumps(result, allow_nan=False))
 

@@ -121,9 +121,7 @@ def problems_to_extract(args) -> list[tuple[str, list[dict]]]:
         check(args, "limit", args.limit > 0, "must say how many synthetic problems to make")
     found = []
     for split in ("train", "val") if args.split == "train" else (args.split,):
-        limit = args.limit
-        if args.dataset == "synthetic" and split != args.split:
-            limit = -(-limit // data.VAL_EVERY)
+        limit = args.limit if split == args.split else -(-args.limit // data.VAL_EVERY)
         found.append((split, data.load_problems(args.dataset, split, args.data_dir, limit, args.seed,
                                                 args.max_problem_steps)))
     return found

@@ -21,7 +21,6 @@ import functools
 import json
 import random
 import re
-import shutil
 import sys
 import threading
 import time
@@ -37,7 +36,7 @@ import torch
 
 import latents
 import verify
-from config import check
+from config import check, pick_command
 from redact import need, redact
 from runs import digest, say, write_atomic
 
@@ -104,10 +103,14 @@ class Memory:
     def open(self, write: bool = False, create: bool = False):
         """(connection, meta as a dict); with `write` one transaction, which is undone where the block raises."""
         duckdb = need("duckdb", "duckdb")
-        if create:
+        if create and not self.path.is_file():
             self.path.parent.mkdir(parents=True, exist_ok=True)
         elif not self.path.is_file():
             raise FileNotFoundError(f"{self.path}: no such memory; `memory.py remember` or `log` makes one")
+        elif self.path.stat().st_size:
+            with open(self.path, "rb") as file:
+                if file.read(12)[8:] != b"DUCK":  # DuckDB would open a jsonl or parquet file as a view
+                    raise ValueError(f"{self.path} is no memory: not a DuckDB file")
         deadline, settings = time.monotonic() + self.wait_s, {"temp_directory": f"{self.path}.spill"}
         with IN_PROCESS:
             while True:
@@ -272,7 +275,7 @@ class Memory:
         killed in between, the old one stays. everything: all chains and interactions.
         """
         if everything == bool(id or problem_id or domain):
-            raise ValueError("forget needs id, problem_id or domain; or everything, and nothing else")
+            raise ValueError("forget needs --id, --problem_id or --domain; or --everything, and nothing else")
         if id and self.path.is_file() and self.interactions(id):
             if problem_id or domain:
                 raise ValueError(f"id {id!r} is an interaction: it goes without problem_id and domain")
@@ -291,7 +294,7 @@ class Memory:
         return count
 
     def copy_rest(self, connection, meta: dict, path: Path):
-        """Writes all but what the table `gone` names to a new file, with the old one's permissions."""
+        """Writes all but what the table `gone` names to a new file."""
         for stale in (path, Path(f"{path}.wal")):
             stale.unlink(missing_ok=True)
         connection.execute("ATTACH ? AS fresh", [str(path)])
@@ -305,7 +308,6 @@ class Memory:
         for table, stays in rest.items():
             connection.execute(f"INSERT INTO fresh.{table} SELECT * FROM {table} WHERE {stays} ORDER BY rowid")
         connection.execute("DETACH fresh")
-        shutil.copymode(self.path, path)
 
     # ------------------------------------------------------------------------- feedback
 
@@ -335,6 +337,8 @@ class Memory:
 
         No row is ever changed: the latest rating and the latest truth count.
         """
+        if rating is None and truth is None:
+            raise ValueError("rate needs a rating, or the truth")
         row, count = redact_row({"truth": truth})
         row |= {"id": uuid.uuid4().hex, "of": id, "rating": check_rating(rating), "redactions": count}
         first = next((r for r in self.interactions(id) if r["of"] is None), None)
@@ -472,9 +476,12 @@ def run_remember(args: Remember) -> dict:
     known = [r for r in kept if verify.answer_value(r["answer"]) is not None]
     items = [({"id": r["problem_id"], "answer": r["answer"]}, r, r["h"]) for r in known]
     say(f"{len(items):,} of {len(rows):,} chains are marked valid and of the split train")
-    verdicts = Memory(args.memory, manifest).remember_all(items, args.domain or manifest["dataset"])
+    memory = Memory(args.memory, manifest)
+    before = memory.stats()["chains"] if memory.path.is_file() else 0
+    verdicts = memory.remember_all(items, args.domain or manifest["dataset"])
     reasons = Counter(v.reason for v in verdicts) + Counter(no_answer=len(kept) - len(known))
-    return {"memory": args.memory, "remembered": reasons.pop("ok", 0), "refused": dict(reasons)}
+    return {"memory": args.memory, "remembered": reasons.pop("ok", 0), "new": memory.stats()["chains"] - before,
+            "refused": dict(reasons)}
 
 
 @dataclass
@@ -483,7 +490,7 @@ class Recall(Stats):
 
     question: str = ""  # embedded by the memory's LLM
     steps: tuple[str, ...] = ()  # after the question; the last one is searched with
-    id: str = ""  # a stored chain instead, with --position
+    id: str = ""  # a stored chain instead (the chain_id that recall shows), with --position
     position: int = 0  # 0: its question; 1, 2, …: a step
     positions: Literal["like", "steps", "questions", "all"] = "like"  # where to search; like: what is searched with
     domain: str = ""  # only chains of this one
@@ -551,7 +558,7 @@ def run_log(args: Log) -> dict:
 class Rate(Stats):
     """Appends a rating to a logged interaction, or the right answer."""
 
-    id: str = ""  # as `log` printed it
+    id: str = ""  # as `log` printed it, or infer.py --log as "interaction"
     rating: Literal["up", "down"] | None = None
     truth: str | None = None  # the right answer: the gate judges the chain by it
 
@@ -590,9 +597,7 @@ COMMANDS = {
 def main(argv=None):
     import tyro
 
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] not in COMMANDS:
-        raise SystemExit(f"memory.py COMMAND ...; commands: {', '.join(COMMANDS)}")
+    argv = pick_command(__doc__, "memory.py", COMMANDS, argv)
     kind, function = COMMANDS[argv[0]]
     args = tyro.cli(kind, args=argv[1:], prog=f"memory.py {argv[0]}")
     try:

@@ -1,11 +1,14 @@
 """Run folders: what a run writes, how it is loaded, on which device; used by every script.
 
 A run folder holds model.safetensors, config.json, state.pt (what resuming needs), log.jsonl and its plots.
+
+    python runs.py --run out/rjepa-small --folder pretrained/rjepa-smollm2      # what is needed to use it, in bf16
 """
 
 import hashlib
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -63,8 +66,13 @@ def say(*text):
 
 def write_atomic(path: Path, write):
     """write(temporary path), then fsync and rename: `path` holds the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
+    old = path if path.exists() else temporary
+    old.touch()
+    mode = old.stat().st_mode  # of the old file, or as usual: some writers' files are for the user alone
     write(temporary)
+    os.chmod(temporary, mode)
     with open(temporary, "rb+") as f:
         os.fsync(f.fileno())
     os.replace(temporary, path)
@@ -280,3 +288,37 @@ def save_plots(folder: Path):
         fig.tight_layout()
         fig.savefig(folder / name, dpi=110)
         plt.close(fig)
+
+
+def publish(run: str, folder: str, llm: str = "") -> dict:
+    """Copies what a finished run needs to be used, its matrices in bf16 -> {"folder", "bytes"}; `python runs.py`.
+
+    llm: what an R-JEPA's LLM is called from now on. A guide or Speaker is tied to the R-JEPA beside `folder`.
+    """
+    from safetensors.torch import load_file, save_file
+
+    run, folder = Path(run), Path(folder)
+    preset, config = load_config(run)
+    if folder.exists() and any(p.name not in RUN_FILES for p in folder.iterdir()):
+        raise ValueError(f"{folder} holds other files: choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    config.out_dir = str(folder)
+    if hasattr(config, "latents"):
+        config.llm, config.latents = llm or config.llm, ""
+    if hasattr(config, "world"):
+        config.init_from = str(folder).rpartition("-")[0]
+        config.world = weights_digest(config.init_from)
+    matrices = {name for name, p in build_model(config).named_parameters() if p.dim() > 1}
+    weights = {k: v.bfloat16() if k in matrices else v for k, v in load_file(run / "model.safetensors").items()}
+    write_atomic(folder / "model.safetensors", lambda path: save_file(weights, path))
+    write_atomic(folder / "config.json", lambda path: path.write_text(cfg.to_json(config, preset) + "\n"))
+    if (run / "tokenizer.tiktoken").is_file():
+        shutil.copyfile(run / "tokenizer.tiktoken", folder / "tokenizer.tiktoken")
+    load_run(folder, "cpu")
+    return {"folder": str(folder), "bytes": sum(p.stat().st_size for p in folder.iterdir())}
+
+
+if __name__ == "__main__":
+    import tyro
+
+    print(json.dumps(tyro.cli(publish)))

@@ -518,7 +518,7 @@ def test_memory_command_line(tmp_path, capsys, monkeypatch):
     assert not path.exists()
     folder_of("train")
     assert run_memory(capsys, "remember", "--latents", folder, "--memory", path) == {
-        "memory": str(path), "remembered": 3, "refused": {}}
+        "memory": str(path), "remembered": 3, "new": 3, "refused": {}}
     memory = mem.Memory(path)
     chain_id = memory.vectors()[1][0]["chain_id"]
     nearest = run_memory(capsys, "recall", "--id", chain_id, "--position", 2, "--k", 2, "--memory", path)["nearest"]
