@@ -302,10 +302,10 @@ def publish(run: str, folder: str, llm: str = "") -> dict:
     if folder.exists() and any(p.name not in RUN_FILES for p in folder.iterdir()):
         raise ValueError(f"{folder} holds other files: choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    config.out_dir = str(folder)
+    config.out_dir, config.data_dir = str(folder), ""
     if hasattr(config, "latents"):
         config.llm, config.latents = llm or config.llm, ""
-    if hasattr(config, "world"):
+    if type(config) in (cfg.GuideConfig, cfg.SpeakConfig):
         config.init_from = str(folder).rpartition("-")[0]
         config.world = weights_digest(config.init_from)
     matrices = {name for name, p in build_model(config).named_parameters() if p.dim() > 1}

@@ -540,5 +540,5 @@ def test_memory_command_line(tmp_path, capsys, monkeypatch):
     assert run_memory(capsys, "forget", "--domain", "toy", "--memory", path) == {"forgotten": 3}
     assert run_memory(capsys, "stats", "--memory", path)["interactions"] == {"ok": 1}
     write_jsonl(tmp_path / "no.duckdb", [{"a": 1}] * 999)
-    with pytest.raises(SystemExit, match="no.duckdb cannot be opened"):
+    with pytest.raises(SystemExit, match="no.duckdb is no memory"):
         run_memory(capsys, "stats", "--memory", tmp_path / "no.duckdb")
