@@ -42,7 +42,7 @@ from evaluate_accuracy import majority
 from llm import generate
 from memory import Memory, checked
 from model import answer_row, attn_allowed, question_row
-from runs import is_run, load_config, load_run, load_tokenizer, pick_device, weights_digest
+from runs import encoder_block_size, is_run, load_config, load_run, load_tokenizer, pick_device, weights_digest
 
 WORLDS = {  # R-JEPA runs that the page offers, and what makes them
     "pretrained/rjepa-student": "python train.py rjepa-student --llm pretrained/student --out_dir "
@@ -138,7 +138,8 @@ def legend(*entries: tuple[str, str]) -> Safe:
     def key(shape):
         found = mark(shape, 8, 8) if shape in ("good", "bad", "after") else tag(
             "rect", x=1, y=2, width=14, height=12, class_=shape)
-        return tag("svg", found, width=16, height=16, style="vertical-align:-3px;margin-right:.3em")
+        return tag("svg", found, width=16, height=16,
+                   style="display:inline-block;vertical-align:-3px;margin-right:.3em")
 
     return tag("p", *(tag("span", key(shape), meaning, class_="key") for shape, meaning in entries), class_="legend")
 
@@ -157,7 +158,7 @@ def curve(title: str, values: list[float], quantiles: list[float], threshold: fl
         return lower - (lower - upper) * (v - bottom) / (top - bottom)
 
     parts = [text(left, 12, title, font_weight="bold"),
-             tag("rect", x=left, width=right - left, y=f"{y(high):.1f}", height=f"{y(low) - y(high):.1f}", class_="band"),
+             tag("rect", x=left, width=right - left, y=y(high), height=y(low) - y(high), class_="band"),
              tag("line", x1=left, x2=right, y1=y(middle), y2=y(middle), class_="line", stroke_dasharray="4 3")]
     if threshold is not None:
         parts.append(tag("line", x1=left, x2=right, y1=y(threshold), y2=y(threshold), class_="threshold"))
@@ -180,10 +181,14 @@ def bars(rows: list[tuple[str, float]], best: int) -> Safe:
     found = []
     for i, (label, value) in enumerate(rows):
         width, start = 50 * abs(value), 50 if value >= 0 else 50 - 50 * abs(value)
-        bar = tag("div", class_="bar best" if i == best else "bar", style=f"margin-left:{start:.1f}%;width:{width:.1f}%")
-        found.append(tag("div", tag("div", label, class_="label"), tag("div", bar, class_="axis"),
-                         tag("b", f"{value:+.3f}"), class_="barrow"))
+        place = f"margin-left:{start:.1f}%;width:{width:.1f}%"
+        bar = tag("div", class_="bar best" if i == best else "bar", style=place)
+        name = tag("div", label if len(label) <= 240 else f"{label[:240]} …", class_="label")
+        found.append(tag("div", name, tag("div", bar, class_="axis"), tag("b", f"{value:+.3f}"), class_="barrow"))
     return tag("div", *found, class_="bars")
+
+
+COSINE = [("bar", "cosine, from −1 to 1"), ("best", "the highest")]
 
 
 def mask_picture(names: list[str], allowed: torch.Tensor) -> Safe:
@@ -194,7 +199,7 @@ def mask_picture(names: list[str], allowed: torch.Tensor) -> Safe:
                   text(0, 0, name, transform=f"translate({left + side * i + 11},{top - 5}) rotate(-60)")]
         for j in range(len(names)):
             parts.append(tag("rect", x=left + side * j, y=top + side * i, width=side - 1, height=side - 1,
-                             class_="good" if allowed[i, j] else "empty"))
+                             class_="cell" if allowed[i, j] else "empty"))
     return svg(left + side * len(names) + 40, top + side * len(names), *parts, label="isolation mask")
 
 
@@ -239,8 +244,8 @@ def changed(own: list[str], nudged: list[str]) -> Safe:
 
 
 def figures(**values) -> Safe:
-    shown = [(k.replace("_", " "), f"{v:.3f}" if isinstance(v, float) else v) for k, v in values.items() if v is not None]
-    return tag("p", *(tag("span", f"{k} ", tag("b", v), class_="key") for k, v in shown), class_="legend")
+    shown = {k.replace("_", " "): f"{v:.3f}" if isinstance(v, float) else v for k, v in values.items() if v is not None}
+    return tag("p", *(tag("span", f"{k} ", tag("b", v), class_="key") for k, v in shown.items()), class_="legend")
 
 
 # ----------------------------------------------------------------------------- writing, seen while it happens
@@ -301,8 +306,8 @@ def answers(handler):
             if args[0] in self.worlds and args[0] not in self.loaded:
                 yield gr.skip(), f"loading {args[0]} and its LLM, once …", None
             for picture, result in handler(self, *args):
-                seconds = f"{time.perf_counter() - begun:.2f} s"
-                line = f"{self.device} · {torch.get_num_threads()} thread(s) · {result['run'] if result else '…'} · {seconds}"
+                run, seconds = result["run"] if result else "…", time.perf_counter() - begun
+                line = f"{self.device} · {torch.get_num_threads()} thread(s) · {run} · {seconds:.2f} s"
                 yield picture, line, result and {"kind": handler.__name__, **result}
         except (ValueError, OSError, RuntimeError) as error:
             message = " ".join(str(error).split())[:500] or type(error).__name__
@@ -373,7 +378,7 @@ class Demo:
 
         def load():
             model, config = load_run(run, self.device)
-            if kind == "nano" and not hasattr(model, "predict_latent") or kind == "tjepa" and not hasattr(model, "speaker"):
+            if not hasattr(model, {"nano": "predict_latent", "tjepa": "speaker"}[kind]):
                 raise ValueError(f"{run} is a run of preset '{model.preset}', another kind than this tab shows")
             return run, model, config, load_tokenizer(run, config)
 
@@ -433,11 +438,11 @@ class Demo:
         quantiles = model.quantiles.tolist()
         picture = tag(
             "div", *rows,
-            tag("p", "Coherence: the share of verified steps with a higher energy. ", chip("● 0.25 or more", "high"), " ",
-                chip("◆ 0.05 to 0.25", "middle"), " ", chip("▲ below 0.05", "low"), class_="legend"),
-            tag("div", curve("energy, the step alone hidden", [s["energy"] for s in found["steps"]], quantiles[0]),
-                curve("energy, from the steps before it", [s["next_step_energy"] for s in found["steps"]], quantiles[1]),
-                class_="side"), legend(*RANGE))
+            tag("p", "Coherence: the share of verified steps with a higher energy. ", chip("● 0.25 or more", "high"),
+                " ", chip("◆ 0.05 to 0.25", "middle"), " ", chip("▲ below 0.05", "low"), class_="legend"),
+            tag("div", *(curve(title, [s[key] for s in found["steps"]], quantiles[i]) for i, (key, title) in enumerate((
+                ("energy", "energy, the step alone hidden"), ("next_step_energy", "energy, from the steps before it")
+            ))), class_="side"), legend(*RANGE))
         verdicts = [verify.check_step(s) for s in steps]
         yield picture, {"run": run, "question": question, **found, "known_wrong_step": known,
                         "arithmetic": ["" if v.is_valid else f"{v.reason}: {v.detail}" for v in verdicts],
@@ -445,19 +450,20 @@ class Demo:
                                            "next_step": [quantiles[1][5], quantiles[1][95]]}}  # fmt: skip
 
     def weights(self, run: str, given: dict) -> dict:
-        """alpha and beta of RERANK: as given, else as `infer.py rerank --fit` found them for these weights, else 1."""
-        path, fitted = Path(run) / "rerank.json", {}
-        if path.is_file():
-            fitted = json.loads(path.read_text())
-            fitted = fitted if fitted.get("world") == weights_digest(run) else {}
-        return {k: fitted.get(k, 1.0) if v is None else number(k, v, False) for k, v in given.items()}
+        """alpha and beta of RERANK: as given; both 0: as `infer.py rerank --fit` found them for this run, else 1."""
+        given = {name: number(name, value, False) for name, value in given.items()}
+        if any(given.values()):
+            return given
+        path = Path(run) / "rerank.json"
+        fitted = json.loads(path.read_text()) if path.is_file() else {}
+        return {name: fitted[name] if fitted.get("world") == weights_digest(run) else 1.0 for name in given}
 
     @answers
     def rerank(self, run, question, k, temperature, top_p, seed, tokens, alpha, beta):
         question, k = text_of("question", question, LIMITS["question"]), number("k", k)
         options = writing(temperature, top_p, seed, tokens)
-        weights = self.weights(run, {"alpha": alpha, "beta": beta})
         model, llm, _ = self.world(run)
+        weights = self.weights(run, {"alpha": alpha, "beta": beta})
         watch = Watch()
         for texts in watch.run(llm, question, k, **options):
             yield tag("div", *(tag("div", tag("b", f"candidate {i} · writing …"), listed(t), class_="card")
@@ -467,6 +473,7 @@ class Demo:
         done = [c for c in rows if c["steps"]]
         if not done:
             raise ValueError("no candidate has a step: allow more tokens, or another seed")
+        truth = next((e[2] for e in self.examples.values() if e[0] == question), None)
         voters = sorted(done, key=lambda c: c["candidate"])
         picks = {"majority": voters[majority(["\n".join(c["steps"]) for c in voters])],
                  "logprob": max(done, key=lambda c: c["logprob"]),
@@ -475,11 +482,15 @@ class Demo:
         for c in rows:
             chosen = [chip(f"{name}’s pick", "pick") for name, pick in picks.items() if pick is c]
             shown = figures(logprob=c["logprob"], energy=c["energy"], score=c["score"], answer=c["answer"])
-            gate = chip("✓ arithmetic") if not c["arithmetic"] else chip(f"✗ {c['arithmetic']}", "wrong")
-            cards.append(tag("div", tag("b", f"candidate {c['candidate']} "), *chosen, listed(c["steps"]), shown, gate,
+            gate = [chip("✓ arithmetic") if not c["arithmetic"] else chip(f"✗ {c['arithmetic']}", "wrong")]
+            if truth is not None:
+                right = verify.check_answer(c["answer"] or "", truth)
+                gate += [" ", chip("✓ right answer") if right else chip("✗ wrong answer", "wrong")]
+            cards.append(tag("div", tag("b", f"candidate {c['candidate']} "), *chosen, listed(c["steps"]), shown, *gate,
                              class_="card chosen" if c is done[0] else "card"))
-        about = tag("p", f"Best first: score = {weights['alpha']:.3g} × mean logprob − {weights['beta']:.3g} × energy. JEPA "
-                         "alone picks the lowest energy, the majority the answer that most candidates end in.")
+        formula = f"score = {weights['alpha']:.3g} × mean logprob − {weights['beta']:.3g} × energy"
+        about = tag("p", f"Best first: {formula}. JEPA alone picks the lowest energy, the majority the answer that "
+                         "most candidates end in.")
         yield tag("div", about, tag("div", *cards, class_="cards")), {
             "run": run, "question": question, "steps": done[0]["steps"], **weights, **options, "candidates": rows,
             "picks": {name: pick["candidate"] for name, pick in picks.items()}}  # fmt: skip
@@ -507,7 +518,8 @@ class Demo:
         energies = [e["leave_one_out"].tolist() for e in infer.energies(model, [c["h"] for c in chains])]
         pictures = [curve("energy, the step alone hidden", e, quantiles) if e else "" for e in energies]
         texts = [c["steps"] for c in chains]
-        same = "Both are the same, word for word." if texts[0] == texts[1] else "Marked: words that the own chain has not."
+        same = texts[0] == texts[1]
+        same = "Both are the same, word for word." if same else "Marked: words that the LLM’s own chain has not."
         result = {name: {"steps": c["steps"], "logprob": c["logprob"], "energies": e}
                   for name, c, e in zip(("own", "nudged"), chains, energies, strict=True)}
         yield tag("div", cards(texts, pictures), tag("p", same), legend(*RANGE)), {
@@ -532,14 +544,16 @@ class Demo:
         seen = f"before step {found['gap']}" if found["gap"] else "nowhere: no next-step energy is above the threshold"
         notes = [chip(f"predicted, put into words by the {'Speaker' if decode == 'speaker' else 'LLM'}", "pick")
                  if i in filled else "" for i in range(1, len(found["steps"]) + 1)]
-        near = [tag("div", tag("h4", "Nearest verified steps to the prediction"),
-                    bars([(n["text"], n["cos"]) for n in f["nearest"]], 0)) for f in found["filled"] if f["nearest"]]
+        near = [part for f in found["filled"] if f["nearest"] for part in (
+            tag("h4", "Verified steps nearest to it"), bars([(n["text"], n["cos"]) for n in f["nearest"]], 0),
+            legend(*COSINE))]  # fmt: skip
         picture = tag(
             "div", tag("p", "A gap is seen ", tag("b", seen), f" (threshold {found['threshold']:.3f}).",
                        f" You asked for a step before step {at}." if at else ""),
             listed(found["steps"], notes), *(arithmetic(f["text"]) for f in found["filled"]),
             figures(energy_before=found["energy_before"], energy_after=found["energy_after"]),
-            curve("next-step energy before", found["next_step_energies"], model.quantiles[1].tolist(), found["threshold"]),
+            curve("energy, from the steps before it", found["next_step_energies"], model.quantiles[1].tolist(),
+                  found["threshold"]),
             legend(*RANGE[:1], ("threshold", "threshold of a gap"), ("good", "below it"), ("bad", "above it")), *near)
         yield picture, {"run": run, "question": question, **found}
 
@@ -562,16 +576,17 @@ class Demo:
             cos = torch.cosine_similarity(pred, latent, dim=-1).tolist()
         rows = [(f"{name}: {' / '.join(t.splitlines())}", c) for name, t, c in zip(names, texts, cos, strict=True)]
         chart = [tag("h4", "Cosine of [PRED] with the latents of answers"), bars(rows, int(np.argmax(cos))),
-                 legend(("bar", "cosine, from −1 to 1"), ("best", "the highest"))] if cos else []
-        q, a = question_row(ids[:8], model.pred_id), answer_row(tokenizer.encode(texts[0] if texts else "#### 0")[:8], 0)
+                 legend(*COSINE)] if cos else []
+        spoken = tokenizer.encode(texts[0] if texts else "#### 0")
+        q, a = question_row(ids[:8], model.pred_id), answer_row(spoken[:8], model.eos_id)
         allowed = attn_allowed(torch.tensor([[0] * len(q) + [1] * len(a)]))[0]
         words = [[tokenizer.decode([i]).strip() or "␣" for i in ids] for ids in (q[:-1], a[1:-1])]
         picture = tag("div", tag("h4", "Greedy answer"), tag("pre", answer or "(nothing)"), *chart,
                       tag("h4", "Isolation: the two views"),
                       mask_picture([*words[0], "[PRED]", "[EOS]", *words[1], "[EOS]"], allowed),
-                      legend(("good", "row may look at column"), ("empty", "may not")),
-                      tag("p", "The first tokens of both views. [PRED] sees the question and nothing of the answer. The "
-                               f"text is written with answer_context = {config.answer_context}."))  # fmt: skip
+                      legend(("cell", "row may look at column"), ("empty", "may not")),
+                      tag("p", "The first tokens of both views. [PRED] sees the question and nothing of the answer. "
+                               f"The text is written with answer_context = {config.answer_context}."))
         yield picture, {"run": run, "question": question, "steps": answer.splitlines(), "answer": verify.extract_answer(
             answer), "alignment": [{"name": n, "text": t, "cos": c} for n, t, c in zip(names, texts, cos, strict=True)]}
 
@@ -582,16 +597,18 @@ class Demo:
 
         def load():
             encoder, config, tokenizer = infer.load_encoder(run, self.device)
-            local = config.dataset == "synthetic" or (Path(config.data_dir) / config.dataset).is_dir()
-            problems = data.run_problems(config, "train")[:300] if local else data.synthetic_problems(300, "train", 1)
-            texts, block_size = [p["question"] for p in problems], infer.encoder_block_size(config)
-            return encoder, tokenizer, block_size, texts, infer.think(encoder, tokenizer, block_size, texts)
+            local = config.dataset == "synthetic" or (config.data_dir and Path(config.data_dir).is_dir())
+            source = (config.dataset, "train", config.data_dir) if local else ("synthetic", "train", "")
+            problems = data.load_problems(*source, 200, config.seed, config.max_problem_steps)
+            texts, block_size = [p["question"] for p in problems], encoder_block_size(config)
+            stored = infer.think(encoder, tokenizer, block_size, texts)
+            return encoder, tokenizer, block_size, texts, stored, "training" if local else "synthetic"
 
-        encoder, tokenizer, block_size, texts, stored = self.get((run, "thoughts"), load)
+        encoder, tokenizer, block_size, texts, stored, origin = self.get((run, "thoughts"), load)
         thought = infer.think(encoder, tokenizer, block_size, [question])[0]
         found = infer.nearest_texts(thought, stored, texts, nearest)
-        yield tag("div", tag("h4", f"Nearest of {len(texts)} training questions to the thought vector (cosine)"),
-                  bars([(n["text"], n["cos"]) for n in found], 0)), {
+        yield tag("div", tag("h4", f"Nearest of {len(texts)} {origin} questions to the thought vector"),
+                  bars([(n["text"], n["cos"]) for n in found], 0), legend(*COSINE)), {
             "run": run, "question": question, "steps": [], "nearest": found,
             "thought": [round(x, 5) for x in thought.tolist()]}  # fmt: skip
 
@@ -628,7 +645,8 @@ class Demo:
                 places.append(at)
         points = []
         for (question, steps), at, h in zip(chains, places, llm.read_chains(chains), strict=True):
-            for i, (step, z) in enumerate(zip(steps, model.standardize(h[1:].to(model.h_mean.device)).cpu(), strict=True), 1):
+            latents = model.standardize(h[1:].to(model.h_mean.device)).cpu()
+            for i, (step, z) in enumerate(zip(steps, latents, strict=True), 1):
                 if (key := (question, *steps[:i])) not in seen:  # a wrong chain begins as the right one does
                     seen.add(key)
                     points.append((step, "good" if not at else "bad" if i == at else "after", z))
@@ -636,15 +654,17 @@ class Demo:
         _, s, axes = np.linalg.svd(z - z.mean(0), full_matrices=False)
         at, share = (z - z.mean(0)) @ axes[:2].T, (s[:2] ** 2 / (s**2).sum()).tolist()
         counts = {shape: sum(p[1] == shape for p in points) for shape in ("good", "bad", "after")}
-        picture = tag("div", scatter([(*xy, shape, text) for xy, (text, shape, _) in zip(at.tolist(), points, strict=True)]),
-                      legend(("good", f"a verified step ({counts['good']})"), ("bad", f"a wrong step ({counts['bad']})"),
-                             ("after", f"consistent, after a wrong step ({counts['after']})")),
-                      tag("p", f"Each point is a step of {len(chains)} synthetic chains, in the LLM’s latents; point at one to "
-                               f"read it. The two axes (PCA) hold {sum(share):.0%} of the variance."))
-        yield picture, {"run": run, "question": f"map of {len(chains)} synthetic chains", "steps": [], "variance": share,
-                        "points": [{"text": text, "kind": {"good": "verified", "bad": "wrong", "after": "after"}[shape],
-                                    "x": round(x, 3), "y": round(y, 3)}
-                                   for (x, y), (text, shape, _) in zip(at.tolist(), points, strict=True)]}  # fmt: skip
+        placed = [(*xy, shape, step) for xy, (step, shape, _) in zip(at.tolist(), points, strict=True)]
+        picture = tag("div", scatter(placed), legend(
+            ("good", f"a verified step ({counts['good']})"), ("bad", f"a wrong step ({counts['bad']})"),
+            ("after", f"consistent, after a wrong step ({counts['after']})")), tag(
+            "p", f"Each point is a step of {len(chains)} synthetic chains, in the LLM’s latents; point at one to read "
+                 f"it. The two axes (PCA) hold {sum(share):.0%} of the variance."))
+        kinds = {"good": "verified", "bad": "wrong", "after": "after"}
+        yield picture, {"run": run, "question": f"map of {len(chains)} synthetic chains", "steps": [],
+                        "variance": share,
+                        "points": [{"text": step, "kind": kinds[shape], "x": round(x, 3), "y": round(y, 3)}
+                                   for x, y, shape, step in placed]}  # fmt: skip
 
     def feedback(self, rating, result, agreed, truth):
         """Appends a result that was rated to the log of --memory, without personal data, if the user has agreed."""
@@ -671,33 +691,41 @@ class Demo:
 
 CSS = """
 .gradio-container { max-width: 1200px !important; }
-.strip, .barrow { display: flex; flex-wrap: wrap; gap: .5em; align-items: center; padding: .35em .6em; margin: .25em 0; }
-.strip { border-left: .5em solid; border-radius: 4px; }
-.strip.high { border-color: #0072B2; background: #0072B222; }
+.picture { --blue: #0072B2; --orange: #D55E00; --pale-blue: #0072B228; --pale-orange: #D55E0033; }
+.dark .picture { --blue: #56B4E9; --orange: #E98A3A; --pale-blue: #56B4E92d; --pale-orange: #E98A3A38; }
+.picture ol { padding-left: 1.6em; list-style: decimal; }
+.picture h4 { margin: .8em 0 .3em; font-weight: 600; }
+.picture pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid #8886; padding: .6em; }
+.picture mark { background: var(--pale-orange); color: inherit; text-decoration: underline 2px; }
+.strip, .barrow { display: flex; flex-wrap: wrap; gap: .5em; align-items: center; padding: .35em .6em; }
+.strip { border-left: .5em solid; border-radius: 4px; margin: .25em 0; }
+.strip.high { border-color: var(--blue); background: var(--pale-blue); }
 .strip.middle { border-color: #888; background: #8883; border-left-style: double; }
-.strip.low { border-color: #D55E00; background: #D55E0033; border-left-style: dashed; }
+.strip.low { border-color: var(--orange); background: var(--pale-orange); border-left-style: dashed; }
 .grow { flex: 1 1 12em; overflow-wrap: anywhere; }
 .chip { border: 1px solid; border-radius: 1em; padding: 0 .6em; font-size: .85em; display: inline-block; }
-.chip.high { border-color: #0072B2; } .chip.low, .chip.wrong, .chip.suspect { border-color: #D55E00; border-width: 2px; }
-.chip.pick { border-color: #0072B2; border-width: 2px; font-weight: 600; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(15em, 1fr)); gap: .7em; }
+.chip.high { border-color: var(--blue); }
+.chip.pick { border: 2px solid var(--blue); font-weight: 600; }
+.chip.low, .chip.wrong, .chip.suspect { border: 2px solid var(--orange); }
+.cards, .side { display: grid; grid-template-columns: repeat(auto-fit, minmax(15em, 1fr)); gap: .7em; }
 .card { border: 1px solid #8886; border-radius: 6px; padding: .6em; overflow-wrap: anywhere; }
-.card.chosen { border: 2px solid #0072B2; }
-.card ol, .picture ol { padding-left: 1.6em; list-style: decimal; } .picture li { margin: .15em 0; }
-.picture mark { background: #E69F0055; color: inherit; text-decoration: underline 2px; }
-.picture pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid #8886; border-radius: 6px; padding: .6em; }
-.picture h4 { margin: .8em 0 .3em; font-weight: 600; }
-.legend { font-size: .85em; margin: .4em 0; } .key { margin-right: 1.1em; white-space: nowrap; display: inline-block; }
-.side { display: grid; grid-template-columns: repeat(auto-fit, minmax(16em, 1fr)); gap: .5em; margin-top: .6em; }
-.label { flex: 1 1 14em; font-size: .9em; overflow-wrap: anywhere; } .axis { flex: 1 1 10em; background:
-  linear-gradient(#8888, #8888) center / 1px 100% no-repeat; }
-.bar { height: 1em; background: #0072B2; }
-.bar.best { background: repeating-linear-gradient(45deg, #D55E00 0 5px, #D55E0088 5px 9px); }
-.good { fill: #0072B2; } .bad { fill: #D55E00; } .after { fill: none; stroke: #777; stroke-width: 2px; }
-.empty { fill: #8883; } .band { fill: #0072B22b; } .line { fill: none; stroke: currentColor; }
-.threshold { stroke: #D55E00; stroke-width: 2px; stroke-dasharray: 7 3; fill: #D55E0055; }
-rect.bar { fill: #0072B2; } rect.best { fill: #D55E0099; stroke: #D55E00; stroke-width: 3px; }
-.missing { border: 2px dashed #D55E00; padding: .6em; } .line-about { font-size: .85em; opacity: .8; }
+.card.chosen { border: 2px solid var(--blue); }
+.legend { font-size: .85em; margin: .4em 0; }
+.key { margin-right: 1.1em; display: inline-block; }
+.label { flex: 2 1 14em; font-size: .9em; overflow-wrap: anywhere; }
+.axis { flex: 1 1 8em; border: 1px solid #8886; background: linear-gradient(#888, #888) center / 1px 100% no-repeat; }
+.bar { height: 1em; background: var(--blue); fill: var(--blue); }
+.best { background: repeating-linear-gradient(45deg, var(--orange) 0 5px, var(--pale-orange) 5px 9px);
+  fill: var(--pale-orange); stroke: var(--orange); stroke-width: 3px; }
+.good, .cell { fill: var(--blue); }
+.bad { fill: var(--orange); }
+.after { fill: none; stroke: #888; stroke-width: 2px; }
+.empty { fill: #8883; }
+.band { fill: var(--pale-blue); }
+.line { fill: none; stroke: currentColor; }
+.threshold { stroke: var(--orange); stroke-width: 2px; stroke-dasharray: 7 3; fill: var(--pale-orange); }
+.missing { border: 2px dashed #D55E00; padding: .6em; }
+.line-about { font-size: .85em; opacity: .8; }
 """
 DOWNLOAD = """result => { if (!result) return; const link = document.createElement('a');
 link.href = URL.createObjectURL(new Blob([JSON.stringify(result, null, 2)], {type: 'application/json'}));
@@ -721,10 +749,6 @@ def build(demo: Demo) -> gr.Blocks:
                     slider("top-p", "top_p", 0.95, 0.05), gr.Number(1, label="seed", precision=0, min_width=140),
                     slider("new tokens", "tokens", 160)]  # fmt: skip
 
-    def outputs():
-        return [gr.HTML(elem_classes="picture", min_height=40), gr.Textbox(show_label=False, container=False, lines=1,
-                interactive=False, elem_classes="line-about", placeholder="device · threads · run · seconds")]
-
     def button(words, handler, inputs, stop=False):
         """A button, what it shows, and what can be done with the result."""
         name = handler.__name__
@@ -733,14 +757,18 @@ def build(demo: Demo) -> gr.Blocks:
         with gr.Row():
             run = gr.Button(words, variant="primary", elem_id=f"run-{name}")
             halt = gr.Button("Stop", min_width=80, scale=0, elem_id=f"stop-{name}") if stop else None
-        shown = outputs()
+        shown = [gr.HTML(elem_classes="picture", min_height=40, elem_id=f"picture-{name}"), gr.Textbox(
+            show_label=False, container=False, lines=1, interactive=False, elem_classes="line-about",
+            elem_id=f"line-{name}", placeholder="device · threads · run · seconds")]
         with gr.Accordion("Result as JSON, and what you think of it", open=False):
             result = gr.JSON(label="result", max_height=260)
             gr.Button("Save as a file", size="sm").click(None, result, None, js=DOWNLOAD, api_visibility="private")
-            agreed = gr.Checkbox(False, label=f"keep my rating and this text, without personal data, in {demo.args.memory}")
+            agreed = gr.Checkbox(False, label="keep my rating and this text, without personal data, in "
+                                              f"{demo.args.memory}")
             truth = gr.Textbox(label="right answer, if you know it: the gate judges the chain by it", max_length=200)
             with gr.Row():
-                thumbs = [(rating, gr.Button(sign, size="sm", min_width=60)) for rating, sign in (("up", "👍"), ("down", "👎"))]
+                thumbs = [(rating, gr.Button(f"{sign} {rating}", size="sm", min_width=60))
+                          for rating, sign in (("up", "👍"), ("down", "👎"))]
             said = gr.Textbox(show_label=False, container=False, interactive=False, placeholder="nothing is kept yet")
             for rating, thumb in thumbs:
                 thumb.click(functools.partial(demo.feedback, rating), [result, agreed, truth], said, **quick,
@@ -751,15 +779,15 @@ def build(demo: Demo) -> gr.Blocks:
 
     with gr.Blocks(title="nano-jepa", analytics_enabled=False) as page:
         gr.HTML(tag("div", tag("h1", "nano-jepa", style="font-size:1.5em;font-weight:600"), tag(
-            "p", "World models of text reasoning: they predict the latent of a reasoning step, not its words. How far off "
-            "they are says how well a step follows. All models here are small, and all chains of the examples synthetic.")))
+            "p", "World models of text reasoning: they predict the latent of a reasoning step, not its words. How far "
+            "off they are says how well a step follows. The models here are small, the examples synthetic.")))
         first = next(iter(demo.examples))
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 world = gr.Dropdown(list(demo.worlds), value=next(iter(demo.worlds)), label="R-JEPA run (with its LLM)",
                                     elem_id="world")
                 status = gr.Textbox(show_label=False, container=False, interactive=False, max_lines=1,
-                                    placeholder="loaded when first used; SmolLM2 takes about ten seconds")
+                                    placeholder="loaded when first used")
                 example = gr.Dropdown(list(demo.examples), value=first, label="Example", elem_id="example")
                 question = gr.Textbox(demo.examples[first][0], label="Question", lines=4, elem_id="question",
                                       max_length=LIMITS["question"])
@@ -771,14 +799,14 @@ def build(demo: Demo) -> gr.Blocks:
                     gr.HTML(tag("p", "How coherent is each step, and which one is suspect?"))
                     button("Score the steps", demo.score, [world, question, steps])
                 with gr.Tab("Rerank"):
-                    gr.HTML(tag("p", "The LLM writes K candidates; which would a vote, its own logprob, the world model pick?"))
+                    gr.HTML(tag("p", "The LLM writes K candidates. Which does a vote pick, which the world model?"))
                     with gr.Row():
                         k = slider("candidates K", "k", 4)
-                        alpha, beta = (gr.Number(None, label=f"{name} (empty: as fitted, else 1)", min_width=140)
-                                       for name in ("α of the logprob", "β of the energy"))
+                        alpha, beta = (gr.Number(0, label=f"{name} (both 0: as fitted)", min_width=140)
+                                       for name in ("α of logprob", "β of energy"))
                     button("Write and rank", demo.rerank, [world, question, k, *sampling(0.8), alpha, beta], stop=True)
                 with gr.Tab("Nudge"):
-                    gr.HTML(tag("p", "The predicted next step pulls at what the LLM writes; α = 0 is the LLM’s own text."))
+                    gr.HTML(tag("p", "The predicted next step pulls at what the LLM writes; at α = 0 not at all."))
                     with gr.Row():
                         strength = slider("α", "nudge", 0, 0.05)
                         how = gr.Radio(["bias", "hidden"], value="bias", label="pulls at the logits, or a hidden state")
@@ -791,7 +819,7 @@ def build(demo: Demo) -> gr.Blocks:
                         length = slider("new tokens", "tokens", 64)
                     button("Fill the gap", demo.plan, [world, question, steps, decode, at, length])
                 with gr.Tab("nanoJEPA"):
-                    gr.HTML(tag("p", "[PRED] predicts the latent of an answer that it cannot see. How near are these answers?"))
+                    gr.HTML(tag("p", "[PRED] predicts the latent of an answer it cannot see. How near are these?"))
                     candidates = gr.Textbox(demo.candidates(), lines=6, elem_id="candidates",
                                             label="Candidate answers, an empty line between two")
                     length = slider("new tokens", "tokens", 160)
