@@ -303,7 +303,7 @@ def answers(handler):
     def wrapper(self, *args):
         begun = time.perf_counter()
         try:
-            if args[0] in self.worlds and args[0] not in self.loaded:
+            if isinstance(args[0], str) and args[0] in self.worlds and args[0] not in self.loaded:
                 yield gr.skip(), f"loading {args[0]} and its LLM, once …", None
             for picture, result in handler(self, *args):
                 run, seconds = result["run"] if result else "…", time.perf_counter() - begun
@@ -359,7 +359,7 @@ class Demo:
 
     def world(self, run: str):
         """(R-JEPA, LLM, config) of a run that the page offers."""
-        if run not in self.worlds:
+        if not isinstance(run, str) or run not in self.worlds:
             raise ValueError(f"world: {str(run)[:80]!r} is none of {', '.join(self.worlds)}")
         if not is_run(run):
             raise ValueError(f"{run} is missing. This makes it: {self.worlds[run]}")
@@ -403,18 +403,18 @@ class Demo:
         return self.get((run, "verified"), load)
 
     def example(self, name):
-        return self.examples[name][:3] if name in self.examples else ("", "", "")
+        return self.examples[name][:3] if isinstance(name, str) and name in self.examples else ("", "", "")
 
     def candidates(self) -> str:
         """Answers to the first example: right, wrong, and one to another question."""
         right, wrong, _, other, *_ = (steps for _, steps, _, _ in self.examples.values())
         return "\n\n".join((right, wrong, other))
 
+    @answers
     def load(self, run):
         """Loads what a choice of the world model needs."""
-        begun = time.perf_counter()
         _, llm, _ = self.world(run)
-        return f"{run} with {llm.name} is ready ({time.perf_counter() - begun:.1f} s)"
+        yield f"{llm.name} is ready", {"run": run, "llm": llm.name}
 
     # ------------------------------------------------------------------------- a tab each
 
@@ -733,9 +733,12 @@ link.download = `nano-jepa-${result.kind}.json`; link.click(); URL.revokeObjectU
 
 
 def build(demo: Demo) -> gr.Blocks:
-    """The page. Whatever runs a model shares one place, so that one runs at a time."""
-    one = {"concurrency_limit": 1, "concurrency_id": "model", "trigger_mode": "once"}
-    quick = {"concurrency_limit": 4, "concurrency_id": "quick"}
+    """The page. Whatever runs a model shares one place, so that one runs at a time.
+
+    preprocess is off: what was sent reaches the handlers as it is, and they check it, whichever way it came.
+    """
+    one = {"concurrency_limit": 1, "concurrency_id": "model", "trigger_mode": "once", "preprocess": False}
+    quick = {"concurrency_limit": 4, "concurrency_id": "quick", "preprocess": False}
     kinds = dict.fromkeys(("score", "rerank", "nudge", "plan", "latent_map"), "world")
     kinds |= {"nano": "nano", "think": "tjepa", "speak": "tjepa"}
 
@@ -833,7 +836,8 @@ def build(demo: Demo) -> gr.Blocks:
                     gr.HTML(tag("p", "Where do right and wrong steps lie among an LLM’s latents?"))
                     button("Draw", demo.latent_map, [world, slider("chains", "chains", 24)])
         example.input(demo.example, example, [question, steps, answer], **quick, api_visibility="private")
-        world.input(demo.load, world, status, **one, api_name="load")
+        nowhere, result = gr.Textbox(visible=False), gr.JSON(visible=False)
+        world.input(demo.load, world, [nowhere, status, result], **one, api_name="load")
     return page.queue(max_size=16, default_concurrency_limit=1)
 
 
