@@ -115,7 +115,7 @@ def tag(kind: str, *parts, **attributes) -> Safe:
 
 def svg(width: int, height: int, *parts, label: str) -> Safe:
     return tag("svg", *parts, viewBox=f"0 0 {width} {height}", role="img", aria_label=label,
-               style=f"width:100%;max-width:{width * 1.3:.0f}px", font_size=11, fill="currentColor")
+               style=f"width:100%;max-width:{width * 1.3:.0f}px", font_size=12.5, fill="currentColor")
 
 
 def text(x, y, *parts, **attributes) -> Safe:
@@ -149,7 +149,7 @@ def curve(title: str, values: list[float], quantiles: list[float], threshold: fl
     low, middle, high = (quantiles[i] for i in (5, 50, 95))
     above = high if threshold is None else threshold
     bottom, top = min(low, *values) * 0.9, max(high, above, *values) * 1.06
-    left, right, upper, lower = 40, 350, 22, 150
+    left, right, upper, lower = 42, 352, 22, 150
 
     def x(i):
         return left + (right - left) * (i + 0.5) / len(values)
@@ -157,7 +157,7 @@ def curve(title: str, values: list[float], quantiles: list[float], threshold: fl
     def y(v):
         return lower - (lower - upper) * (v - bottom) / (top - bottom)
 
-    parts = [text(left, 12, title, font_weight="bold"),
+    parts = [text(left, 13, title, font_weight="bold"),
              tag("rect", x=left, width=right - left, y=y(high), height=y(low) - y(high), class_="band"),
              tag("line", x1=left, x2=right, y1=y(middle), y2=y(middle), class_="line", stroke_dasharray="4 3")]
     if threshold is not None:
@@ -168,9 +168,9 @@ def curve(title: str, values: list[float], quantiles: list[float], threshold: fl
     parts.append(tag("polyline", points=points, class_="line"))
     for i, v in enumerate(values):
         parts += [mark("bad" if v > above else "good", x(i), y(v), f"step {i + 1}: {v:.3f}"),
-                  text(x(i), lower + 15, i + 1, text_anchor="middle")]
-    parts.append(text((left + right) / 2, lower + 30, "step", text_anchor="middle"))
-    return svg(360, 186, *parts, label=f"{title} of {len(values)} steps")
+                  text(x(i), lower + 16, i + 1, text_anchor="middle")]
+    parts.append(text((left + right) / 2, lower + 32, "step", text_anchor="middle"))
+    return svg(360, 188, *parts, label=f"{title} of {len(values)} steps")
 
 
 RANGE = [("band", "5 to 95 % of verified steps (dashed: their middle)"), ("good", "within"), ("bad", "above")]
@@ -790,7 +790,7 @@ def build(demo: Demo) -> gr.Blocks:
                 world = gr.Dropdown(list(demo.worlds), value=next(iter(demo.worlds)), label="R-JEPA run (with its LLM)",
                                     elem_id="world")
                 status = gr.Textbox(show_label=False, container=False, interactive=False, max_lines=1,
-                                    placeholder="loaded when first used")
+                                    placeholder="loaded at first use; SmolLM2 in 10 s")
                 example = gr.Dropdown(list(demo.examples), value=first, label="Example", elem_id="example")
                 question = gr.Textbox(demo.examples[first][0], label="Question", lines=4, elem_id="question",
                                       max_length=LIMITS["question"])

@@ -357,9 +357,10 @@ def use(page, name):
 
 
 def choose(page, example):
+    was = page.locator("#steps textarea").input_value()
     page.locator("#example input").click()
     page.get_by_role("option", name=example).click()
-    page.wait_for_timeout(700)
+    page.wait_for_function("was => document.querySelector('#steps textarea').value != was", arg=was)
 
 
 @needs_models
@@ -425,7 +426,7 @@ def shoot(folder="assets"):
         page.mouse.move(0, 0)
         page.wait_for_timeout(900)
         page.screenshot(path=path, full_page=True)
-        Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
+        Image.open(path).convert("RGB").quantize(160).save(path, optimize=True)
         print(path, path.stat().st_size)
 
     with tempfile.TemporaryDirectory() as temporary, serving(Path(temporary) / "memory.duckdb") as url:
