@@ -39,7 +39,7 @@ import infer
 import verify
 from config import check
 from evaluate_accuracy import majority
-from llm import generate
+from llm import generate, written_steps
 from memory import Memory, checked
 from model import answer_row, attn_allowed, question_row
 from runs import encoder_block_size, is_run, load_config, load_run, load_tokenizer, pick_device, weights_digest
@@ -193,10 +193,10 @@ COSINE = [("bar", "cosine, from −1 to 1"), ("best", "the highest")]
 
 def mask_picture(names: list[str], allowed: torch.Tensor) -> Safe:
     """Who may attend to whom, bool [T, T]: a filled square where row may see column."""
-    side, left, top, parts = 15, 80, 74, []
+    side, left, top, parts = 18, 76, 66, []
     for i, name in enumerate(names):
-        parts += [text(left - 4, top + side * i + 11, name, text_anchor="end"),
-                  text(0, 0, name, transform=f"translate({left + side * i + 11},{top - 5}) rotate(-60)")]
+        parts += [text(left - 4, top + side * i + 13, name, text_anchor="end"),
+                  text(0, 0, name, transform=f"translate({left + side * i + 13},{top - 5}) rotate(-60)")]
         for j in range(len(names)):
             parts.append(tag("rect", x=left + side * j, y=top + side * i, width=side - 1, height=side - 1,
                              class_="cell" if allowed[i, j] else "empty"))
@@ -284,7 +284,7 @@ class Watch:
             job = pool.submit(generate, llm, [question], k, nudge=self, **options)
             try:
                 while not wait([job], 0.25).done:
-                    yield [llm.decode(list(row.ids)).splitlines() for row in self.rows]
+                    yield [written_steps(llm.decode(list(row.ids)))[0] for row in self.rows]
             finally:
                 self.stop.set()
         self.chains = job.result()[0]
@@ -746,11 +746,11 @@ def build(demo: Demo) -> gr.Blocks:
         low, high = LIMITS[name]
         return gr.Slider(low, high, value, step=step, label=label, min_width=140)
 
-    def sampling(temperature):
+    def sampling(temperature, nucleus=True):
         with gr.Accordion("Sampling", open=False), gr.Row():
             return [slider("temperature (0: greedy)", "temperature", temperature, 0.05),
-                    slider("top-p", "top_p", 0.95, 0.05), gr.Number(1, label="seed", precision=0, min_width=140),
-                    slider("new tokens", "tokens", 160)]  # fmt: skip
+                    *([slider("top-p", "top_p", 0.95, 0.05)] if nucleus else []),
+                    gr.Number(1, label="seed", precision=0, min_width=140), slider("new tokens", "tokens", 160)]
 
     def button(words, handler, inputs, stop=False):
         """A button, what it shows, and what can be done with the result."""
@@ -789,8 +789,8 @@ def build(demo: Demo) -> gr.Blocks:
             with gr.Column(scale=2, min_width=300):
                 world = gr.Dropdown(list(demo.worlds), value=next(iter(demo.worlds)), label="R-JEPA run (with its LLM)",
                                     elem_id="world")
-                status = gr.Textbox(show_label=False, container=False, interactive=False, max_lines=1,
-                                    placeholder="loaded at first use; SmolLM2 in 10 s")
+                status = gr.Textbox(show_label=False, container=False, interactive=False, lines=2,
+                                    placeholder="loaded at first use; SmolLM2 takes some seconds")
                 example = gr.Dropdown(list(demo.examples), value=first, label="Example", elem_id="example")
                 question = gr.Textbox(demo.examples[first][0], label="Question", lines=4, elem_id="question",
                                       max_length=LIMITS["question"])
@@ -830,8 +830,7 @@ def build(demo: Demo) -> gr.Blocks:
                 with gr.Tab("T-JEPA"):
                     gr.HTML(tag("p", "An encoder thinks: texts become latents. Then a decoder that reads them speaks."))
                     button("Think", demo.think, [question, slider("nearest texts", "nearest", 5)])
-                    temperature, _, seed, length = sampling(0)
-                    button("Speak", demo.speak, [question, temperature, seed, length], stop=True)
+                    button("Speak", demo.speak, [question, *sampling(0, False)], stop=True)
                 with gr.Tab("Latent map"):
                     gr.HTML(tag("p", "Where do right and wrong steps lie among an LLM’s latents?"))
                     button("Draw", demo.latent_map, [world, slider("chains", "chains", 24)])
