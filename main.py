@@ -311,7 +311,7 @@ def answers(handler):
                 yield picture, line, result and {"kind": handler.__name__, **result}
         except (ValueError, OSError, RuntimeError) as error:
             message = " ".join(str(error).split())[:500] or type(error).__name__
-            raise gr.Error(html.escape(message), print_exception=False) from None
+            raise gr.Error(html.escape(message, quote=False), print_exception=False) from None
 
     return wrapper
 
@@ -682,7 +682,7 @@ class Demo:
             id = memory.log(kind, question, steps, truth, rating=rating, extra={"run": str(result.get("run"))[:200]})
             row = memory.interactions(id)[0]
         except (ValueError, OSError) as error:
-            raise gr.Error(html.escape(str(error)), print_exception=False) from None
+            raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from None
         verdict = "holds: it may be learnt from" if row["is_valid"] else f"does not pass the gate ({row['reason']})"
         return f"Kept with {row['redactions']} redaction(s). The chain {verdict}."
 

@@ -8,7 +8,6 @@ What needs the models of pretrained/, gradio_client or Chromium is skipped where
 
 import contextlib
 import json
-import os
 import random
 import re
 import shutil
@@ -45,8 +44,8 @@ EVIL = ["<script>window.hacked=1</script>", "<img src=x onerror=window.hacked=1>
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    os.chdir(HERE)
-    return main.Demo(main.Args(memory=str(tmp_path_factory.mktemp("demo") / "memory.duckdb"), device="cpu"))
+    with contextlib.chdir(HERE):
+        yield main.Demo(main.Args(memory=str(tmp_path_factory.mktemp("demo") / "memory.duckdb"), device="cpu"))
 
 
 def last(generator):
@@ -388,6 +387,8 @@ def test_html_is_shown_as_text(url):
         page.locator("#steps textarea").fill("\n".join(EVIL))
         use(page, "score")
         assert all(evil in page.locator("#picture-score").inner_text() for evil in EVIL)
+        page.get_by_text("Result as JSON").locator("visible=true").click()
+        page.get_by_text("known_wrong_step").locator("visible=true").wait_for()
         open_tab(page, "nanoJEPA")
         page.locator("#candidates textarea").fill("\n\n".join(EVIL))
         use(page, "nano")
