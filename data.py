@@ -57,6 +57,11 @@ def answer_text(problem: dict, kind: str) -> str:
     return "\n".join(steps) if kind == "solution" else steps[-1]
 
 
+def plain_question(text: str) -> str:
+    """A question without what may differ between two spellings of it: case and white space."""
+    return " ".join(text.split()).casefold()
+
+
 def document_text(problem: dict) -> str:
     """A problem as a document: its question, then its solution."""
     return f"{problem['question']}\n{answer_text(problem, 'solution')}"

@@ -34,7 +34,7 @@ import data
 import latents
 import verify
 from config import check
-from llm import LLM, generate, load_llm, shot_messages
+from llm import LLM, batches_by_length, generate, load_llm, shot_messages
 from runs import digest, say, write_atomic
 
 # ----------------------------------------------------------------------------- the folder
@@ -247,12 +247,8 @@ def prepare(folder: Path, overwrite: bool):
 
 def run_shard(llm, coded, ids, wanted, logprobs, token_budget):
     """One shard's chains in batches of like length -> ({key: [latents a chain]}, [logprobs a chain])."""
-    order = sorted(range(len(coded)), key=lambda i: len(coded[i][0]))
     h, means = {key: [None] * len(coded) for key in wanted}, [None] * len(coded)
-    while order:
-        batch = [order.pop()]  # the longest left decides how many fit
-        while order and (len(batch) + 1) * len(coded[batch[0]][0]) <= token_budget:
-            batch.append(order.pop())
+    for batch in batches_by_length([len(ids) for ids, _ in coded], token_budget):
         rows, spans = zip(*(coded[i] for i in batch), strict=True)
         out, lp = llm.latents(rows, spans, wanted, logprobs)
         for key, of_rows in out.items():

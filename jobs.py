@@ -155,7 +155,7 @@ class LatentJob:
         if config.held_out:
             self.train = sum(latents.training_chains(rows, manifest, folder), [])[: config.limit or None]
             self.val = held_out_chains(config)
-            for same in (lambda r: r["problem_id"], lambda r: " ".join(r["question"].split()).casefold()):
+            for same in (lambda r: r["problem_id"], lambda r: data.plain_question(r["question"])):
                 if seen := {same(r) for r in self.train} & {same(r) for r in self.val}:
                     raise ValueError(f"{folder} holds a problem of --held_out {config.held_out}: {min(seen)[:80]}")
         else:

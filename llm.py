@@ -61,6 +61,16 @@ def pool(h: torch.Tensor, pooling: str) -> torch.Tensor:
     return {"mean": lambda: h.mean(0), "last": lambda: h[-1], "both": lambda: torch.cat((h.mean(0), h[-1]))}[pooling]()
 
 
+def batches_by_length(lengths: list[int], token_budget: int):
+    """Yields lists of indices, of like length and the longest first, of at most token_budget tokens with padding."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    while order:
+        batch = [order.pop()]  # the longest left decides how many fit
+        while order and (len(batch) + 1) * lengths[batch[0]] <= token_budget:
+            batch.append(order.pop())
+        yield batch
+
+
 # Worked examples for a small model to write one step a line after; made up for this purpose.
 SHOTS = [
     ("Tom has 5 red pens and 3 blue pens. He gives 2 pens to Ann. How many pens does he have left?",
@@ -236,11 +246,7 @@ class LLM:
             coded.append((ids[cut:], begin - cut))
         if n_cut := sum(len(ids) == self.context for ids, _ in coded):
             say(f"{n_cut} of {len(coded)} texts fill the context of {self.name} and may have lost their begin")
-        order = sorted(range(len(coded)), key=lambda i: len(coded[i][0]))
-        while order:
-            batch = [order.pop()]
-            while order and (len(batch) + 1) * len(coded[batch[0]][0]) <= token_budget:
-                batch.append(order.pop())
+        for batch in batches_by_length([len(ids) for ids, _ in coded], token_budget):
             _, final = self.states(pad_rows([coded[i][0] for i in batch], 0, self.device), {self.n_layer}, True)
             for i, h in zip(batch, final, strict=True):
                 ids, begin = coded[i]

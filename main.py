@@ -258,10 +258,10 @@ class Demo:
         model, llm, config = self.world(run)
 
         def load():
-            if Path(self.args.memory).is_file():
-                h, texts = infer.load_memory(config, self.args.memory)
-                if texts:
-                    return h, texts
+            try:
+                return infer.load_memory(config, self.args.memory)
+            except (ValueError, FileNotFoundError):
+                pass  # no memory, one that holds ratings alone, or one of another LLM
             chains = [c for p, c in self.chains(40, "train") if verify.validate(p, c).is_valid]
             h = llm.read_chains([(c["question"], c["steps"]) for c in chains])
             return torch.cat([x[1:] for x in h]), [s for c in chains for s in c["steps"]]

@@ -37,6 +37,7 @@ import torch
 import latents
 import verify
 from config import check, pick_command
+from data import plain_question
 from redact import need, redact
 from runs import digest, say, write_atomic
 
@@ -370,10 +371,7 @@ class Memory:
         files of problems whose questions are left out (test sets). -> {"out", "chains", "interactions", "rated_down",
         "left_out"}.
         """
-        def plain(question: str) -> str:
-            return " ".join(question.split()).casefold()
-
-        tested = {plain(row["question"]) for path in without for row in verify.read_jsonl(path, ["question"])}
+        tested = {plain_question(row["question"]) for path in without for row in verify.read_jsonl(path, ["question"])}
         groups, chains, down = {}, {}, set()
         for row in self.interactions():
             groups.setdefault(row["of"] or row["id"], []).append(row)
@@ -384,7 +382,7 @@ class Memory:
             if rating == "down":
                 down.add(first["chain"])
             if truth is not None and judge(first["steps"], truth, first["answer"]).is_valid:
-                chains[first["chain"]] = {"id": first["chain"], "problem_id": digest(plain(first["question"])),
+                chains[first["chain"]] = {"id": first["chain"], "problem_id": digest(plain_question(first["question"])),
                                           "question": first["question"], "steps": first["steps"], "answer": truth,
                                           "is_valid": True, "source": first["kind"]}
         if remembered:
@@ -394,7 +392,7 @@ class Memory:
                     chains[id] = {"id": id, "problem_id": problem_id, "question": question, "steps": steps,
                                   "answer": answer, "is_valid": True, "source": source}
         liked = [chain for key, chain in chains.items() if key not in down]
-        kept = [chain for chain in liked if plain(chain["question"]) not in tested]
+        kept = [chain for chain in liked if plain_question(chain["question"]) not in tested]
         lines = "".join(json.dumps(chain) + "\n" for chain in kept)
         write_atomic(Path(out), lambda path: path.write_text(lines))
         return {"out": str(out), "chains": len(kept), "interactions": len(groups), "rated_down": len(down),

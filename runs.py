@@ -299,9 +299,8 @@ def publish(run: str, folder: str, llm: str = "") -> dict:
 
     run, folder = Path(run), Path(folder)
     preset, config = load_config(run)
-    if folder.exists() and any(p.name not in RUN_FILES for p in folder.iterdir()):
+    if folder.exists() and any(p.name not in (*RUN_FILES, "rerank.json") for p in folder.iterdir()):
         raise ValueError(f"{folder} holds other files: choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
     config.out_dir, config.data_dir = str(folder), ""
     if hasattr(config, "latents"):
         config.llm, config.latents = llm or config.llm, ""

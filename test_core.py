@@ -2182,6 +2182,26 @@ def test_plan_and_rerank_commands(world, capsys, tmp_path):
     assert scores == sorted(scores, reverse=True)
 
 
+def test_a_published_run_is_used_as_the_run_is(world, tmp_path):
+    _, rjepa, _, _ = world
+    folder = str(tmp_path / "small")
+    found = runs.publish(rjepa, folder)
+    assert found["bytes"] < sum(p.stat().st_size for p in Path(rjepa).glob("*.[js]*"))
+    runs.publish(f"{rjepa}-guide", f"{folder}-guide")
+    (tmp_path / "small" / "rerank.json").write_text("{}")
+    runs.publish(rjepa, folder)  # again, beside what RERANK has fitted
+    (a, _), (b, config) = infer.load_world_model(rjepa, "cpu"), infer.load_world_model(folder, "cpu")
+    assert (config.out_dir, config.data_dir, config.latents) == (folder, "", "")
+    assert torch.equal(a.quantiles, b.quantiles) and torch.equal(a.h_mean, b.h_mean)
+    chains = [c["h"] for c in latent_chains(3, dim=config.dim)]
+    for x, y in zip(infer.energies(a, chains), infer.energies(b, chains), strict=True):
+        assert torch.allclose(x["leave_one_out"], y["leave_one_out"], atol=0.02)
+    infer.load_beside(folder, "", "guide", "cpu")  # tied to the published weights
+    (tmp_path / "small" / "letter.txt").write_text("x")
+    with pytest.raises(ValueError, match="holds other files"):
+        runs.publish(rjepa, folder)
+
+
 def test_what_came_of_use_is_logged_rated_exported_and_learned_from(world, capsys, tmp_path):
     for name in ("duckdb", "phonenumbers", "stdnum", "detect_secrets"):
         pytest.importorskip(name)

@@ -138,6 +138,15 @@ def test_what_a_model_writes_is_escaped_and_stop_ends_the_writing(monkeypatch, d
 
 
 @needs_models
+def test_plan_does_without_a_memory_that_holds_ratings_alone(tmp_path):
+    kept = tmp_path / "memory.duckdb"
+    Memory(kept).log("demo", "How many?", ["1+1 = 2"], rating="up")
+    with contextlib.chdir(HERE):
+        h, texts = main.Demo(main.Args(memory=str(kept), device="cpu")).verified(WORLD)
+    assert len(h) == len(texts) > 0
+
+
+@needs_models
 def test_score_is_infers(demo):
     question, steps, _, known = demo.examples["1b · wrong from step 4 on"]
     picture, line, result = last(demo.score(WORLD, question, steps))
