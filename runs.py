@@ -5,14 +5,17 @@ A run folder holds model.safetensors, config.json, state.pt (what resuming needs
     python runs.py --run out/rjepa-small --folder pretrained/rjepa-smollm2      # what is needed to use it, in bf16
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import config as cfg
 import data
@@ -61,21 +64,77 @@ def say(*text):
         print(*text, file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def processes(device: str):
+    """(rank, processes) of this one under torchrun, (0, 1) without; joins their group, and leaves it.
+
+    With several GPUs `cuda` is from then on the one of this process. Who waits for others waits a day: that one of
+    them has died is for torchrun to notice.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(days=1))
+    try:
+        yield rank, world
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
 # ----------------------------------------------------------------------------- run folders
 
 
+@contextlib.contextmanager
+def lock(folder: Path, option: str):
+    """Makes the folder and holds its .lock, so that no two processes write there (of torchrun's, rank 0 holds it).
+
+    The operating system's lock: one that is killed holds nothing. Raises SystemExit, naming the option to change.
+    """
+    from filelock import FileLock, Timeout
+
+    if int(os.environ.get("RANK", 0)):
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = FileLock(folder / ".lock")
+        held.acquire(blocking=False)
+    except Timeout:
+        raise SystemExit(f"{folder}: another process is writing there. Wait for it, or choose another {option}"
+                         ) from None
+    except OSError as error:
+        raise SystemExit(f"{option} {folder} cannot be written to ({error.strerror}): choose another") from None
+    try:
+        yield
+    finally:
+        held.release()
+
+
 def write_atomic(path: Path, write):
-    """write(temporary path), then fsync and rename: `path` holds the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """write(temporary path), then fsync and rename: `path` holds the old content or the new, never a part.
+
+    Raises OSError that names the path where the disk is full or cannot be written to; nothing is left of the attempt.
+    """
+    from safetensors import SafetensorError
+
     temporary = path.with_name(path.name + ".tmp")
-    old = path if path.exists() else temporary
-    old.touch()
-    mode = old.stat().st_mode  # of the old file, or as usual: some writers' files are for the user alone
-    write(temporary)
-    os.chmod(temporary, mode)
-    with open(temporary, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = (path if path.exists() else temporary).stat().st_mode  # some writers' files are for the user alone
+        write(temporary)
+        os.chmod(temporary, mode)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have kinds of their own
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        why = getattr(error, "strerror", None) or str(error)[:200]
+        raise OSError(f"{path} could not be written ({why}); what was there before is as it was. Make room, or check "
+                      "its rights, and run the same command again") from error
 
 
 def build_model(config) -> torch.nn.Module:
