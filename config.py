@@ -53,6 +53,7 @@ class RunConfig:
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # autocast dtype; auto: bf16 where the hardware computes in it
     compile: PICK = "auto"  # torch.compile; auto: on CUDA alone
     threads: int = 0  # CPU threads; 0: PyTorch's own choice
+    shard: bool = False  # under torchrun: FSDP2, weights and optimizer in parts on the processes; off: DDP, all on each
 
     # cadence
     log_every: int = 10  # steps between log lines

@@ -66,7 +66,7 @@ def say(*text):
 
 @contextlib.contextmanager
 def processes(device: str):
-    """(rank, processes) of this one under torchrun, (0, 1) without; joins their group, and leaves it.
+    """(rank, processes) of this one under torchrun, (0, 1) without; joins their group, and leaves it if all went well.
 
     With several GPUs `cuda` is from then on the one of this process. Who waits for others waits a day: that one of
     them has died is for torchrun to notice.
@@ -76,11 +76,9 @@ def processes(device: str):
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(days=1))
-    try:
-        yield rank, world
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
+    yield rank, world
+    if world > 1:
+        dist.destroy_process_group()
 
 
 # ----------------------------------------------------------------------------- run folders
@@ -97,6 +95,7 @@ def lock(folder: Path, option: str):
     if int(os.environ.get("RANK", 0)):
         yield
         return
+    was_there = folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held = FileLock(folder / ".lock")
@@ -109,6 +108,10 @@ def lock(folder: Path, option: str):
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):
+            if not was_there and [p.name for p in folder.iterdir()] == [".lock"]:  # nothing came of it
+                (folder / ".lock").unlink()
+                folder.rmdir()
         held.release()
 
 
@@ -257,26 +260,30 @@ def load_tokenizer(folder, config) -> data.Tokenizer:
 
 
 # from `latents` on: what follows from a job's identity
-FREE_ON_RESUME = set("""out_dir overwrite device threads log_every save_every data_dir vocab_size
+FREE_ON_RESUME = set("""out_dir overwrite device threads log_every save_every data_dir vocab_size shard grad_accum
                         latents llm layer pooling prompt dim
                         z_dim h_dim context_dim teacher_dim world""".split())
+
+
+def refuse_foreign(folder: Path, overwrite: bool):
+    """SystemExit for a folder that holds other files than a run's, or is none."""
+    if folder.exists() and not folder.is_dir():
+        raise SystemExit(f"--out_dir {folder} is a file: choose a folder")
+    here = {p.name.removesuffix(".tmp") for p in folder.iterdir()} if folder.is_dir() else set()
+    if not overwrite and "config.json" not in here and here - {*RUN_FILES, ".lock"}:
+        raise SystemExit(f"{folder} holds files but no config.json: not a run of train.py. "
+                         f"Choose another --out_dir, or --overwrite to write into it")
 
 
 def open_run(folder: Path, preset: str, config) -> dict | None:
     """Looks at a run folder: None to start in it, or the training state to continue from. Changes nothing.
 
-    Raises SystemExit for a finished run, another run's folder, foreign files or a damaged state. --overwrite starts
-    again: it replaces this project's files, once all else is ready, and leaves all others.
+    Raises SystemExit for a finished run, another run's folder or a damaged state. --overwrite starts again: it replaces
+    this project's files, once all else is ready, and leaves all others.
     """
-    if folder.exists() and not folder.is_dir():
-        raise SystemExit(f"--out_dir {folder} is a file: choose a folder")
     here = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
-    ours = set(RUN_FILES) | {name + ".tmp" for name in RUN_FILES}
     if config.overwrite:
         return None
-    if "config.json" not in here and here - ours:
-        raise SystemExit(f"{folder} holds files but no config.json: not a run of train.py. "
-                         f"Choose another --out_dir, or --overwrite to write into it")
     if "config.json" in here:
         try:
             old_preset, old = cfg.from_json((folder / "config.json").read_text(), str(folder / "config.json"))
@@ -289,7 +296,7 @@ def open_run(folder: Path, preset: str, config) -> dict | None:
         return None  # killed before the first checkpoint
     try:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        missing = {"model", "optimizer", "step", "n_steps", "identity"} - set(state)
+        missing = {"step", "n_steps", "identity", "shards" if "shards" in state else "tensors"} - set(state)
     except Exception as error:  # zip, unpickling and end-of-file errors, by the kind of damage
         raise SystemExit(f"{folder / 'state.pt'} is damaged ({type(error).__name__}: {str(error)[:200]}). "
                          f"Nothing was changed; --overwrite starts again") from None

@@ -16,6 +16,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from contextlib import nullcontext
@@ -26,18 +27,22 @@ import torch.distributed as dist
 
 import config as cfg
 from jobs import JOBS, strip
-from model import configure_optimizers, estimate_mfu
+from model import Block, configure_optimizers, estimate_mfu
+from parallel import copy_tensors, full, gathered, load_state, save_state, sync_gradients, wrap
 from runs import (
     FREE_ON_RESUME,
     RUN_FILES,
     build_model,
     digest,
     inherit,
+    lock,
     open_run,
     pick_compile,
     pick_device,
     pick_dtype,
+    processes,
     refuse_changes,
+    refuse_foreign,
     save_plots,
     say,
     start_from,
@@ -56,34 +61,33 @@ def learning_rate(step: int, n_steps: int, config) -> float:
 
 def train(preset: str, config) -> dict:
     """One run from start (or checkpoint) to end -> the figures that `main` prints."""
-    # machine
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    device = pick_device(config.device)
-    if world > 1:
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     torch.set_float32_matmul_precision("high")
+    beside = {"rjepa-guide": "guide", "rjepa-speak": "speak"}.get(preset)  # where infer.py looks for them
+    out = Path(config.out_dir or (f"{Path(config.init_from)}-{beside}" if beside else f"out/{preset}"))
+    config.out_dir, device = str(out), pick_device(config.device)
+    refuse_foreign(out, config.overwrite)
+    with processes(device) as (rank, world), lock(out, "--out_dir"):
+        return run(preset, config, out, device, rank, world)
+
+
+def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> dict:
+    """What `train` does in a folder that is its own, as one of `world` processes."""
     dtype = pick_dtype(config.dtype, device)
 
     def autocast():
         return torch.autocast(device.split(":")[0], dtype) if dtype != torch.float32 else nullcontext()
 
     # data, model, optimizer
-    beside = {"rjepa-guide": "guide", "rjepa-speak": "speak"}.get(preset)  # where infer.py looks for them
-    out = Path(config.out_dir or (f"{Path(config.init_from)}-{beside}" if beside else f"out/{preset}"))
-    config.out_dir = str(out)
     inherit(config)
     state = open_run(out, preset, config)
     job = JOBS[type(config)](config, out)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_ON_RESUME}
-    identity = {"config": digest(json.dumps(settings)), "processes": world, **job.identity}
+    micro_steps = config.grad_accum * world
+    identity = {"config": digest(json.dumps(settings)), "grad_accum x processes": micro_steps, **job.identity}
     if state:
         theirs = state["identity"]
         refuse_changes(out, {k: (theirs.get(k), v) for k, v in identity.items() if theirs.get(k) != v})
-    micro_steps = config.grad_accum * world
     n_steps = config.max_steps or max(1, round(config.epochs * job.batches.per_epoch / micro_steps))
     torch.manual_seed(config.seed)
     model = build_model(config)
@@ -97,25 +101,26 @@ def train(preset: str, config) -> dict:
         old_val = job.evaluate(model, device, autocast)
         before = relative_l1(old_val)
         model.load_state_dict(kept)  # evaluation stores quantiles
+    use_compile = pick_compile(config.compile, device)
+    if use_compile:  # block by block: what is around them looks at the data
+        torch._dynamo.config.recompile_limit = 64
+        for block in [part for part in model.modules() if isinstance(part, Block)]:
+            block.forward = torch.compile(block.forward, dynamic=True)
+    run_model = wrap(model, world, config.shard)
     optimizer = configure_optimizers(model, config)
     first = 0
     if state:
-        try:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            raise SystemExit(f"{out / 'state.pt'} does not fit this run: {str(error)[:300]}") from None
+        load_state(out, model, optimizer, state)
         first, n_steps = state["step"], state["n_steps"]
+        del state
         say(f"continuing {out} at step {first} of {n_steps}")
     say(f"{preset}: {model.n_params():,} parameters on {device} in {str(dtype)[6:]}, {len(job.train):,} {job.unit}, "
         f"{n_steps} steps of {config.batch_size * micro_steps} -> {out}")
 
-    run_model = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    if pick_compile(config.compile, device):
-        run_model = torch.compile(run_model, dynamic=True)
+    if use_compile:
         with autocast():  # always on the same batch: the kernels must not depend on where a run is resumed
             run_model(strip(job.batch(0, device)))["loss"].backward()
-            optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
 
     if world > 1:
         dist.barrier()  # every process has looked at the folder before the first one writes
@@ -124,6 +129,8 @@ def train(preset: str, config) -> dict:
         if config.overwrite:
             for path in [out / name for name in (*RUN_FILES, "energies.png")] + list(out.glob("generations-*.jsonl")):
                 path.unlink(missing_ok=True)
+            for folder in out.glob("state-*"):
+                shutil.rmtree(folder)
         job.write(out)
         write_atomic(out / "config.json", lambda path: path.write_text(cfg.to_json(config, preset) + "\n"))
         keep_log_until(out / "log.jsonl", first)
@@ -135,16 +142,14 @@ def train(preset: str, config) -> dict:
 
     def save(step):
         """state.pt last: a finished state means that everything else is there."""
-        if rank == 0:
-            weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-            if step == n_steps:
+        if step == n_steps:
+            weights = {name: full(value).cpu().contiguous() for name, value in model.state_dict().items()}
+            if rank == 0:
                 from safetensors.torch import save_file
 
                 write_atomic(out / "model.safetensors", lambda path: save_file(weights, path))
                 save_plots(out)
-            payload = {"model": weights, "optimizer": optimizer.state_dict(), "step": step, "n_steps": n_steps,
-                       "identity": identity}
-            write_atomic(out / "state.pt", lambda path: torch.save(payload, path))
+        save_state(out, model, optimizer, {"step": step, "n_steps": n_steps, "identity": identity})
 
     # loop
     progress = None
@@ -154,28 +159,30 @@ def train(preset: str, config) -> dict:
         progress = tqdm(total=n_steps, initial=first, unit="step")
     model.train()
     figures, val = {}, {}
-    started, busy, tokens, filled, slots = time.time(), 0.0, 0, 0, 0
-    window, window_tokens = time.time(), 0
+    started, busy, tokens, filled, slots = time.monotonic(), 0.0, 0, 0, 0
+    window, window_tokens, upcoming = time.monotonic(), 0, None
     for step in range(first, n_steps):
-        t0 = time.time()
-        torch.manual_seed((config.seed * 1_000_003 + step) * 1009 + rank)  # dropout follows from (seed, step, rank)
+        t0 = time.monotonic()
         lr = learning_rate(step, n_steps, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
         sums = {}
         for micro in range(config.grad_accum):
             index = (step * config.grad_accum + micro) * world + rank
-            batch = job.batch(index, device)
+            batch = upcoming or job.batch(index, device)
             tokens, window_tokens = tokens + batch["n_tokens"], window_tokens + batch["n_tokens"]
             filled, slots = filled + batch["n_filled"], slots + batch["n_slots"]
-            last = micro == config.grad_accum - 1
-            with run_model.no_sync() if world > 1 and not last and hasattr(run_model, "no_sync") else nullcontext():
+            torch.manual_seed(config.seed * 1_000_003 * 1009 + index)  # dropout follows from the batch, whoever has it
+            with sync_gradients(run_model, last=micro == config.grad_accum - 1):
                 with autocast():
                     losses = run_model(strip(batch))
                 (losses["loss"] / config.grad_accum).backward()
             for k, v in losses.items():
                 sums[k] = sums.get(k, 0.0) + v.detach() / config.grad_accum
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            upcoming = None
+            if index + world < n_steps * micro_steps:  # made while a GPU is still busy
+                upcoming = job.batch(index + world, device)
+        grad_norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
         if not torch.isfinite(sums["loss"] + grad_norm):
             raise SystemExit(f"loss {float(sums['loss'])}, gradient norm {float(grad_norm)} at step {step}: stopped. "
                              f"Last good checkpoint: {out / 'state.pt'} "
@@ -183,12 +190,15 @@ def train(preset: str, config) -> dict:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         model.update_target(config.ema_start + (config.ema_end - config.ema_start) * step / max(1, n_steps - 1))
-        busy += time.time() - t0
+        busy += time.monotonic() - t0
 
         done = step + 1
         if done % config.log_every == 0 or done == n_steps:
-            figures = {k: float(v) for k, v in sums.items()}
-            rate = window_tokens * world / max(1e-9, time.time() - window)
+            values = torch.stack([v.float() for v in sums.values()])
+            if world > 1:
+                dist.all_reduce(values)
+            figures = dict(zip(sums, (values / world).tolist(), strict=True))
+            rate = window_tokens * world / max(1e-9, time.monotonic() - window)
             row = {"step": done, "split": "train", **figures, "lr": lr, "grad_norm": float(grad_norm),
                    "tokens_per_s": round(rate), "real_share": round(filled / slots, 4)}
             name = torch.cuda.get_device_name() if device.startswith("cuda") else device
@@ -197,10 +207,11 @@ def train(preset: str, config) -> dict:
             if progress:
                 progress.set_postfix({k: f"{v:.3f}" for k, v in figures.items() if k != "loss"})
                 progress.update(done - progress.n)
-            window, window_tokens = time.time(), 0
+            window, window_tokens = time.monotonic(), 0
         if done % config.eval_every == 0 or done == n_steps:
-            if rank == 0:
-                val = job.evaluate(model, device, autocast)
+            if rank == 0 or config.shard:  # a sharded model is there where all are
+                with gathered(run_model):
+                    val = job.evaluate(model, device, autocast)
                 log({"step": done, "split": "val", **val})
                 say(f"step {done}/{n_steps}: train {short(figures)} | val {short(val)}")
                 if before is not None and done == n_steps:
@@ -210,21 +221,17 @@ def train(preset: str, config) -> dict:
                         f"{config.init_from}, {after:.4f} now: "
                         + ("accepted" if is_accepted else "rejected, the old weights stay"))
                     if not is_accepted:
-                        model.load_state_dict(kept)
+                        copy_tensors(model.state_dict(), kept)
                         val = old_val
-            window, window_tokens = time.time(), 0
+            window, window_tokens = time.monotonic(), 0
         if done % config.save_every == 0 or done == n_steps:
             save(done)
-            if world > 1:
-                dist.barrier()
     if progress:
         progress.close()
-    if world > 1:
-        dist.destroy_process_group()
     verdict = {"accepted": is_accepted, "before": before, "after": after} if before is not None and val else {}
     return {"preset": preset, "out_dir": str(out), "steps": n_steps, "params": model.n_params(), "device": device,
             "train": figures, "val": val, "tokens_per_s": round(tokens * world / max(busy, 1e-9)),
-            "real_share": round(filled / max(1, slots), 4), "seconds": round(time.time() - started, 1), **verdict}
+            "real_share": round(filled / max(1, slots), 4), "seconds": round(time.monotonic() - started, 1), **verdict}
 
 
 def relative_l1(val: dict) -> float:
