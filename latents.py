@@ -137,7 +137,7 @@ def shard_name(number: int) -> str:
 def digest(tensors: dict[str, torch.Tensor]) -> str:
     total = hashlib.sha256()
     for name in sorted(tensors):
-        total.update(tensors[name].contiguous().view(torch.uint8).numpy())
+        total.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+import zipfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -169,17 +170,33 @@ def load_run(folder, device: str = "auto"):
     The config's `preset` is model.preset. Raises FileNotFoundError or ValueError that names the file at fault.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     folder = Path(folder)
     preset, config = load_config(folder)
     model = build_model(config)
     try:
-        model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+        model.load_state_dict(read_weights(folder / "model.safetensors"), strict=True)
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{folder / 'model.safetensors'} does not hold this run's weights: {error}") from None
     model.preset = preset
     return model.to(pick_device(device)).eval(), config
+
+
+def write_weights(path: Path, weights: dict[str, torch.Tensor]):
+    from safetensors.torch import save_file
+
+    write_atomic(path, lambda temporary: save_file(weights, temporary, {"sha256": latents.digest(weights)}))
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of model.safetensors. Raises ValueError where they do not have the checksum of its header."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as f:
+        weights, header = {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
+    if header.get("sha256", "") not in ("", latents.digest(weights)):
+        raise ValueError(f"{path} is damaged: its tensors do not have the checksum of its header")
+    return weights
 
 
 ADAPTERS = ("w_in.", "w_in_target.", "w_out.", "h_mean", "h_std", "quantiles")  # what of an RJEPA belongs to one LLM
@@ -295,6 +312,9 @@ def open_run(folder: Path, preset: str, config) -> dict | None:
     if "state.pt" not in here:
         return None  # killed before the first checkpoint
     try:
+        with zipfile.ZipFile(folder / "state.pt") as archive:
+            if bad := archive.testzip():  # torch.load does not look at checksums
+                raise ValueError(f"the checksum of {bad} is wrong")
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         missing = {"step", "n_steps", "identity", "shards" if "shards" in state else "tensors"} - set(state)
     except Exception as error:  # zip, unpickling and end-of-file errors, by the kind of damage
@@ -361,8 +381,6 @@ def publish(run: str, folder: str, llm: str = "") -> dict:
 
     llm: what an R-JEPA's LLM is called from now on. A guide or Speaker is tied to the R-JEPA beside `folder`.
     """
-    from safetensors.torch import load_file, save_file
-
     run, folder = Path(run), Path(folder)
     preset, config = load_config(run)
     if folder.exists() and any(p.name not in (*RUN_FILES, "rerank.json") for p in folder.iterdir()):
@@ -374,8 +392,8 @@ def publish(run: str, folder: str, llm: str = "") -> dict:
         config.init_from = str(folder).rpartition("-")[0]
         config.world = weights_digest(config.init_from)
     matrices = {name for name, p in build_model(config).named_parameters() if p.dim() > 1}
-    weights = {k: v.bfloat16() if k in matrices else v for k, v in load_file(run / "model.safetensors").items()}
-    write_atomic(folder / "model.safetensors", lambda path: save_file(weights, path))
+    weights = {k: v.bfloat16() if k in matrices else v for k, v in read_weights(run / "model.safetensors").items()}
+    write_weights(folder / "model.safetensors", weights)
     write_atomic(folder / "config.json", lambda path: path.write_text(cfg.to_json(config, preset) + "\n"))
     if (run / "tokenizer.tiktoken").is_file():
         shutil.copyfile(run / "tokenizer.tiktoken", folder / "tokenizer.tiktoken")

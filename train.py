@@ -47,6 +47,7 @@ from runs import (
     say,
     start_from,
     write_atomic,
+    write_weights,
 )
 
 
@@ -145,9 +146,7 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
         if step == n_steps:
             weights = {name: full(value).cpu().contiguous() for name, value in model.state_dict().items()}
             if rank == 0:
-                from safetensors.torch import save_file
-
-                write_atomic(out / "model.safetensors", lambda path: save_file(weights, path))
+                write_weights(out / "model.safetensors", weights)
                 save_plots(out)
         save_state(out, model, optimizer, {"step": step, "n_steps": n_steps, "identity": identity})
 

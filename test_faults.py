@@ -1,0 +1,299 @@
+"""Many processes, and what goes wrong in long jobs: kills, full disks, read-only folders, damage, a clock set back.
+
+    pytest -q test_faults.py
+    SOAK=100 pytest -q test_faults.py -k soak        # as many rounds of start, SIGKILL at a random moment, resume
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import config as cfg
+import extract
+import runs
+import sandbox
+import train
+from test_core import ROOT, weights
+
+SOAK = int(os.environ.get("SOAK", 3))
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+QUICKSTART = """quickstart --n_synthetic 120 --max_problem_steps 2 --n_layer 2 --n_head 2 --n_embd 32 --batch_size 8
+    --val_problems 8 --vocab_size 300 --dropout 0.1 --target_encoder ema --answer_context latent --max_steps 12
+    --log_every 1 --eval_every 6 --save_every 2 --dtype fp32 --device cpu --threads 1""".split()
+STUDENT = ["--llm", "pretrained/student", "--dataset", "synthetic", "--max_problem_steps", "3", "--device", "cpu"]
+EXTRACT = [*STUDENT, "--limit", "12", "--shard_size", "2", "--threads", "1"]
+boxed = pytest.mark.skipif(sandbox.sandbox_problem() != "", reason=sandbox.sandbox_problem())
+
+
+def script(*argv, n=1, code=0, **options):
+    """Runs a script of this folder, as one process or as n of torchrun -> its output; `code`: how it must end."""
+    start = [] if n == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
+    done = subprocess.run([sys.executable, *start, *map(str, argv)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=300, env=ENV, **options)
+    assert (done.returncode == 0) == (code == 0), done.stderr[-3000:]
+    return done.stdout if code == 0 else done.stderr
+
+
+def log_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def same_curves(a, b, tolerance=1e-5):
+    rows = list(zip(log_of(a), log_of(b), strict=True))
+    assert rows
+    for one, two in rows:
+        for key in set(one) - {"split", "tokens_per_s", "real_share", "retrieval_top1", "retrieval_ci95"}:
+            assert one[key] == pytest.approx(two[key], rel=tolerance, abs=tolerance), (one["step"], key)
+
+
+def contents(folder) -> dict:
+    """What a finished run or extraction leaves, without the record of how long it took."""
+    return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.suffix in (".safetensors", ".parquet", ".json")}
+
+
+# ----------------------------------------------------------------------------- many processes
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A run of one process on the global batch of two."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    train.train(*cfg.parse_cli([*QUICKSTART, "--grad_accum", "2", "--out_dir", str(folder)]))
+    return folder
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_processes_give_the_curves_of_one(tmp_path, alone, shard):
+    script("train.py", *QUICKSTART, *["--shard"] * shard, "--out_dir", tmp_path, n=2)
+    same_curves(tmp_path, alone)
+    assert len(list(tmp_path.glob("state-00000012/*.safetensors"))) == 2 * shard
+    net, _ = runs.load_run(tmp_path)
+    for name, value in runs.load_run(alone)[0].state_dict().items():
+        torch.testing.assert_close(net.state_dict()[name], value, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fields", [
+    ["rjepa-small", *STUDENT[:6], "--n_synthetic", "48", "--batch_size", "8", "--n_embd", "32",
+     "--predictor_n_embd", "16"],
+    ["tjepa-small", "--dataset", "synthetic", "--n_synthetic", "80", "--max_problem_steps", "3", "--batch_size", "2",
+     "--n_layer", "1", "--n_embd", "32"],
+])
+def test_two_processes_train_the_other_models(tmp_path, fields, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    common = [*fields, "--max_steps", "3", "--log_every", "1", "--dtype", "fp32", "--device", "cpu", "--threads", "1"]
+    if fields[0].startswith("rjepa"):
+        extract.main([*STUDENT, "--limit", "48", "--counterfactual", "--out", str(tmp_path / "latents")])
+        common += ["--latents", str(tmp_path / "latents")]
+    train.train(*cfg.parse_cli([*common, "--grad_accum", "2", "--out_dir", str(tmp_path / "one")]))
+    script("train.py", *common, "--shard", "--out_dir", tmp_path / "two", n=2)
+    same_curves(tmp_path / "two", tmp_path / "one")
+
+
+STOPPING = """
+import sys, train
+save = train.save_state
+def stop(out, model, optimizer, facts):
+    save(out, model, optimizer, facts)
+    if facts["step"] == 6:
+        sys.exit("stopped")
+train.save_state = stop
+train.main()
+"""
+
+
+@pytest.mark.parametrize("first, then", [("2 --shard", "1"), ("1", "2 --shard"), ("2", "2 --shard")])
+def test_a_state_is_read_by_any_number_of_processes(tmp_path, alone, first, then):
+    (tmp_path / "stop.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{STOPPING}")
+    for how, name, code in ((first, tmp_path / "stop.py", 1), (then, "train.py", 0)):
+        n, *shard = how.split()
+        accumulate = ["--grad_accum", "2"] if n == "1" else []
+        said = script(name, *QUICKSTART, *shard, *accumulate, "--out_dir", tmp_path / "run", n=int(n), code=code)
+        assert code == 0 or "stopped" in said
+    same_curves(tmp_path / "run", alone)
+    with pytest.raises(SystemExit, match="is finished"):
+        train.train(*cfg.parse_cli([*QUICKSTART, "--out_dir", str(tmp_path / "run")]))
+
+
+def test_another_global_batch_is_refused_and_a_damaged_part_is_named(tmp_path):
+    (tmp_path / "stop.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{STOPPING}")
+    folder = tmp_path / "run"
+    script(tmp_path / "stop.py", *QUICKSTART, "--shard", "--out_dir", folder, n=2, code=1)
+    with pytest.raises(SystemExit, match="grad_accum x processes: 2 there, 1 here"):
+        train.train(*cfg.parse_cli([*QUICKSTART, "--out_dir", str(folder)]))
+    again = cfg.parse_cli([*QUICKSTART, "--grad_accum", "2", "--out_dir", str(folder)])
+    part, other = sorted((folder / "state-00000006").iterdir())
+    whole = part.read_bytes()
+    for damaged in (whole[:-4], whole[:-1] + bytes([whole[-1] ^ 1]), other.read_bytes()):
+        part.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{part.name} is missing or damaged"):
+            train.train(*again)
+    part.write_bytes(whole)
+    assert train.train(*again)["steps"] == 12 and not list(folder.glob("state-*"))
+
+
+DYING = """
+import os, signal, train
+clip, calls = train.torch.nn.utils.clip_grad_norm_, []
+def die(*args):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and len(calls) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return clip(*args)
+train.torch.nn.utils.clip_grad_norm_ = die
+train.main()
+"""
+
+
+def test_a_worker_that_dies_is_started_again(tmp_path, alone):
+    """By torchrun --max-restarts, or by the same command: the run goes on from its last checkpoint."""
+    (tmp_path / "die.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{DYING}")
+    command = [str(tmp_path / "die.py"), *QUICKSTART]
+    said = script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command, "--out_dir",
+                  tmp_path / "again", code=1)
+    assert "Signal 9 (SIGKILL)" in said
+    script("train.py", *QUICKSTART, "--out_dir", tmp_path / "again", n=2)
+    script("-m", "torch.distributed.run", "--standalone", "--max-restarts", "1", "--nproc_per_node", "2", *command,
+           "--out_dir", tmp_path / "restarted")
+    for name in ("again", "restarted"):
+        same_curves(tmp_path / name, alone)
+
+
+# ----------------------------------------------------------------------------- two at once, no room, no rights
+
+
+def test_a_second_process_in_a_folder_is_refused(tmp_path):
+    holding = """import pathlib, runs, sys, time
+with runs.lock(pathlib.Path(sys.argv[1]), "--out"):
+    print(1, flush=True)
+    time.sleep(60)"""
+    with subprocess.Popen([sys.executable, "-c", holding, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        for main, argv in ((train.main, ["train.py", *QUICKSTART, "--out_dir", str(tmp_path)]),
+                           (lambda: extract.main(), ["extract.py", *EXTRACT, "--out", str(tmp_path)])):
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="another process is writing"):
+                patch.chdir(ROOT)
+                patch.setattr(sys, "argv", argv)
+                main()
+        assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+        other.send_signal(signal.SIGKILL)
+    train.train(*cfg.parse_cli([*QUICKSTART, "--max_steps", "1", "--out_dir", str(tmp_path)]))
+
+
+def boxed_in(folder, shell: str, *options) -> str:
+    """What a shell says in which the folder is what the options of bubblewrap make of it, and all else as it is."""
+    command = ["bwrap", "--dev-bind", "/", "/", *map(str, options), "--chdir", str(ROOT), "sh", "-c", shell]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, env=ENV)
+    return done.stdout
+
+
+@boxed
+@pytest.mark.parametrize("kind", ["train", "shards", "extract", "memory"])
+def test_a_full_disk_is_an_error_and_then_the_command_goes_on(tmp_path, kind):
+    """On a file system of little room, most of which something else takes and then gives back."""
+    disk, whole = tmp_path / "disk", tmp_path / "whole"
+    disk.mkdir()
+    two = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2"
+    command, size, taken = {
+        "train": (f"{sys.executable} train.py {' '.join(QUICKSTART)} --out_dir", 4_000_000, 3_300_000),
+        "shards": (f"{two} train.py {' '.join(QUICKSTART)} --shard --out_dir", 4_000_000, 3_300_000),
+        "extract": (f"{sys.executable} extract.py {' '.join(EXTRACT)} --layer 1 2 3 4 --out", 400_000, 330_000),
+        "memory": (f"{sys.executable} infer.py score pretrained/rjepa-student --question 'Ann has 3 pens and buys 4. "
+                   "How many pens has she?' --steps 'She has 3 + 4 = 7.' '#### 7' --truth 7 --log", 4_000_000,
+                   3_990_000),
+    }[kind]
+    target = disk / ("m.duckdb" if kind == "memory" else "run")
+    shell = (f"head -c {taken} /dev/zero > {disk}/filler; {command} {target} && echo WENT; ls {disk}/run; "
+             f"rm {disk}/filler; echo SECOND; {command} {target} && cp -r {target} {whole}")
+    said = boxed_in(disk, shell, "--size", size, "--tmpfs", disk)
+    first, _, second = said.partition("SECOND")
+    assert "WENT" not in first and ("Traceback" not in first or kind == "shards"), first  # torchrun has one of its own
+    assert "could not be written (" in first or "No space left" in first, first
+    assert ".tmp" not in first.rpartition("error")[2], first
+    assert whole.exists(), second
+    if kind == "train":
+        train.train(*cfg.parse_cli([*QUICKSTART, "--out_dir", str(tmp_path / "calm")]))
+        assert weights(whole) == weights(tmp_path / "calm")
+
+
+@boxed
+def test_a_read_only_folder_is_named(tmp_path):
+    for command in (f"train.py {' '.join(QUICKSTART)} --out_dir {tmp_path}/run",
+                    f"extract.py {' '.join(EXTRACT)} --out {tmp_path}/run"):
+        said = boxed_in(tmp_path, f"{sys.executable} {command}", "--ro-bind", tmp_path, tmp_path)
+        assert f"{tmp_path}/run cannot be written to (Read-only file system)" in said and "Traceback" not in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_clock_may_be_set_back(tmp_path, monkeypatch):
+    now, real = [2e9], time.time
+    monkeypatch.setattr(time, "time", lambda: now.append(now[-1] - 3600) or now[-1])
+    result = train.train(*cfg.parse_cli([*QUICKSTART, "--out_dir", str(tmp_path / "back")]))
+    monkeypatch.setattr(time, "time", real)
+    train.train(*cfg.parse_cli([*QUICKSTART, "--out_dir", str(tmp_path / "calm")]))
+    assert weights(tmp_path / "back") == weights(tmp_path / "calm")
+    assert result["tokens_per_s"] > 0 and result["seconds"] >= 0
+    assert all(row["tokens_per_s"] > 0 for row in log_of(tmp_path / "back") if row["split"] == "train")
+
+
+# ----------------------------------------------------------------------------- a soak
+
+# everything is imported once; then each life of the job is a fork that is killed after a while, or left to finish
+LIVES = """
+import os, random, signal, sys, time
+sys.path.insert(0, {root!r})
+import extract, jobs, runs, safetensors.torch, torch, train, tyro, filelock, pyarrow.parquet, matplotlib.pyplot
+torch.set_num_threads(1)
+def live(out, seconds):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            sys.argv = [a.replace("OUT", out) for a in {argv!r}]
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+            sys.exit({main}())
+        except SystemExit as end:
+            open(out + ".said", "w").write(str(end.code or ""))
+            os._exit(bool(end.code))
+        except BaseException as error:
+            open(out + ".said", "w").write(repr(error))
+            os._exit(1)
+    if seconds:
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)
+    return os.waitpid(pid, 0)[1]
+began = time.monotonic()
+assert live({out!r} + "/calm", 0) == 0, open({out!r} + "/calm.said").read()
+length, dice, killed = time.monotonic() - began, random.Random({seed}), 0
+for i in range({rounds}):
+    out = {out!r} + "/" + str(i)
+    while dice.random() < 0.75:  # one to a few lives, each cut at any moment
+        status = live(out, max(1e-3, dice.random() * length))
+        killed += status == signal.SIGKILL
+    status = live(out, 0)
+    said = open(out + ".said").read() if os.path.exists(out + ".said") else ""
+    assert status == 0 or "is finished" in said, (i, status, said)
+print(killed, round(length, 2))
+"""
+
+
+@pytest.mark.parametrize("kind", ["train", "extract"])
+def test_soak(tmp_path, kind):
+    """SIGKILL at random moments, again and again: every folder ends in the bits of the undisturbed one."""
+    argv = [f"{kind}.py", *(QUICKSTART if kind == "train" else EXTRACT), "--out" + "_dir" * (kind == "train"), "OUT"]
+    seed = random.randrange(2**32)
+    code = LIVES.format(root=str(ROOT), argv=argv, main=f"{kind}.main", out=str(tmp_path), rounds=SOAK, seed=seed)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=ENV,
+                          timeout=60 * (2 + SOAK))
+    assert done.returncode == 0, f"seed {seed}: {done.stderr[-2000:]}"
+    calm, ends = contents(tmp_path / "calm"), [contents(tmp_path / str(i)) for i in range(SOAK)]
+    for end in [calm, *ends]:
+        end.pop("config.json", None)  # names the folder
+    assert calm and sum(end == calm for end in ends) == SOAK, f"seed {seed}"
+    print(f"{kind}: {SOAK} of {SOAK} rounds, {done.stdout.split()[0]} kills, {done.stdout.split()[1]} s undisturbed")
