@@ -14,6 +14,7 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------- Transformer
 
@@ -369,10 +370,20 @@ class NanoJEPA(nn.Module):
         """Trainable parameters; the tied embedding counts once."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
+    SLICE = 16_384  # tokens whose logits are there at a time: 64 k of GPT-2's would take 26 GB
+
     def token_loss(self, h, loss_at, targets):
         """Summed cross-entropy of h [B, T, C] at the flat positions loss_at [M] with the ids targets [M]."""
-        logits = F.linear(h.flatten(0, 1)[loss_at], self.embed.weight)  # (M, V): padding costs nothing
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+        def loss(h, targets):
+            logits = F.linear(h, self.embed.weight)  # (M, V): padding costs nothing
+            return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+        h = h.flatten(0, 1)[loss_at]  # (M, C)
+        if len(h) <= self.SLICE:
+            return loss(h, targets)
+        return sum(checkpoint(loss, *part, use_reentrant=False)  # logits are made once more for the backward pass
+                   for part in zip(h.split(self.SLICE), targets.split(self.SLICE), strict=True))
 
     def answer_latent(self, h, pool):
         """States h [B, T, C] of answer rows, weights pool [B, T] -> standardised latent [B, C], detached."""

@@ -216,10 +216,13 @@ def test_training_rows_leak_nothing_from_the_answer_into_pred(context):
     torch.testing.assert_close(states[0], net.encode(questions, questions)[0], atol=1e-5, rtol=1e-5)
 
 
-def test_fast_path_equals_the_reference_mask():
+@pytest.mark.parametrize("size", [10**9, 5])
+def test_fast_path_equals_the_reference_mask(size, monkeypatch):
+    """Also where the logits are made in slices."""
     rows, results = examples(8), []
     for packed in (False, True):
         net = tiny_model(answer_context="isolated").train()
+        monkeypatch.setattr(net, "SLICE", 10**9 if packed else size)
         losses = net(tensors(data.collate(rows, net.config, packed=packed)))
         losses["loss"].backward()
         results.append((losses, {k: p.grad for k, p in net.named_parameters()}))
