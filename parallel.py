@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model import Block
-from runs import write_atomic
+from runs import not_written, write_atomic
 
 
 def wrap(model, world: int, shard: bool):
@@ -118,9 +118,7 @@ def save_shards(folder: Path, tensors: dict) -> dict:
     try:
         save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
     except CheckpointException as error:
-        why = list(error.failures.values())[0][0]
-        raise OSError(f"{folder} could not be written ({why}); the last state.pt is as it was. Make room, or check its "
-                      "rights, and run the same command again") from None
+        raise not_written(folder, list(error.failures.values())[0][0]) from None
     hashes = [None] * world
     dist.all_gather_object(hashes, {path.name: digest_file(path) for path in sorted(folder.iterdir())[rank::world]})
     return {name: value for part in hashes for name, value in part.items()}

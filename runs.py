@@ -136,9 +136,22 @@ def write_atomic(path: Path, write):
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have kinds of their own
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        why = getattr(error, "strerror", None) or str(error)[:200]
-        raise OSError(f"{path} could not be written ({why}); what was there before is as it was. Make room, or check "
-                      "its rights, and run the same command again") from error
+        raise not_written(path, error) from error
+
+
+def not_written(path: Path, error: Exception) -> OSError:
+    why = getattr(error, "strerror", None) or str(error)[:200]
+    return OSError(f"{path} could not be written ({why}); what was there before is as it was. Make room, or check its "
+                   "rights, and run the same command again")
+
+
+def append_line(path: Path, row: dict):
+    """One more line of a jsonl file; a line that a full disk or a kill has cut short is for the reader to drop."""
+    try:
+        with open(path, "a") as f:
+            f.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise not_written(path, error) from error
 
 
 def build_model(config) -> torch.nn.Module:

@@ -32,6 +32,7 @@ from parallel import copy_tensors, full, gathered, load_state, save_state, sync_
 from runs import (
     FREE_ON_RESUME,
     RUN_FILES,
+    append_line,
     build_model,
     digest,
     inherit,
@@ -138,8 +139,7 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
 
     def log(row):
         if rank == 0:
-            with open(out / "log.jsonl", "a") as f:
-                f.write(json.dumps(row) + "\n")
+            append_line(out / "log.jsonl", row)
 
     def save(step):
         """state.pt last: a finished state means that everything else is there."""
