@@ -72,15 +72,28 @@ def processes(device: str):
     them has died is for torchrun to notice.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
+    joins = world > 1 and not dist.is_initialized()
+    if joins:
         if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(days=1))
     try:
         yield rank, world
     finally:
-        if world > 1:
+        if joins:
             dist.destroy_process_group()
+
+
+def add_up(value: float = 0) -> float:
+    """The sum over all processes, once each has come here. Raises SystemExit where one of them has ended before."""
+    if not dist.is_initialized():
+        return value
+    total = torch.tensor(value, dtype=torch.float64)
+    try:
+        dist.all_reduce(total)
+    except RuntimeError:
+        raise SystemExit("another process has stopped (see its message); the same command goes on from here") from None
+    return float(total)
 
 
 # ----------------------------------------------------------------------------- run folders
@@ -91,12 +104,14 @@ def lock(folder: Path, option: str):
     """Makes the folder and holds its .lock, so that no two processes write there (of torchrun's, rank 0 holds it).
 
     The operating system's lock: one that is killed holds nothing. Raises SystemExit, naming the option to change.
+    The file stays, except where it was not there before and what is done under it fails: a refused folder is as it was.
     """
     from filelock import FileLock, Timeout
 
     if int(os.environ.get("RANK", 0)):
         yield
         return
+    was_there = (folder / ".lock").exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held = FileLock(folder / ".lock")
@@ -108,6 +123,10 @@ def lock(folder: Path, option: str):
         raise SystemExit(f"{option} {folder} cannot be written to ({error.strerror}): choose another") from None
     try:
         yield
+    except BaseException:
+        if not was_there:
+            (folder / ".lock").unlink(missing_ok=True)
+        raise
     finally:
         held.release()
 
