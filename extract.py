@@ -55,6 +55,8 @@ def extract(llm: LLM, chains: list[dict], out: Path, description: dict, wanted: 
     from tqdm import tqdm
 
     coded = []
+    if not chains:
+        raise ValueError("there is no chain to extract")
     for chain in chains:
         try:
             if not chain["steps"] or not all(unit.strip() for unit in (chain["question"], *chain["steps"])):

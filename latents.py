@@ -1,7 +1,8 @@
 """A folder of latents: one vector per reasoning step of many chains. Written by extract.py, read by all that follow.
 
     shard-00000.safetensors   h [N, D] bf16, offsets int64 [chains + 1], logprobs fp32 [N] where asked for; the header
-                              says which LLM, layer, pooling, dtype, quantisation, tokenizer, schema, and their sha256
+                              says which LLM, layer, pooling, dtype, quantisation, tokenizer, schema, file, and the
+                              sha256 of all that
     index.parquet             a row a chain: text, labels, logprobs, and shard, start, end of its latents
     manifest.json             written last: without it the folder is not complete
 

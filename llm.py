@@ -153,7 +153,7 @@ class LLM:
     """
 
     unwritten = -100  # a token that is read and never written: it has no logprob
-    positions = 512  # whose logits are in memory at a time
+    positions = 128  # whose logits are in memory at a time, on a GPU four times as many
     prompt, prompt_ids, after = "", [], "\n"  # `set_prompt`; tokens before every question, text after it
     blend = None  # (alpha, target [B, D]) while `advance` runs: see there
 
@@ -231,8 +231,9 @@ class LLM:
         """Last normed states [B, T, D] of tokens [B, T] -> [U, 2] fp32: a unit's sum of logprobs, how many they are."""
         at, offsets = unit_tokens(spans, idx.shape[1], idx.device)
         final, targets, lp = final.flatten(0, 1), idx.flatten()[at], []
-        # some positions at a time: the logits of a whole batch would fill the memory
-        for before, tokens in zip((at - 1).split(self.positions), targets.split(self.positions), strict=True):
+        # all logits of a batch would fill the memory; on a CPU, larger blocks go back to the system each time
+        size = self.positions * (1 if idx.device.type == "cpu" else 4)
+        for before, tokens in zip((at - 1).split(size), targets.split(size), strict=True):
             lp.append(-F.cross_entropy(self.logits(final[before]).float(), tokens, reduction="none",
                                        ignore_index=self.unwritten))
         both = torch.stack((torch.cat(lp), (targets != self.unwritten).float()), 1)

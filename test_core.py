@@ -1945,6 +1945,8 @@ def test_bad_chains_and_states_change_nothing(tmp_path, monkeypatch):
         for out, overwrite in [("new", False), ("old", True)]:
             with pytest.raises(ValueError, match="chain x: .*" + message):
                 extract_to(tmp_path / out, chains=[good, good | {"id": "x", "steps": steps}], overwrite=overwrite)
+    with pytest.raises(ValueError, match="no chain to extract"):
+        extract.extract(tiny_llm(), [], tmp_path / "new", {}, [(2, "last")], False, 2, 200)
     assert contents(tmp_path) == before and not (tmp_path / "new").exists()
     norm = tiny_llm().model.model.layers[1].input_layernorm.weight
     monkeypatch.setattr(norm, "data", norm * torch.nan)
@@ -2063,6 +2065,9 @@ def test_damaged_latents_are_named(tmp_path):
     sums = header | {"sha256": latents.digest(tensors, header)}
     safetensors.torch.save_file(tensors, path, {"header": json.dumps(sums)})
     assert len(latents.load_latents(tmp_path)[0]) == about["chains"]
+    path.unlink()
+    with pytest.raises(ValueError, match="shard-00001.* is missing: all processes must write to one folder"):
+        latents.write_index(tmp_path, latents.select(tmp_path), about, runs.write_atomic)
     latents.check_same_llm(SimpleNamespace(**about), about | {"seed": 2}, "x")
     with pytest.raises(ValueError, match="x does not fit .layer: 2 there, 1 here, dim: 32 there, 16 here"):
         latents.check_same_llm(SimpleNamespace(**about), about | {"layer": 1, "dim": 16}, "x")
