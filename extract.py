@@ -6,15 +6,18 @@
     python extract.py --llm out/student-small --dataset synthetic --limit 9000 --counterfactual --out out/latents/s
     python extract.py --dataset svamp --split test --generate 8 --prompt few_shot --out out/latents/written
     python extract.py --generate 4 --endpoint http://localhost:8000/v1 --llm qwen3-8b --out out/teacher    # no latents
+    torchrun --standalone --nproc_per_node 8 extract.py ...                                     # a process a GPU
 
 Row 0 of a chain is its question, rows 1 … S its steps; llm.py says what a row is. With --generate the chains are those
 that the LLM writes itself, with the gate's verdict; --prompt stands around every question. Several --layer or
 --pooling come from one pass, a folder each.
 
 A folder holds shard-00000.safetensors (h [N, D] bf16, offsets int64, logprobs), index.parquet and, last of all,
-manifest.json. The same command on an unfinished folder continues with the next shard, to the same bytes.
+manifest.json. The same command on an unfinished folder makes the shards that are missing, to the same bytes, with
+however many processes.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -28,6 +31,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import tyro
 
 import data
@@ -35,7 +39,7 @@ import latents
 import verify
 from config import check
 from llm import LLM, batches_by_length, generate, load_llm, shot_messages
-from runs import digest, say, write_atomic
+from runs import add_up, digest, lock, pick_device, processes, say, write_atomic
 
 # ----------------------------------------------------------------------------- the folder
 
@@ -48,7 +52,11 @@ def extract(llm: LLM, chains: list[dict], out: Path, description: dict, wanted: 
     the first is run: an empty chain or one longer than the context is named while nothing has been written or, with
     overwrite, deleted.
     """
-    coded, tokens = [], 0
+    from tqdm import tqdm
+
+    coded = []
+    if not chains:
+        raise ValueError("there is no chain to extract")
     for chain in chains:
         try:
             if not chain["steps"] or not all(unit.strip() for unit in (chain["question"], *chain["steps"])):
@@ -58,7 +66,6 @@ def extract(llm: LLM, chains: list[dict], out: Path, description: dict, wanted: 
         except ValueError as error:
             raise ValueError(f"chain {chain['id']}: {error}") from None
         coded.append((ids, spans))
-        tokens += len(ids)
     text = json.dumps([[c["id"], c["question"], c["steps"]] for c in chains])
     common = common_header(llm, logprobs, {**description, "shard_size": shard_size, "token_budget": token_budget,
                                            "chains_hash": digest(text)})
@@ -66,42 +73,88 @@ def extract(llm: LLM, chains: list[dict], out: Path, description: dict, wanted: 
     for layer, pooling in wanted:
         folder = out if len(wanted) == 1 else out / f"layer{layer}-{pooling}"
         folders[layer, pooling] = folder, common | {"layer": layer, "pooling": pooling, "dim": llm.latent_dim(pooling)}
-    if not overwrite and all([inspect_folder(folder, header) for folder, header in folders.values()]):
-        raise SystemExit(f"{out} is finished. Choose another --out, or --overwrite")
-    for folder, _ in folders.values():
-        prepare(folder, overwrite)
 
-    progress = None
-    if sys.stderr.isatty():
-        from tqdm import tqdm
+    def write(name, h, means):
+        for key, (folder, header) in folders.items():
+            latents.write_shard(folder / name, h[key], means, header, write_atomic)
 
-        progress = tqdm(total=tokens, unit="token", unit_scale=True)
-    began, done_tokens, records = time.time(), 0, []
-    for number, start in enumerate(range(0, len(chains), shard_size)):
-        part = range(start, min(start + shard_size, len(chains)))
-        name, size = latents.shard_name(number), sum(len(coded[i][0]) for i in part)
-        if not all((folder / name).is_file() for folder, _ in folders.values()):
-            h, means = run_shard(llm, [coded[i] for i in part], [chains[i]["id"] for i in part], wanted, logprobs,
-                                 token_budget)
-            for key, (folder, header) in folders.items():
-                latents.write_shard(folder / name, h[key], means, header, write_atomic)
-            done_tokens += size
-            if not progress:
-                rate = done_tokens / (time.time() - began)
-                say(f"{part.stop:,} of {len(chains):,} chains, {rate:.0f} tokens/s")
-        at = 0
-        for i in part:
-            n = len(coded[i][1])
-            records.append({**chains[i], "n_tokens": [e - b for b, e in coded[i][1]], "shard": number, "start": at,
-                            "end": at + n})
-            at += n
-        if progress:
-            progress.update(size)
-    for folder, header in folders.values():
-        latents.write_index(folder, records, header, write_atomic)
-    seconds = time.time() - began
-    return {"chains": len(chains), "steps": sum(len(c["steps"]) for c in chains), "tokens": tokens,
-            "tokens_per_s": round(done_tokens / max(seconds, 1e-9))}
+    shards = [range(at, min(at + shard_size, len(chains))) for at in range(0, len(chains), shard_size)]
+    with claim(out, folders.values(), overwrite) as (rank, world), Writer(1) as writer:
+        mine = list(enumerate(shards))[rank::world]
+        progress = tqdm(total=sum(len(coded[i][0]) for _, part in mine for i in part), unit="token", unit_scale=True,
+                        disable=rank > 0 or not sys.stderr.isatty())
+        began, done_tokens = time.perf_counter(), 0
+
+        def tick(tokens):
+            nonlocal done_tokens
+            done_tokens += tokens
+            progress.update(tokens)
+            writer.check()
+
+        for number, part in mine:
+            name = latents.shard_name(number)
+            if all((folder / name).is_file() for folder, _ in folders.values()):
+                progress.update(sum(len(coded[i][0]) for i in part))
+                continue
+            writer(write, name, *run_shard(llm, [coded[i] for i in part], [chains[i]["id"] for i in part], wanted,
+                                           logprobs, token_budget, tick))
+            if progress.disable:
+                say(f"{part.stop:,} of {len(chains):,} chains, {done_tokens / (time.perf_counter() - began):.0f} "
+                    "tokens/s" + " a process" * (world > 1))
+        writer.wait()
+        done_tokens, records = add_up(done_tokens), []
+        for number, part in enumerate(shards):
+            at = 0
+            for i in part:
+                n = len(coded[i][1])
+                records.append({**chains[i], "n_tokens": [e - b for b, e in coded[i][1]], "shard": number, "start": at,
+                                "end": at + n})
+                at += n
+        for folder, header in folders.values() if rank == 0 else ():
+            latents.write_index(folder, records, header, write_atomic)
+        seconds = time.perf_counter() - began
+    return {"chains": len(chains), "steps": sum(len(c["steps"]) for c in chains),
+            "tokens": sum(len(ids) for ids, _ in coded), "tokens_per_s": round(done_tokens / max(seconds, 1e-9))}
+
+
+class Writer(ThreadPoolExecutor):
+    """Writes in a thread while the LLM reads on, one shard at a time; what goes wrong there is raised here."""
+
+    pending = None
+
+    def __call__(self, *job):
+        self.wait()
+        self.pending = self.submit(*job)
+
+    def wait(self):
+        if self.pending:
+            self.pending.result()
+
+    def check(self):
+        """Raises what has gone wrong so far; does not wait."""
+        if self.pending and self.pending.done():
+            self.pending.result()
+
+
+@contextlib.contextmanager
+def claim(out: Path, folders, overwrite: bool):
+    """Holds `out` while it is written to, by all processes of torchrun together -> (rank, processes).
+
+    folders: (folder, header) pairs; they are inspected, made and, with overwrite, emptied. Raises SystemExit for what
+    `inspect_folder` refuses, and where all are finished. Nobody leaves before everybody has come to the end.
+    """
+    with lock(out, "--out"):
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if not overwrite and all([inspect_folder(folder, header, rank, world) for folder, header in folders]):
+            raise SystemExit(f"{out} is finished. Choose another --out, or --overwrite")
+        for folder, _ in folders if rank == 0 else ():
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in (folder / "manifest.json", folder / "index.parquet", *folder.glob("shard-*.safetensors")):
+                if overwrite:
+                    path.unlink(missing_ok=True)
+        add_up()  # rank 0 holds the folder, and has emptied it: only now may others write
+        yield rank, world
+        add_up()
 
 
 def common_header(llm: LLM, logprobs: bool, description: dict) -> dict:
@@ -125,13 +178,14 @@ def extract_written(llm: LLM, splits: list[tuple[str, list[dict]]], out: Path, d
         "dataset": dataset, "split": splits[0][0], "layer": llm.layer, "pooling": llm.pooling,
         "dim": llm.latent_dim(llm.pooling), "k": k, "temperature": temperature, "top_p": top_p, "seed": seed,
         "max_new_tokens": max_new_tokens, "chains_hash": digest(text)})
-    if not overwrite and inspect_folder(out, header):
-        raise SystemExit(f"{out} is finished. Choose another --out, or --overwrite")
-    prepare(out, overwrite)
-    began, written_now, records, per_shard = time.time(), 0, [], max(1, 64 // k)
-    for number, start in enumerate(range(0, len(problems), per_shard)):
-        part, path = problems[start : start + per_shard], out / latents.shard_name(number)
-        if not path.is_file():
+    per_shard = max(1, 64 // k)
+    shards = [problems[at : at + per_shard] for at in range(0, len(problems), per_shard)]
+    with claim(out, [(out, header)], overwrite) as (rank, world), Writer(1) as writer:
+        began, tokens = time.perf_counter(), 0
+        for number, part in list(enumerate(shards))[rank::world]:
+            path = out / latents.shard_name(number)
+            if path.is_file():
+                continue
             chains = generate(llm, [p["question"] for _, p in part], k, temperature, top_p, seed, max_new_tokens)
             rows, h, means, at = [], [], [], 0
             for (split, p), written in zip(part, chains, strict=True):
@@ -149,16 +203,22 @@ def extract_written(llm: LLM, splits: list[tuple[str, list[dict]]], out: Path, d
                     at += len(c["h"])
                     h.append(c["h"])
                     means.append([0.0, *c["logprobs"]])
-                    written_now += sum(c["n_tokens"])
-            latents.write_shard(path, h, means, header, write_atomic, rows)
-            rate = written_now / (time.time() - began)
-            say(f"{start + len(part):,} of {len(problems):,} problems, {rate:.0f} tokens/s")
-        records += latents.read_shard(path)[1]["records"]
-    latents.write_index(out, records, header, write_atomic)
+                    tokens += sum(c["n_tokens"])
+            refuse_not_finite(llm, [r["id"] for r in rows], h, f"at layer {llm.layer}")
+            writer(latents.write_shard, path, h, means, header, write_atomic, rows)
+            say(f"{number * per_shard + len(part):,} of {len(problems):,} problems, "
+                f"{tokens / (time.perf_counter() - began):.0f} tokens/s" + " a process" * (world > 1))
+        writer.wait()
+        tokens, records = add_up(tokens), []
+        if rank == 0:
+            for number in range(len(shards)):
+                records += latents.read_shard(out / latents.shard_name(number))[1]["records"]
+            latents.write_index(out, records, header, write_atomic)
+        seconds = time.perf_counter() - began
     return {"chains": len(records), "steps": sum(len(r["steps"]) for r in records),
             "tokens": sum(sum(r["n_tokens"][1:]) for r in records),
             "right": sum(r["is_valid"] for r in records) / max(1, len(records)),
-            "tokens_per_s": round(written_now / max(time.time() - began, 1e-9))}
+            "tokens_per_s": round(tokens / max(seconds, 1e-9))}
 
 
 def ask_endpoint(args, splits: list[tuple[str, list[dict]]]) -> dict:
@@ -173,7 +233,6 @@ def ask_endpoint(args, splits: list[tuple[str, list[dict]]]) -> dict:
     except ImportError:
         raise ValueError("--endpoint needs openai: pip install openai") from None
     path, problems = Path(args.out) / "chains.jsonl", [p for _, part in splits for p in part]
-    path.parent.mkdir(parents=True, exist_ok=True)
     if args.overwrite and path.is_file():
         os.replace(path, path.with_suffix(".jsonl.old"))  # they may have cost money
     if path.is_file() and not path.read_bytes().endswith(b"\n"):  # a half-written line
@@ -189,7 +248,7 @@ def ask_endpoint(args, splits: list[tuple[str, list[dict]]]) -> dict:
     say(f"asking {args.endpoint} for {args.generate} chains to each of {len(problems):,} problems; {len(rows):,} are "
         "there")
     paid = used = sum(r["tokens"] for r in rows)
-    began, lock = time.time(), threading.Lock()
+    began, lines = time.perf_counter(), threading.Lock()
 
     def ask(problem):
         nonlocal used
@@ -212,11 +271,11 @@ def ask_endpoint(args, splits: list[tuple[str, list[dict]]]) -> dict:
                 row = {**chain, "problem_id": problem["id"], "question": problem["question"],
                        "answer": verify.extract_answer(truth), "is_valid": verdict.is_valid, "reason": verdict.reason,
                        "source": args.llm, "made_by": made_by, "tokens": 0 if i else spent}
-                with lock, open(path, "a", encoding="utf-8") as file:
+                with lines, open(path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                     rows.append(row)
             n_there[problem["id"]] += len(reply.choices)
-            with lock:
+            with lines:
                 used += spent
 
     with ThreadPoolExecutor(args.concurrency) as pool:
@@ -234,50 +293,53 @@ def ask_endpoint(args, splits: list[tuple[str, list[dict]]]) -> dict:
     return {"chains": len(rows), "steps": sum(len(r["steps"]) for r in rows), "tokens": used, "missing": missing,
             "right": sum(r["is_valid"] for r in rows) / max(1, len(rows)),
             "reasons": dict(Counter(r["reason"] for r in rows).most_common()),
-            "tokens_per_s": round((used - paid) / max(time.time() - began, 1e-9)), "dim": None, "layer": None}
+            "tokens_per_s": round((used - paid) / max(time.perf_counter() - began, 1e-9)), "dim": None, "layer": None}
 
 
-def prepare(folder: Path, overwrite: bool):
-    """Makes the folder; with overwrite it loses what extraction wrote there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if overwrite:
-        for path in [folder / "manifest.json", folder / "index.parquet", *folder.glob("shard-*.safetensors")]:
-            path.unlink(missing_ok=True)
+def run_shard(llm, coded, ids, wanted, logprobs, token_budget, tick):
+    """One shard's chains in batches of like length -> ({key: [latents a chain]}, [logprobs a chain]).
 
-
-def run_shard(llm, coded, ids, wanted, logprobs, token_budget):
-    """One shard's chains in batches of like length -> ({key: [latents a chain]}, [logprobs a chain])."""
+    tick is told the tokens of every batch.
+    """
     h, means = {key: [None] * len(coded) for key in wanted}, [None] * len(coded)
     for batch in batches_by_length([len(ids) for ids, _ in coded], token_budget):
         rows, spans = zip(*(coded[i] for i in batch), strict=True)
         out, lp = llm.latents(rows, spans, wanted, logprobs)
         for key, of_rows in out.items():
             for i, z in zip(batch, of_rows, strict=True):
-                if not torch.isfinite(z).all():
-                    raise ValueError(f"chain {ids[i]}: {llm.name} gives values that are not finite at layer {key[0]}; "
-                                     "try --dtype fp32")
                 h[key][i] = z
         for i, values in zip(batch, lp, strict=False):
             means[i] = values
+        tick(sum(map(len, rows)))
+    llm.wait()
+    for (layer, _), of_chains in h.items():
+        refuse_not_finite(llm, ids, of_chains, f"at layer {layer}")
+    if logprobs:
+        refuse_not_finite(llm, ids, means, "as logprobs")
     return h, means
 
 
-def inspect_folder(folder: Path, header: dict) -> bool:
+def refuse_not_finite(llm, ids, of_chains, where):
+    if not torch.isfinite(torch.cat(of_chains)).all():
+        bad = next(name for name, z in zip(ids, of_chains, strict=True) if not torch.isfinite(z).all())
+        raise ValueError(f"chain {bad}: {llm.name} gives values that are not finite {where}; try --dtype fp32")
+
+
+def inspect_folder(folder: Path, header: dict, rank: int = 0, world: int = 1) -> bool:
     """Whether this very extraction is finished there (of several folders some may be). Changes nothing.
 
-    Raises SystemExit for a folder of another extraction or with foreign files.
+    Of an unfinished one each process looks at its share of the shards. Raises SystemExit for a folder of another
+    extraction or with foreign files, ValueError for damage.
     """
     if not folder.exists():
         return False
-    if not folder.is_dir():
-        raise SystemExit(f"--out {folder} is a file: choose a folder")
     is_finished = (folder / "manifest.json").is_file()
     if is_finished and header != {k: v for k, v in latents.read_manifest(folder).items() if k in header}:
         raise SystemExit(f"{folder} is finished, by another command. Choose another --out, or --overwrite")
     shards = sorted(folder.glob("shard-*.safetensors"))
-    if not shards and any(p.suffix != ".tmp" and not p.is_dir() for p in folder.iterdir()):
+    if not shards and any(p.suffix != ".tmp" and p.name != ".lock" and not p.is_dir() for p in folder.iterdir()):
         raise SystemExit(f"{folder} holds other files: choose another --out")
-    for path in shards:
+    for path in shards if is_finished else shards[rank::world]:
         _, there = latents.read_shard(path)
         if wrong := {k: (there.get(k), v) for k, v in header.items() if there.get(k) != v}:
             what = ", ".join(f"{k}: {a} there, {b} here" for k, (a, b) in wrong.items())
@@ -370,33 +432,43 @@ def written_for(config, problems: list[dict], dataset: str, split: str, args) ->
     return folder
 
 
+def run(args) -> dict:
+    """What the arguments ask for -> the figures that `main` prints."""
+    out, writes = Path(args.out), args.generate > 0
+    chains, description = (latents.problems_to_extract(args), {}) if writes else latents.chains_to_extract(args)
+    if args.endpoint:
+        with lock(out, "--out"):
+            return {"out": str(out), **ask_endpoint(args, chains)}
+    llm = load_llm(args.llm, args.device, args.dtype, args.quantize, args.layer[0], args.pooling[0])
+    llm.set_prompt(args.prompt).name = args.name or llm.name
+    wanted = sorted({(llm.layer_index(layer), pooling) for layer in args.layer for pooling in args.pooling})
+    n = args.generate * sum(len(problems) for _, problems in chains) if writes else len(chains)
+    say(f"{n:,} chains{' to write' * writes}, {llm.name} ({llm.dtype}, {llm.quantization}) on {llm.device}, "
+        + ", ".join(f"layer {layer} {pooling}" for layer, pooling in wanted) + f" -> {out}")
+    if writes:
+        result = extract_written(llm, chains, out, args.dataset, args.generate, args.temperature, args.top_p,
+                                 args.seed, args.max_new_tokens, args.overwrite)
+    else:
+        result = extract(llm, chains, out, description, wanted, args.logprobs, args.shard_size, args.token_budget,
+                         args.overwrite)
+    layers = sorted({layer for layer, _ in wanted})
+    return {"out": str(out), **result, "dim": llm.latent_dim(args.pooling[0]),
+            "layer": layers[0] if len(layers) == 1 else layers}
+
+
 def main(argv=None):
     args = tyro.cli(Args, args=argv)
     try:
         if args.threads:
             torch.set_num_threads(args.threads)
-        out, writes = Path(args.out), args.generate > 0
-        chains, description = (latents.problems_to_extract(args), {}) if writes else latents.chains_to_extract(args)
-        if args.endpoint:
-            print(json.dumps({"out": str(out), **ask_endpoint(args, chains)}))
-            return
-        llm = load_llm(args.llm, args.device, args.dtype, args.quantize, args.layer[0], args.pooling[0])
-        llm.set_prompt(args.prompt).name = args.name or llm.name
-        wanted = sorted({(llm.layer_index(layer), pooling) for layer in args.layer for pooling in args.pooling})
-        n = args.generate * sum(len(problems) for _, problems in chains) if writes else len(chains)
-        say(f"{n:,} chains{' to write' * writes}, {llm.name} ({llm.dtype}, {llm.quantization}) on {llm.device}, "
-            + ", ".join(f"layer {layer} {pooling}" for layer, pooling in wanted) + f" -> {out}")
-        if writes:
-            result = extract_written(llm, chains, out, args.dataset, args.generate, args.temperature, args.top_p,
-                                     args.seed, args.max_new_tokens, args.overwrite)
-        else:
-            result = extract(llm, chains, out, description, wanted, args.logprobs, args.shard_size,
-                             args.token_budget, args.overwrite)
+        with processes(pick_device(args.device)) as (rank, world):
+            if args.endpoint and world > 1:
+                raise ValueError("--endpoint asks a server, with --concurrency: run it without torchrun")
+            result = run(args)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
-    layers = sorted({layer for layer, _ in wanted})
-    print(json.dumps({"out": str(out), **result, "dim": llm.latent_dim(args.pooling[0]),
-                      "layer": layers[0] if len(layers) == 1 else layers}))
+    if rank == 0:
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":

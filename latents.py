@@ -1,7 +1,8 @@
 """A folder of latents: one vector per reasoning step of many chains. Written by extract.py, read by all that follow.
 
     shard-00000.safetensors   h [N, D] bf16, offsets int64 [chains + 1], logprobs fp32 [N] where asked for; the header
-                              says which LLM, layer, pooling, dtype, quantisation, tokenizer, schema, and their sha256
+                              says which LLM, layer, pooling, dtype, quantisation, tokenizer, schema, file, and the
+                              sha256 of all that
     index.parquet             a row a chain: text, labels, logprobs, and shard, start, end of its latents
     manifest.json             written last: without it the folder is not complete
 
@@ -134,16 +135,16 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-def digest(tensors: dict[str, torch.Tensor]) -> str:
-    total = hashlib.sha256()
+def digest(tensors: dict[str, torch.Tensor], header: dict) -> str:
+    total = hashlib.sha256(json.dumps(header).encode() if "file" in header else b"")  # older ones: tensors alone
     for name in sorted(tensors):
         total.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()
 
 
-def write_shard(path: Path, latents: list[torch.Tensor], logprobs: list[list[float] | None], header: dict, write,
+def write_shard(path: Path, latents: list[torch.Tensor], logprobs: list, header: dict, write,
                 records: list[dict] | None = None):
-    """One shard from its chains' latents [1 + S, D]; `write` is runs.write_atomic.
+    """One shard from its chains' latents [1 + S, D] and logprobs [1 + S]; `write` is runs.write_atomic.
 
     records: what the index needs to know of chains whose text is nowhere else; kept in the header.
     """
@@ -153,10 +154,10 @@ def write_shard(path: Path, latents: list[torch.Tensor], logprobs: list[list[flo
     ends = torch.tensor([0] + [len(z) for z in latents]).cumsum(0)
     tensors = {"h": h, "offsets": ends}
     if header["logprobs"]:
-        tensors["logprobs"] = torch.tensor([v for values in logprobs for v in values])
+        tensors["logprobs"] = torch.cat([torch.as_tensor(values) for values in logprobs])
+    header = header | {"file": path.name} | ({} if records is None else {"records": records})
     # one entry: safetensors writes several in an order that differs from process to process
-    header = header | {"sha256": digest(tensors)} | ({} if records is None else {"records": records})
-    metadata = {"header": json.dumps(header)}
+    metadata = {"header": json.dumps(header | {"sha256": digest(tensors, header)})}
     write(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
@@ -164,20 +165,22 @@ def read_shard(path: Path) -> tuple[dict, dict]:
     """(tensors, header) of a shard. Raises ValueError naming the file where it is damaged or of another schema."""
     from safetensors import SafetensorError, safe_open
 
+    also = " and the manifest.json beside it" * (path.parent / "manifest.json").is_file()
+    again = f"delete it{also}, and run the same extract.py command again: it makes what is missing anew"
     try:
         with safe_open(path, "pt") as f:
             header, tensors = json.loads(f.metadata()["header"]), {key: f.get_tensor(key) for key in f.keys()}
-        h, offsets = tensors["h"], tensors["offsets"]
-        intact = digest(tensors) == header["sha256"] and h.dim() == 2 and int(offsets[-1]) == len(h)
+        h, offsets, checksum = tensors["h"], tensors["offsets"], header.pop("sha256")
+        intact = digest(tensors, header) == checksum and h.dim() == 2 and int(offsets[-1]) == len(h)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({str(error)[:120]}): delete it, and the manifest.json beside it, and run "
-                         "extract.py again") from None
+        raise ValueError(f"{path} is damaged ({str(error)[:120]}): {again}") from None
     if header.get("schema") != SCHEMA:
         raise ValueError(f"{path} is of schema {header.get('schema')}, this version reads {SCHEMA}: extract again")
     if not intact:
-        raise ValueError(f"{path} is damaged (its tensors do not have the checksum of its header): delete it, and the "
-                         "manifest.json beside it, and run extract.py again")
-    if not torch.isfinite(h).all():
+        raise ValueError(f"{path} is damaged (it does not have the checksum of its header): {again}")
+    if header.get("file", path.name) != path.name:
+        raise ValueError(f"{path} was written as {header['file']}: give it this name back, or {again}")
+    if not all(torch.isfinite(t).all() for t in tensors.values()):
         raise ValueError(f"{path} holds values that are not finite: extract again with --dtype fp32")
     return tensors, header
 
@@ -188,6 +191,9 @@ def write_index(folder: Path, records: list[dict], header: dict, write):
     import pyarrow.parquet as pq
 
     n_shards, logprobs = 1 + max(r["shard"] for r in records), [None] * len(records)
+    for path in (folder / shard_name(i) for i in range(n_shards)):
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: all processes must write to one folder; run the same command again")
     if header["logprobs"]:
         by_shard = [read_shard(folder / shard_name(i))[0]["logprobs"] for i in range(n_shards)]
         logprobs = [by_shard[r["shard"]][r["start"] : r["end"]].tolist() for r in records]
@@ -215,8 +221,8 @@ def read_manifest(folder) -> dict:
     try:
         manifest = {"prompt": ""} | json.loads(path.read_text())
         missing = {"schema", "shards", "split", "index", *SAME_LLM} - set(manifest)
-    except (json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error})") from None
+    except (ValueError, TypeError) as error:  # no JSON, no UTF-8, no dict
+        raise ValueError(f"{path} is damaged ({error}): delete it, and run the same extract.py command again") from None
     if missing or manifest["schema"] != SCHEMA:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing)) or 'this schema'}: extract again")
     return manifest
@@ -264,7 +270,7 @@ def load_latents(folder, where: str = "") -> tuple[list[dict], dict]:
         if row["shard"] not in shards:
             path = folder / shard_name(row["shard"])
             tensors, header = read_shard(path)
-            names = sorted({*header, *SAME_LLM} - {"sha256", "records"})
+            names = sorted({*header, *SAME_LLM} - {"file", "records"})
             if wrong := [k for k in names if header.get(k, "") != manifest.get(k)]:
                 raise ValueError(f"{path} is of another extraction than manifest.json ({', '.join(wrong)} differ)")
             if tensors["h"].shape[1] != manifest["dim"]:

@@ -55,10 +55,28 @@ def chain_text(question: str, steps: list[str], after: str = "\n") -> tuple[str,
     return text[:-1] if steps else text, units
 
 
-def pool(h: torch.Tensor, pooling: str) -> torch.Tensor:
-    """States [T, D] of a unit's tokens -> its latent, fp32: [D], or [2 D] for `both` (mean, then last)."""
-    h = h.float()
-    return {"mean": lambda: h.mean(0), "last": lambda: h[-1], "both": lambda: torch.cat((h.mean(0), h[-1]))}[pooling]()
+def unit_tokens(spans, T: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Spans of every row's units -> (where their tokens lie among [B * T], where each unit begins among those).
+
+    What F.embedding_bag takes, which unlike segment_reduce runs on every device, unlike index_add in a fixed order.
+    """
+    units = [torch.arange(i * T + begin, i * T + end) for i, row in enumerate(spans) for begin, end in row]
+    offsets = torch.tensor([0, *map(len, units)]).cumsum(0)
+    return torch.cat(units).to(device, non_blocking=True), offsets.to(device, non_blocking=True)
+
+
+def pool(h: torch.Tensor, spans, pooling: str) -> torch.Tensor:
+    """States [B, T, D] and the spans of every row's units -> the units' latents [U, D] fp32, one row after the other.
+
+    `both`, [U, 2 D], is the mean over a unit's tokens, then its last one.
+    """
+    (at, offsets), h = unit_tokens(spans, h.shape[1], h.device), h.flatten(0, 1)
+    parts = []
+    if pooling != "last":
+        parts.append(F.embedding_bag(at, h.float(), offsets, mode="mean", include_last_offset=True))
+    if pooling != "mean":
+        parts.append(h[at[offsets[1:] - 1]].float())
+    return torch.cat(parts, 1)
 
 
 def batches_by_length(lengths: list[int], token_budget: int):
@@ -135,6 +153,7 @@ class LLM:
     """
 
     unwritten = -100  # a token that is read and never written: it has no logprob
+    positions = 128  # whose logits are in memory at a time, on a GPU four times as many
     prompt, prompt_ids, after = "", [], "\n"  # `set_prompt`; tokens before every question, text after it
     blend = None  # (alpha, target [B, D]) while `advance` runs: see there
 
@@ -186,45 +205,55 @@ class LLM:
 
     @torch.no_grad()
     def latents(self, rows, spans, wanted, logprobs=False):
-        """Token rows and their unit spans -> ({(layer, pooling): [rows' units, D] fp32 a row}, [mean logprob a unit]).
+        """Token rows and their unit spans -> ({(layer, pooling): [units, D] fp32 a row}, mean logprobs [units] a row).
 
         wanted: (layer, pooling) pairs. A unit's logprob is the mean over its tokens of log p(token | all before it),
-        [PRED] left out.
+        [PRED] left out. From a GPU the values are still on their way: `wait` before looking at them.
         """
         self.check_room(rows, 0)
         idx = pad_rows(rows, 0, self.device)
         states, final = self.states(idx, {layer for layer, _ in wanted}, logprobs)
-        out = {key: [] for key in wanted}
-        for layer, pooling in wanted:
-            for h, units in zip(states[layer], spans, strict=True):
-                out[layer, pooling].append(torch.stack([pool(h[b:e], pooling) for b, e in units]).cpu())
-        means = []
-        for i, (row, units) in enumerate(zip(rows, spans, strict=True) if logprobs else ()):
-            begin, end = units[0][0], units[-1][1]  # one row at a time: all logits at once would fill the memory
-            targets = torch.tensor(row[begin:end], device=self.device)
-            lp = -F.cross_entropy(self.logits(final[i, begin - 1 : end - 1]).float(), targets, reduction="none",
-                                  ignore_index=self.unwritten)
-            counted = targets != self.unwritten
-            inside = [slice(b - begin, e - begin) for b, e in units]
-            means.append([float(lp[at].sum() / counted[at].sum()) for at in inside])
-        return out, means
+        found = [pool(states[layer], spans, pooling) for layer, pooling in wanted]
+        if logprobs:
+            sums = self.sum_logprobs(final, idx, spans)
+            found.append(sums[:, :1] / sums[:, 1:])
+        widths, units = [z.shape[1] for z in found], [len(row) for row in spans]
+        found = torch.cat(found, 1).to("cpu", non_blocking=True).split(widths, 1)  # one copy, into pinned memory
+        means = found[-1][:, 0].split(units) if logprobs else ()
+        return {key: z.split(units) for key, z in zip(wanted, found, strict=False)}, means
 
-    def read_chains(self, chains: list[tuple[str, list[str]]], batch_size: int = 32) -> list[torch.Tensor]:
+    def wait(self):
+        """Until what `latents` gave has arrived."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def sum_logprobs(self, final, idx, spans) -> torch.Tensor:
+        """Last normed states [B, T, D] of tokens [B, T] -> [U, 2] fp32: a unit's sum of logprobs, how many they are."""
+        at, offsets = unit_tokens(spans, idx.shape[1], idx.device)
+        final, targets, lp = final.flatten(0, 1), idx.flatten()[at], []
+        # all logits of a batch would fill the memory; on a CPU, larger blocks go back to the system each time
+        size = self.positions * (1 if idx.device.type == "cpu" else 4)
+        for before, tokens in zip((at - 1).split(size), targets.split(size), strict=True):
+            lp.append(-F.cross_entropy(self.logits(final[before]).float(), tokens, reduction="none",
+                                       ignore_index=self.unwritten))
+        both = torch.stack((torch.cat(lp), (targets != self.unwritten).float()), 1)
+        return F.embedding_bag(torch.arange(len(at), device=at.device), both, offsets, mode="sum",
+                               include_last_offset=True)
+
+    def read_chains(self, chains: list[tuple[str, list[str]]], token_budget: int = 4096) -> list[torch.Tensor]:
         """Latents [1 + S, D] fp32 of chains (question, steps), in batches of like length."""
         coded, out = [self.encode(question, steps) for question, steps in chains], [None] * len(chains)
-        order = sorted(range(len(coded)), key=lambda i: len(coded[i][0]))
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            rows, spans = zip(*(coded[i] for i in part), strict=True)
-            found = self.latents(rows, spans, [(self.layer, self.pooling)])[0][self.layer, self.pooling]
-            for i, z in zip(part, found, strict=True):
+        for batch in batches_by_length([len(ids) for ids, _ in coded], token_budget):
+            rows, spans = zip(*(coded[i] for i in batch), strict=True)
+            found, _ = self.latents(rows, spans, [(self.layer, self.pooling)])
+            for i, z in zip(batch, found[self.layer, self.pooling], strict=True):
                 out[i] = z
+        self.wait()
         return out
 
     def step_latents(self, question: str, steps: list[str]) -> torch.Tensor:
-        """Latents [1 + S, D] fp32 of one chain at the layer and pooling chosen."""
-        ids, spans = self.encode(question, steps)
-        return self.latents([ids], [spans], [(self.layer, self.pooling)])[0][self.layer, self.pooling][0]
+        """Latents [1 + S, D] fp32 of one chain."""
+        return self.read_chains([(question, steps)])[0]
 
     @torch.no_grad()
     def loglikelihoods(self, pairs: list[tuple[str, str]], token_budget: int = 4096) -> list[tuple[float, int]]:
@@ -247,12 +276,11 @@ class LLM:
         if n_cut := sum(len(ids) == self.context for ids, _ in coded):
             say(f"{n_cut} of {len(coded)} texts fill the context of {self.name} and may have lost their begin")
         for batch in batches_by_length([len(ids) for ids, _ in coded], token_budget):
-            _, final = self.states(pad_rows([coded[i][0] for i in batch], 0, self.device), {self.n_layer}, True)
-            for i, h in zip(batch, final, strict=True):
-                ids, begin = coded[i]
-                targets = torch.tensor(ids[begin:], device=self.device)
-                lp = -F.cross_entropy(self.logits(h[begin - 1 : len(ids) - 1]).float(), targets, reduction="sum")
-                out[i] = float(lp), len(ids) - begin
+            idx = pad_rows([coded[i][0] for i in batch], 0, self.device)
+            _, final = self.states(idx, {self.n_layer}, True)
+            spans = [[(coded[i][1], len(coded[i][0]))] for i in batch]
+            for i, (lp, n) in zip(batch, self.sum_logprobs(final, idx, spans).tolist(), strict=True):
+                out[i] = lp, int(n)
         return out
 
 
@@ -692,13 +720,13 @@ class Row:
         steps, units, is_over = written_steps(text)
         ends = [min(len(self.llm.decode(self.ids[: i + 1])), len(text)) for i in range(len(self.ids))]
         pieces = list(zip([0, *ends], ends, strict=False))
-        spans, pooled = unit_spans(pieces, text, units, skip=0), [self.question_latent]
-        for begin, end in spans:
-            pooled.append(pool(torch.stack(self.states[begin:end]), self.llm.pooling))
+        spans, h = unit_spans(pieces, text, units, skip=0), self.question_latent[None]
+        if spans:
+            h = torch.cat((h, pool(torch.stack(self.states)[None], [spans], self.llm.pooling)))
         means = [sum(self.logprobs[begin:end]) / (end - begin) for begin, end in spans]
         n = [end - begin for begin, end in spans]
         total = sum(m * c for m, c in zip(means, n, strict=True)) / max(1, sum(n))
-        return {"steps": steps, "h": torch.stack(pooled).cpu(), "logprobs": means, "n_tokens": n,
+        return {"steps": steps, "h": h.cpu(), "logprobs": means, "n_tokens": n,
                 "logprob": total if steps else None, "is_over": is_over}
 
 
@@ -719,8 +747,7 @@ def generate(llm: LLM, questions: list[str], k: int = 1, temperature: float = 0.
     logits, prompts, memory = llm.begin(rows, k, max_new_tokens)
     writing, generators, current = [], [], []
     for question, row, h in zip(questions, rows, prompts, strict=True):
-        begin, end = llm.question_span(question)
-        latent = pool(h[begin:end], llm.pooling)
+        latent = pool(h[None], [[llm.question_span(question)]], llm.pooling)[0]
         for i in range(k):
             writing.append(Row(llm, latent))
             generators.append(row_generator(seed, i, question))

@@ -277,7 +277,7 @@ def pad_rows(rows: list[list[int]], fill: int, device=None) -> torch.Tensor:
     out = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.long)
     for i, row in enumerate(rows):
         out[i, : len(row)] = torch.tensor(row)
-    return out.to(device)
+    return out.to(device, non_blocking=True)
 
 
 def real_tokens(rows: list[list[int]], device=None) -> torch.Tensor:

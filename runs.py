@@ -73,13 +73,26 @@ def processes(device: str):
     them has died is for torchrun to notice.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
+    joins = world > 1 and not dist.is_initialized()
+    if joins:
         if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(days=1))
     yield rank, world
-    if world > 1:
+    if joins:
         dist.destroy_process_group()
+
+
+def add_up(value: float = 0) -> float:
+    """The sum over all processes, once each has come here. Raises SystemExit where one of them has ended before."""
+    if not dist.is_initialized():
+        return value
+    total = torch.tensor(value, dtype=torch.float64)
+    try:
+        dist.all_reduce(total)
+    except RuntimeError:
+        raise SystemExit("another process has stopped (see its message); the same command goes on from here") from None
+    return float(total)
 
 
 # ----------------------------------------------------------------------------- run folders
@@ -90,13 +103,14 @@ def lock(folder: Path, option: str):
     """Makes the folder and holds its .lock, so that no two processes write there (of torchrun's, rank 0 holds it).
 
     The operating system's lock: one that is killed holds nothing. Raises SystemExit, naming the option to change.
+    The file stays, except where it was not there before and what is done under it fails: a refused folder is as it was.
     """
     from filelock import FileLock, Timeout
 
     if int(os.environ.get("RANK", 0)):
         yield
         return
-    was_there = folder.exists()
+    was_there, was_locked = folder.exists(), (folder / ".lock").exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held = FileLock(folder / ".lock")
@@ -108,11 +122,14 @@ def lock(folder: Path, option: str):
         raise SystemExit(f"{option} {folder} cannot be written to ({error.strerror}): choose another") from None
     try:
         yield
-    finally:
+    except BaseException:  # a folder that is refused stays as it was
         with contextlib.suppress(OSError):
-            if not was_there and [p.name for p in folder.iterdir()] == [".lock"]:  # nothing came of it
+            if not was_locked:
                 (folder / ".lock").unlink()
-                folder.rmdir()
+            if not was_there:
+                folder.rmdir()  # unless it holds something
+        raise
+    finally:
         held.release()
 
 
@@ -198,7 +215,7 @@ def load_run(folder, device: str = "auto"):
 def write_weights(path: Path, weights: dict[str, torch.Tensor]):
     from safetensors.torch import save_file
 
-    write_atomic(path, lambda temporary: save_file(weights, temporary, {"sha256": latents.digest(weights)}))
+    write_atomic(path, lambda temporary: save_file(weights, temporary, {"sha256": latents.digest(weights, {})}))
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -207,7 +224,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
     with safe_open(path, "pt") as f:
         weights, header = {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
-    if header.get("sha256", "") not in ("", latents.digest(weights)):
+    if header.get("sha256", "") not in ("", latents.digest(weights, {})):
         raise ValueError(f"{path} is damaged: its tensors do not have the checksum of its header")
     return weights
 

@@ -4,7 +4,9 @@
 """
 
 import ast
+import contextlib
 import dataclasses
+import errno
 import functools
 import http.server
 import importlib.util
@@ -25,6 +27,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 import tyro
@@ -1559,7 +1562,7 @@ def tiny_llm(family="Llama"):
 def check_logprobs(means, ids, spans, logits, unwritten=None):
     lp = logits.log_softmax(-1)
     hand = [[float(lp[t - 1, ids[t]]) for t in range(b, e) if ids[t] != unwritten] for b, e in spans]
-    assert means == pytest.approx([sum(x) / len(x) for x in hand], abs=1e-4)
+    assert means.tolist() == pytest.approx([sum(x) / len(x) for x in hand], abs=1e-4)
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPT2", "Gemma3"])
@@ -1671,7 +1674,7 @@ class FakeServer:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
 
-def test_an_endpoint_is_asked_judged_and_resumed(tmp_path, capsys):
+def test_an_endpoint_is_asked_judged_and_resumed(tmp_path, capsys, monkeypatch):
     pytest.importorskip("openai")
     rows = [{"question": f"{i} and 1?", "answer": f"{i}+1={i + 1}\n#### {i + 1}"} for i in range(12)]
     write_jsonl(tmp_path / "test.jsonl", rows)
@@ -1707,12 +1710,19 @@ def test_an_endpoint_is_asked_judged_and_resumed(tmp_path, capsys):
     assert {r["split"] for r in records} == {"test"}
     with pytest.raises(SystemExit, match="of m temperature 0.8 .*--overwrite"):
         ask(server, "--temperature", "1")
+    with runs.lock(tmp_path / "out", "--out"), pytest.raises(SystemExit, match="out: another process is writing there"):
+        ask(server)
+    monkeypatch.setattr(extract, "processes", lambda device: contextlib.nullcontext((0, 2)))
+    with pytest.raises(SystemExit, match="--endpoint asks a server.* run it without torchrun"):
+        ask(server)
+    monkeypatch.undo()
     with pytest.raises(SystemExit, match="AuthenticationError.*0 chains are in .*without --overwrite, adds"):
         ask(FakeServer(answer, 401), "--overwrite")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_llm_families_give_their_hidden_states_and_logprobs(family):
+def test_llm_families_give_their_hidden_states_and_logprobs(family, monkeypatch):
+    monkeypatch.setattr(llms.LLM, "positions", 5)  # more than one slice of logits
     llm, close = tiny_llm(family), functools.partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
     rows, spans = zip(*(llm.encode(*chain) for chain in CHAINS), strict=True)
     whole = [llm.model(torch.tensor([row]), output_hidden_states=True) for row in rows]
@@ -1721,9 +1731,12 @@ def test_llm_families_give_their_hidden_states_and_logprobs(family):
         states, _ = llm.states(m.pad_rows(rows, 0), wanted, False)
         for layer, (i, row) in ((a, b) for a in wanted for b in enumerate(rows)):
             close(states[layer][i, : len(row)], whole[i].hidden_states[layer][0])
-    out, means = llm.latents(rows, spans, [(2, "mean"), (2, "last")], logprobs=True)
+    out, means = llm.latents(rows, spans, [(2, "mean"), (2, "last"), (1, "both")], logprobs=True)
     for i, (row, units) in enumerate(zip(rows, spans, strict=True)):
-        close(out[2, "mean"][i], torch.stack([whole[i].hidden_states[-2][0, b:e].mean(0) for b, e in units]))
+        below, h = (whole[i].hidden_states[layer][0] for layer in (1, 2))
+        mean = [torch.stack([z[b:e].mean(0) for b, e in units]) for z in (below, h)]
+        close(out[2, "mean"][i], mean[1])
+        close(out[1, "both"][i], torch.cat((mean[0], below[[e - 1 for _, e in units]]), 1))
         close(out[2, "last"][i], llm.step_latents(*CHAINS[i]))  # alone, without padding
         check_logprobs(means[i], row, units, whole[i].logits[0])
     with pytest.raises(ValueError, match="--layer 4: .* -4 to 3"):
@@ -1829,7 +1842,7 @@ def extract_to(folder, llm=None, chains=None, wanted=((2, "last"),), **fields):
 
 
 def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("[!.]*")) if p.is_file()}
 
 
 def test_extraction_round_trip(tmp_path):
@@ -1843,11 +1856,11 @@ def test_extraction_round_trip(tmp_path):
         assert row["n_tokens"] == [e - b for b, e in spans] and row["end"] - row["start"] == len(spans)
         (out, [means]), h = llm.latents([ids], [spans], [(2, "last")], logprobs=True), row["h"]
         torch.testing.assert_close(h.float(), out[2, "last"][0], atol=1e-5, rtol=2**-7)  # bf16
-        assert h.dtype == torch.bfloat16 and row["logprobs"] == pytest.approx(means, abs=1e-4)
+        assert h.dtype == torch.bfloat16 and row["logprobs"] == pytest.approx(means.tolist(), abs=1e-4)
     offsets = latents.read_shard(tmp_path / "a" / "shard-00000.safetensors")[0]["offsets"]
     assert offsets.tolist() == [0, rows[0]["end"], rows[1]["end"]] and rows[1]["start"] == rows[0]["end"]
     extract_to(tmp_path / "b", wanted=[(0, "last"), (2, "last"), (2, "mean")])
-    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["layer0-last", "layer2-last", "layer2-mean"]
+    assert sorted(p.name for p in (tmp_path / "b").glob("[!.]*")) == ["layer0-last", "layer2-last", "layer2-mean"]
     assert contents(tmp_path / "b" / "layer2-last") == contents(tmp_path / "a")
 
 
@@ -1901,9 +1914,12 @@ def test_finished_foreign_and_other_extractions_are_refused(tmp_path):
             extract_to(tmp_path / "a", **change)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "notes").write_text("mine")
-    for name, message in [("b", "other files"), ("b/notes", "is a file")]:
+    for name, message in [("b", "other files"), ("b/notes", "cannot be written to .File exists")]:
         with pytest.raises(SystemExit, match=message):
             extract_to(tmp_path / name)
+    assert [p.name for p in (tmp_path / "b").iterdir()] == ["notes"]  # as it was, without a lock
+    with runs.lock(tmp_path / "a", "--out"), pytest.raises(SystemExit, match="a: another process is writing there"):
+        extract_to(tmp_path / "a")
     extract_to(tmp_path / "b", overwrite=True)
     assert contents(tmp_path / "b") == before | {"notes": b"mine"}
     extract_to(tmp_path / "a")
@@ -1917,50 +1933,129 @@ def test_bad_chains_and_states_change_nothing(tmp_path, monkeypatch):
         for out, overwrite in [("new", False), ("old", True)]:
             with pytest.raises(ValueError, match="chain x: .*" + message):
                 extract_to(tmp_path / out, chains=[good, good | {"id": "x", "steps": steps}], overwrite=overwrite)
+    with pytest.raises(ValueError, match="no chain to extract"):
+        extract.extract(tiny_llm(), [], tmp_path / "new", {}, [(2, "last")], False, 2, 200)
     assert contents(tmp_path) == before and not (tmp_path / "new").exists()
     norm = tiny_llm().model.model.layers[1].input_layernorm.weight
     monkeypatch.setattr(norm, "data", norm * torch.nan)
     with pytest.raises(ValueError, match=f"chain {good['id']}: .*not finite at layer 2"):
         extract_to(tmp_path / "new", chains=[good])
-    path = write_jsonl(tmp_path / "new" / "c.jsonl", [{"id": 1, "question": "q", "steps": [], "is_valid": True}])
+    path = write_jsonl(tmp_path / "c.jsonl", [{"id": 1, "question": "q", "steps": [], "is_valid": True}])
     monkeypatch.setattr(extract, "load_llm", lambda *args: tiny_llm())
     with pytest.raises(SystemExit, match="error: chain 1: "):
         extract.main(["--chains", path, "--out", str(tmp_path / "old"), "--overwrite"])
-    assert set(contents(tmp_path)) == {*before, "new/c.jsonl"}
+    assert set(contents(tmp_path)) == {*before, "c.jsonl"}
+
+
+@pytest.mark.parametrize("what", ["full disk", "Ctrl-C"])
+def test_an_extraction_that_is_stopped_goes_on(tmp_path, monkeypatch, what):
+    calls, fsync, read = [], os.fsync, llms.LLM.latents
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def count(*args):
+        calls.append(args)
+        if what == "Ctrl-C" and len(calls) == 3:  # in the second shard
+            raise KeyboardInterrupt
+        return read(*args)
+
+    monkeypatch.setattr(os, "fsync", full if what == "full disk" else fsync)
+    monkeypatch.setattr(llms.LLM, "latents", count)
+    error, message = (OSError, "shard-00000.* could not be written .No space") if what == "full disk" else (
+        KeyboardInterrupt, None)
+    with pytest.raises(error, match=message):
+        extract_to(tmp_path / "a")
+    assert len(calls) <= 4  # of 8: not after all has been read
+    assert list(contents(tmp_path / "a")) == ["shard-00000.safetensors"] * (what == "Ctrl-C")
+    monkeypatch.undo()
+    extract_to(tmp_path / "a"), extract_to(tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+DYING = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import extract
+real, done = os.replace, []
+def replace(a, b):
+    if os.environ["RANK"] == "1" and done:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(a, b); done.append(b)
+os.replace = replace
+extract.main()
+"""
+
+
+@pytest.mark.parametrize("what", ["--limit 30 --shard_size 4 --counterfactual --logprobs",
+                                  "--limit 6 --generate 32 --max_new_tokens 8"])
+def test_processes_write_the_bytes_of_one_even_if_one_is_killed(tmp_path, run_llm, what):
+    (tmp_path / "dying.py").write_text(DYING.format(root=str(ROOT)))
+    argv = ["--llm", run_llm.name, "--dataset", "synthetic", "--max_problem_steps", "3", "--device", "cpu", "--threads",
+            "1", *what.split(), "--out", str(tmp_path / "two")]
+    for script in (tmp_path / "dying.py", ROOT / "extract.py"):
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                               str(script), *argv], capture_output=True, text=True, timeout=240)
+        names = set(contents(tmp_path / "two"))
+        lives = script.name == "extract.py"
+        assert (done.returncode == 0) == ("manifest.json" in names) == lives, done.stderr[-2000:]
+        assert "shard-00001.safetensors" in names  # what the one that dies had done stays
+    found = json.loads(done.stdout)
+    assert found["tokens_per_s"] > 0 and found["chains"] == len(latents.load_latents(tmp_path / "two")[0])
+    extract.main([*argv[:-1], str(tmp_path / "one")])
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
 def test_damaged_latents_are_named(tmp_path):
     extract_to(tmp_path)
     path, manifest = tmp_path / "shard-00001.safetensors", tmp_path / "manifest.json"
     whole, about = path.read_bytes(), json.loads(manifest.read_text())
-    for at in (12, 60, 8 + int.from_bytes(whole[:8], "little"), len(whole) - 2, len(whole)):
-        path.write_bytes(broken := whole[:at] + bytes(b ^ 4 for b in whole[at : at + 1]) + whole[at + 1 :])
-        if at == len(whole):
-            path.write_bytes(broken := whole[: at // 2])
-        with pytest.raises(ValueError, match="shard-00001.safetensors is "):
-            latents.load_latents(tmp_path)
+    tensors, header = latents.read_shard(path)
+    broken = {at: whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :] for at in (
+        12, 60, whole.index(b"synthetic"), 8 + int.from_bytes(whole[:8], "little"), len(whole) - 2)}
+    latents.write_shard(path, [tensors["h"] * torch.nan], [tensors["logprobs"]], header, runs.write_atomic)
+    other = path.with_name("shard-00000.safetensors")
+    again = "delete it{}, and run the same extract.py command again"
+    broken["cut"] = whole[: len(whole) // 2]
+    cases = [(damaged, "shard-00001.* is damaged .*" + again) for damaged in broken.values()]
+    cases += [(path.read_bytes(), "shard-00001.* not finite: extract again"),
+              (other.read_bytes(), "shard-00001.* was written as shard-00000.safetensors: give it .* or " + again)]
+    for there, also in ((True, " and the manifest.json beside it"), (False, "")):  # finished, unfinished
+        manifest.write_text(json.dumps(about)) if there else manifest.unlink()
+        for damaged, message in cases:
+            path.write_bytes(damaged)
+            for look in (latents.load_latents, extract_to) if there else (extract_to,):
+                with pytest.raises(ValueError, match=message.format(also)):
+                    look(tmp_path)
+            assert path.read_bytes() == damaged
     path.write_bytes(whole)
+    with pytest.raises(FileNotFoundError, match="run the same extract.py command again"):
+        latents.load_latents(tmp_path)
+    extract_to(tmp_path)
     index = tmp_path / "index.parquet"
     rows = index.read_bytes()
     index.write_bytes(rows[:400] + bytes([rows[400] ^ 4]) + rows[401:])
-    with pytest.raises(ValueError, match="index.parquet is missing or damaged"):
+    with pytest.raises(ValueError, match="index.parquet is missing or damaged: delete manifest.json"):
         latents.load_latents(tmp_path)
     index.write_bytes(rows)
-    path.write_bytes(broken)
-    manifest.unlink()
-    with pytest.raises(ValueError, match="shard-00001.safetensors is damaged"):
-        extract_to(tmp_path)
-    assert path.read_bytes() == broken and path.write_bytes(whole)
-    with pytest.raises(FileNotFoundError, match="run the same extract.py command again"):
-        latents.load_latents(tmp_path)
     for change, message in [({"llm": "other"}, "shard-0.* another .*llm"), ({"dim": 16}, "shard-0.*dim"),
                             ({"chains_hash": "0"}, "shard-0.*chains_hash"), ({"schema": 9}, "manifest")]:
         manifest.write_text(json.dumps(about | change))
         with pytest.raises(ValueError, match=message):
             latents.load_latents(tmp_path)
-    manifest.write_text("{")
-    with pytest.raises(ValueError, match="manifest.json is damaged"):
-        latents.load_latents(tmp_path)
+    for damaged in (b"{", b"[]", b"\xff" + whole[:9]):
+        manifest.write_bytes(damaged)
+        for look in (latents.load_latents, extract_to):
+            with pytest.raises(ValueError, match="manifest.json is damaged .*: delete it, and run the same"):
+                look(tmp_path)
+    manifest.write_text(json.dumps(about))
+    del header["file"]  # as they were written at first
+    sums = header | {"sha256": latents.digest(tensors, header)}
+    safetensors.torch.save_file(tensors, path, {"header": json.dumps(sums)})
+    assert len(latents.load_latents(tmp_path)[0]) == about["chains"]
+    path.unlink()
+    with pytest.raises(ValueError, match="shard-00001.* is missing: all processes must write to one folder"):
+        latents.write_index(tmp_path, latents.select(tmp_path), about, runs.write_atomic)
     latents.check_same_llm(SimpleNamespace(**about), about | {"seed": 2}, "x")
     with pytest.raises(ValueError, match="x does not fit .layer: 2 there, 1 here, dim: 32 there, 16 here"):
         latents.check_same_llm(SimpleNamespace(**about), about | {"layer": 1, "dim": 16}, "x")
@@ -2250,11 +2345,11 @@ def test_written_chains_are_extracted_once_and_go_on_where_they_stopped(world, t
         return extract.extract_written(llm, [("test", problems)], folder, "synthetic", 4, 0.9, 0.95, 1, 40)
 
     go(tmp_path / "whole")
-    real = extract.generate
-    monkeypatch.setattr(extract, "generate", lambda *a: real(*a) if not any((tmp_path / "cut").iterdir()) else 1 / 0)
+    real, calls = extract.generate, iter([False, True])
+    monkeypatch.setattr(extract, "generate", lambda *a: 1 / 0 if next(calls) else real(*a))
     with pytest.raises(ZeroDivisionError):
         go(tmp_path / "cut")
-    assert [p.name for p in (tmp_path / "cut").iterdir()] == ["shard-00000.safetensors"]
+    assert list(contents(tmp_path / "cut")) == ["shard-00000.safetensors"]
     monkeypatch.setattr(extract, "generate", real)
     go(tmp_path / "cut")
     assert contents(tmp_path / "whole") == contents(tmp_path / "cut")
