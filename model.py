@@ -744,7 +744,7 @@ class Guidance(Head):
         """z_pred [M, C], h [M, D] -> [M, V]."""
         z = self.norm_z(z_pred.float()) * self.config.use_z
         x = torch.cat((z, self.norm_h(h.float())), dim=-1)
-        return self.out(F.gelu(self.fc(x)))
+        return self.out(F.gelu(self.fc(x)).to(self.out.weight.dtype))
 
     def forward(self, batch: dict) -> dict:
         """z_pred [M, C], h [M, D], logits [M, V] of the LLM, targets [M] -> {"loss", "ce", "ce_llm", "bias"}."""
