@@ -1,26 +1,54 @@
 """Ratios against the plain way, measured in one run on one machine.
 
-    python bench.py                    # all
-    python bench.py nanojepa_step      # one
+    python bench.py --data_dir DATA/gsm8k               # all but scaling
+    python bench.py rjepa_step                          # one
+    python bench.py --profile rjepa_step                # where its time goes: traces for chrome://tracing
+    python bench.py scaling                             # how cost grows: a table and a plot
+    python bench.py nanojepa_step --preset nanojepa --tokens 65536             # a GPU: MFU and peak memory beside
+    python bench.py rjepa_step --preset rjepa --memory_gb 24                   # does it fit a card of 24 GB?
 
 nanojepa_step        isolated views as causal rows, against one dense-masked row in padded batches of random order
-nanojepa_mask        the same, both sides on the same length-bucketed batches: the mask alone
+nanojepa_mask        the same, both sides on length-bucketed batches: the mask alone
+nanojepa_gpt         the same step, against a plain GPT of its shape: question and answer in one causal row, no latent
+                     loss; both sides on length-bucketed batches of as many problems
 nanojepa_llm_jepa    the same step, against three forward passes (text, question, answer) as LLM-JEPA first did
 nanojepa_overhead    answer_context = question with the latent loss, against a plain language model (ratio = cost)
+rjepa_step           length-bucketed batches, against batches in random order, padded to their longest chain as a
+                     DataLoader does. As many steps a chain as the problems' solutions have, all with a counterfactual;
+                     the latents are random numbers
+tjepa_packed         T-JEPA's first phase on packed documents, against padded ones (shape of tjepa-small)
 attention            model.attend against SDPA at the shape of nanojepa-small, forward and backward
 generate             decoding with the KV cache, against recomputing the whole row for every token
-tjepa_packed         T-JEPA's first phase on packed documents, against padded ones (shape of tjepa-small)
 speaker_cache        the Speaker writing 256 tokens, against recomputing all of them for every token (tjepa-speak)
+extract              extract.run_shard, against AutoModelForCausalLM with output_hidden_states on right-padded batches
+                     of 16 in file order: SmolLM2, layer -2, same dtype, same tokens pooled. Ours are two batches, at
+                     the quartiles of length, of those that a shard of 512 chains makes. max_difference: of the two in
+                     fp32, over the std of the plain latents
+shared_prefill       4 candidates of 32 tokens from one reading of a 200-token prompt, against 4 generations one after
+                     the other; `batched`: a batch of 4 copies of the prompt instead
+rerank_overhead      seconds to write 4 candidates and score them, against writing alone (ratio = cost); the latents
+                     that RERANK reads are taken while writing, on both sides
+nudge_overhead       ms a token under NUDGE's bias, against without (ratio = cost); `hidden`: a pull on the hidden state
+                     instead. The head has random weights, and alpha is so small that all write the same tokens
 
-Tokens are real ones, never padding; the answer rows that only the latent needs count as cost, not as tokens.
+A step is all that train.py does in one: collating, forward, backward, clipping, optimizer, EMA. Tokens are real ones,
+never padding; the answer rows that only the latent needs count as cost, not as tokens. On a GPU `mfu` (of real tokens)
+and `peak_memory_gb` stand beside, both of ours alone. Where SmolLM2 cannot be loaded, RERANK and NUDGE are measured
+with pretrained/student.
 """
 
 import dataclasses
+import itertools
 import json
+import multiprocessing
+import resource
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import numpy as np
@@ -30,219 +58,531 @@ import tyro
 
 import config as cfg
 import data
+import infer
+import latents
+from extract import run_shard
 from jobs import strip
-from model import TJEPA, NanoJEPA, Speaker, attend, configure_optimizers, question_row
-from runs import pick_device, pick_dtype
+from llm import batches_by_length, generate, load_llm, sample
+from model import (
+    Guidance,
+    NanoJEPA,
+    Speaker,
+    attend,
+    compile_blocks,
+    configure_optimizers,
+    estimate_mfu,
+    pad_rows,
+    question_row,
+    real_tokens,
+)
+from runs import build_model, pick_device, pick_dtype, say
 
-NAMES = Literal["all", "nanojepa_step", "nanojepa_mask", "nanojepa_llm_jepa", "nanojepa_overhead", "attention",
-                "generate", "tjepa_packed", "speaker_cache"]  # fmt: skip
+NAMES = Literal["all", "nanojepa_step", "nanojepa_mask", "nanojepa_gpt", "nanojepa_llm_jepa", "nanojepa_overhead",
+                "rjepa_step", "tjepa_packed", "attention", "generate", "speaker_cache", "extract", "shared_prefill",
+                "rerank_overhead", "nudge_overhead", "scaling"]  # fmt: skip
+AIMS = {"nanojepa_step": 2, "nanojepa_gpt": 1, "rjepa_step": 2, "extract": 2, "shared_prefill": 1.5,
+        "rerank_overhead": 1.02, "nudge_overhead": 1.05}  # of ratio: at least; of an overhead: at most
+PRETRAINED = Path(__file__).with_name("pretrained")
 
 
 @dataclass
 class Args:
-    """Measures ours / plain, interleaved, the median of --repeats rounds."""
+    """Measures ours and plain in turn; the median of --repeats rounds."""
 
     name: Annotated[NAMES, tyro.conf.Positional] = "all"
     data_dir: str = ""  # GSM8K folder; empty: synthetic problems
-    preset: str = "nanojepa-small"  # whose network
-    repeats: int = 5  # rounds
-    seconds: float = 3.0  # per side and round
+    preset: str = ""  # whose network, where the comparison is of its kind; empty: nanojepa-small, rjepa-small
+    tokens: int = 0  # tokens a batch of nanoJEPA; 0: the preset's number of problems
+    repeats: int = 3  # rounds
+    seconds: float = 2.0  # per side and round, at least
+    profile: bool = False  # write a trace of one call of each side instead
+    plot: str = "assets/scaling.png"  # where `scaling` draws
+    memory_gb: float = 0.0  # use no more of the GPU's memory; 0: all of it
     device: str = "auto"
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    compile: cfg.PICK = "auto"  # of training steps, as in train.py
 
     def __post_init__(self):
         for name in ("repeats", "seconds"):
             cfg.check(self, name, getattr(self, name) > 0, "must be positive")
+        for name in ("tokens", "memory_gb"):
+            cfg.check(self, name, getattr(self, name) >= 0, "must not be negative")
+        cfg.check(self, "profile", not (self.profile and self.name == "scaling"), "scaling has no trace")
+
+
+class Step:
+    """One step of training at each call, as train.py does it, on batch_of(0), batch_of(1), … -> its real tokens."""
+
+    def __init__(self, bench, config, batch_of, loss=lambda model, batch: model(batch)["loss"]):
+        self.bench, self.batch_of, self.loss, self.index, self.tokens, self.rows = bench, batch_of, loss, 0, 0, 0
+        held = torch.cuda.memory_allocated() if bench.on_gpu else 0
+        torch.manual_seed(0)
+        self.model = build_model(config).to(bench.device)
+        self.optimizer = configure_optimizers(self.model, config)
+        if bench.compile:
+            compile_blocks(self.model)
+        if bench.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(20 if bench.on_gpu else 1):  # as many batches as it takes to see a long one
+            self()
+        self.peak = (torch.cuda.max_memory_allocated() - held) / 2**30 if bench.on_gpu else None
+
+    def __call__(self) -> int:
+        batch = self.batch_of(self.index)
+        self.index, self.tokens = self.index + 1, self.tokens + batch["n_tokens"]
+        self.rows += sum(len(batch[k]) for k in ("idx", "answer_idx", "h") if k in batch)
+        with self.bench.autocast():
+            loss = self.loss(self.model, strip(batch))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.update_target(0.996)
+        return batch["n_tokens"]
+
+    def figures(self, rate: float) -> dict:
+        mfu = estimate_mfu(rate * self.model.flops_per_token(self.tokens / self.rows), self.bench.device_name)
+        return {"mfu": mfu and round(mfu, 4), "peak_memory_gb": self.peak and round(self.peak, 2)}
 
 
 class Bench:
-    """Problems, network shapes and the clock that all comparisons share."""
+    """Problems, network shapes, LLM and the clock that all comparisons share; each of those is a method."""
 
     def __init__(self, args):
-        self.args, self.device = args, pick_device(args.device)
-        self.dtype = pick_dtype(args.dtype, self.device)
-        self.config = dataclasses.replace(cfg.pick_preset(args.preset), dropout=0.0)
-        dataset = "gsm8k" if args.data_dir else "synthetic"
-        self.problems = data.load_problems(dataset, "train", args.data_dir, 2000)
-        if self.config.tokenizer == "gpt2":
-            self.tokenizer = data.gpt2_tokenizer()
-        else:
-            texts = [t for p in self.problems for t in (p["question"], data.answer_text(p, "solution"))]
-            self.tokenizer = data.train_bpe(texts, self.config.vocab_size)
+        self.args, self.name, self.device = args, args.name, pick_device(args.device)
+        self.dtype, self.on_gpu = pick_dtype(args.dtype, self.device), self.device.startswith("cuda")
+        self.device_name = torch.cuda.get_device_name(self.device) if self.on_gpu else self.device
+        self.compile = {"auto": self.on_gpu, "on": True, "off": False}[args.compile]
+        if args.memory_gb:
+            if not self.on_gpu:
+                raise ValueError(f"--memory_gb {args.memory_gb}: caps the memory of a CUDA GPU, this is {self.device}")
+            there = torch.cuda.get_device_properties(self.device).total_memory / 2**30
+            cfg.check(args, "memory_gb", args.memory_gb <= there, f"this GPU has {there:.0f}")
+            torch.cuda.set_per_process_memory_fraction(args.memory_gb / there)
+
+    def pick(self, default: str):
+        """The config of --preset; with `all`, the default's where that is of another kind."""
+        config = cfg.pick_preset(default)
+        asked = cfg.pick_preset(self.args.preset) if self.args.preset else config
+        if isinstance(asked, type(config)):
+            return asked
+        cfg.check(self.args, "preset", self.args.name == "all", f"{self.name} needs one of the kind of {default}")
+        return config
+
+    @cached_property
+    def problems(self) -> list[dict]:
+        folder = self.args.data_dir
+        return data.load_problems("gsm8k" if folder else "synthetic", "train", folder, 0 if folder else 8000)
+
+    @cached_property
+    def tokenizer(self):
+        config = self.pick("nanojepa-small")
+        texts = [t for p in self.problems for t in (p["question"], data.answer_text(p, "solution"))]
+        return data.gpt2_tokenizer() if config.tokenizer == "gpt2" else data.train_bpe(texts, config.vocab_size)
+
+    @cached_property
+    def examples(self) -> list[dict]:
+        return data.encode_problems(self.problems, self.tokenizer, self.pick("nanojepa-small"))
+
+    @cached_property
+    def config(self):
+        """nanoJEPA's, with as many problems a batch as make --tokens."""
+        config = dataclasses.replace(self.pick("nanojepa-small"), vocab_size=self.tokenizer.vocab_size)
+        if self.args.tokens:
+            config.batch_size = round(self.args.tokens / np.mean([size(e) for e in self.examples]))
+            cfg.check(self.args, "tokens", 8 <= config.batch_size <= len(self.examples) // 2,
+                      f"makes {config.batch_size} problems a batch; 8 to {len(self.examples) // 2} can be had")
+        return config
+
+    @cached_property
+    def llm(self):
+        return load_llm("smollm2", self.device, self.args.dtype)
+
+    @cached_property
+    def world(self):
+        """(R-JEPA, its LLM): SmolLM2's or, where that cannot be loaded, the student's."""
+        try:
+            run, llm = "rjepa-smollm2", self.llm
+        except (ValueError, OSError) as error:
+            say(f"pretrained/student instead of SmolLM2: {str(error).splitlines()[0]}")
+            run, llm = "rjepa-student", load_llm(str(PRETRAINED / "student"), self.device)
+        model, config = infer.load_world_model(str(PRETRAINED / run), self.device)
+        return model, llm.choose(config.layer, config.pooling)
 
     def autocast(self):
         on = self.dtype != torch.float32
         return torch.autocast(self.device.split(":")[0], self.dtype) if on else nullcontext()
 
-    def trainer(self, step_losses=None, packed=False, bucketed=True, **fields):
-        """A function that trains one step on the next batch and returns its question and answer tokens."""
-        config = dataclasses.replace(self.config, vocab_size=self.tokenizer.vocab_size, **fields)
-        torch.manual_seed(0)
-        model = NanoJEPA(config).to(self.device)
-        optimizer = configure_optimizers(model, config)
-        examples = data.encode_problems(self.problems, self.tokenizer, config)
-        batches = data.Batches(examples, config)
-        random = [examples[i : i + config.batch_size] for i in range(0, len(examples), config.batch_size)]
-        count = [0]
+    def compare(self, unit: str = "tokens/s", **works) -> dict:
+        """Functions that do a piece of work and return its size, `ours` and `plain` among them -> medians and ratio.
 
-        def step():
-            part = batches(count[0]) if bucketed else random[count[0] % (len(random) - 1)]
-            count[0] += 1
-            batch = data.collate(part, config, self.device, packed=packed)
-            with self.autocast():
-                loss = step_losses(model, part, batch) if step_losses else model(strip(batch))["loss"]
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            return sum(len(e["question"]) + len(e["answer"]) + 2 for e in part)
-
-        return step
-
-    def compare(self, ours, plain, unit="tokens/s") -> dict:
-        """Runs both in turn; ours and plain are functions that do a piece of work and return its size."""
-        rates = {"ours": [], "plain": []}
-        ours(), plain()
+        The one that has had the least time in a round is next, until all have had --seconds: what else the machine does
+        hits all alike. In a unit of ms the figures are the time of a piece.
+        """
+        for work in works.values():
+            work()
+        if self.args.profile:
+            return self.trace(works)
+        rates = {name: [] for name in works}
         for _ in range(self.args.repeats):
-            for name, work in (("ours", ours), ("plain", plain)):
-                start, done = time.perf_counter(), 0
-                while time.perf_counter() - start < self.args.seconds:
-                    done += work()
-                    if self.device.startswith("cuda"):
-                        torch.cuda.synchronize()
-                rates[name].append(done / (time.perf_counter() - start))
-        a, b = (sorted(rates[k])[len(rates[k]) // 2] for k in ("ours", "plain"))
-        return {"ours": round(a, 1), "plain": round(b, 1), "ratio": round(a / b, 3), "unit": unit}
+            spent, done = dict.fromkeys(works, 0.0), dict.fromkeys(works, 0)
+            while min(spent.values()) < self.args.seconds:
+                name = min(spent, key=spent.get)
+                start = time.perf_counter()
+                done[name] += works[name]()
+                if self.on_gpu:
+                    torch.cuda.synchronize()
+                spent[name] += time.perf_counter() - start
+            for name in works:
+                rates[name].append(done[name] / spent[name])
+        found = {name: float(np.median(r)) for name, r in rates.items()}
+        more = works["ours"].figures(found["ours"]) if isinstance(works["ours"], Step) else {}
+        return self.result(unit, {k: 1000 / v if unit[:2] == "ms" else v for k, v in found.items()}) | more
+
+    def result(self, unit: str, found: dict) -> dict:
+        return {**{k: round(v, 3 if v < 10 else 1) for k, v in found.items()}, "unit": unit,
+                "ratio": round(found["ours"] / found["plain"], 3), "aim": AIMS.get(self.name)}  # fmt: skip
+
+    def trace(self, works: dict) -> dict:
+        """One call of each: a Chrome trace in out/profile, and on stderr the operators that take the most time."""
+        from torch.profiler import ProfilerActivity, profile
+
+        found, kind = {}, "cuda" if self.on_gpu else "cpu"
+        for side, work in works.items():
+            path = Path("out/profile") / f"{self.name}-{side}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.on_gpu) as profiler:
+                work()
+            profiler.export_chrome_trace(str(path))
+            found[side] = str(path)
+            say(f"{path}\n{profiler.key_averages().table(sort_by=f'self_{kind}_time_total', row_limit=12)}")
+        return {"trace": found}
+
+    # ------------------------------------------------------------------------- training steps
+
+    def nanojepa(self, context: str, lambda_jepa: float, packed=False, bucketed=True, more=lambda part: {}, **loss):
+        """A Step of NanoJEPA; more(part): what else a batch needs."""
+        config = dataclasses.replace(self.config, answer_context=context, lambda_jepa=lambda_jepa)
+        batches, n = data.Batches(self.examples, config), config.batch_size
+        random = [self.examples[i : i + n] for i in range(0, len(self.examples) - n + 1, n)]
+
+        def batch_of(index):
+            part = batches(index) if bucketed else random[index % len(random)]
+            batch = data.collate(part, config, self.device, packed=packed)
+            return batch | more(part) | {"n_tokens": sum(map(size, part))}  # the same for all ways to lay them out
+
+        return Step(self, config, batch_of, **loss)
 
     def nanojepa_step(self):
-        fields = dict(answer_context="isolated", lambda_jepa=1.0)
-        return self.compare(self.trainer(**fields), self.trainer(packed=True, bucketed=False, **fields))
+        return self.compare(ours=self.nanojepa("isolated", 1.0),
+                            plain=self.nanojepa("isolated", 1.0, packed=True, bucketed=False))
 
     def nanojepa_mask(self):
-        fields = dict(answer_context="isolated", lambda_jepa=1.0)
-        return self.compare(self.trainer(**fields), self.trainer(packed=True, **fields))
+        return self.compare(ours=self.nanojepa("isolated", 1.0), plain=self.nanojepa("isolated", 1.0, packed=True))
+
+    def nanojepa_gpt(self):
+        return self.compare(ours=self.nanojepa("isolated", 1.0), plain=self.nanojepa("question", 0.0))
 
     def nanojepa_llm_jepa(self):
-        def three_passes(model, part, batch):
+        def questions(part):
+            rows = [question_row(e["question"], self.config.vocab_size - 1) for e in part]
+            at = torch.tensor([len(row) - 1 for row in rows], device=self.device)
+            return {"question": pad_rows(rows, 0, self.device), "question_at": at}
+
+        def loss(model, batch):
             """One causal row for the token loss, then question and answer once more for the latents."""
             lm_loss = model.token_loss(model.transformer(model.embed(batch["idx"]), is_causal=True),
                                        batch["loss_at"], batch["targets"]) / len(batch["targets"])
-            pred = model.predict_latent([question_row(e["question"], model.pred_id) for e in part])
+            h = model.transformer(model.embed(batch["question"]), is_causal=True)
+            pred = h[torch.arange(len(h), device=h.device), batch["question_at"]].float()
             target = model.target_latent(batch["target_idx"], batch["target_pool"])
             return lm_loss + 1 - F.cosine_similarity(pred, target, dim=-1).mean()
 
-        return self.compare(self.trainer(answer_context="isolated", lambda_jepa=1.0),
-                            self.trainer(three_passes, answer_context="question", lambda_jepa=1.0))
+        return self.compare(ours=self.nanojepa("isolated", 1.0),
+                            plain=self.nanojepa("question", 1.0, more=questions, loss=loss))
 
     def nanojepa_overhead(self):
         """ratio below 1: what the latent loss costs; 1 / ratio is the cost of a token."""
-        return self.compare(self.trainer(answer_context="question", lambda_jepa=1.0),
-                            self.trainer(answer_context="question", lambda_jepa=0.0))
+        return self.compare(ours=self.nanojepa("question", 1.0), plain=self.nanojepa("question", 0.0))
+
+    def rjepa_step(self):
+        config, rng = self.pick("rjepa-small"), np.random.default_rng(0)
+        config.dim = config.dim or 576
+        pool, chains, n = torch.randn(8192, config.dim).bfloat16(), [], config.batch_size
+        for p in self.problems:
+            rows = 1 + len(data.split_steps(p["answer"]))
+            h, wrong_h = (pool[at : at + rows] for at in rng.integers(len(pool) - rows, size=2))
+            chains.append({"h": h, "wrong_h": wrong_h, "wrong_step": int(rng.integers(1, rows))})
+        batches, order = latents.Batches(chains, config), rng.permutation(len(chains))
+
+        def random(index):
+            part = [chains[i] for i in order[index % (len(chains) // n) * n :][:n]]
+            return latents.collate(part, config, np.random.default_rng(index), self.device)
+
+        return self.compare("latents/s", ours=Step(self, config, lambda i: batches(i, self.device)),
+                            plain=Step(self, config, random))
+
+    def tjepa_packed(self):
+        config = dataclasses.replace(cfg.pick_preset("tjepa-small"), vocab_size=self.tokenizer.vocab_size)
+        documents = [d for p in self.problems[:2000]
+                     for d in data.encode_document(data.document_text(p), self.tokenizer, config.block_size)]
+        packed, rng = data.Documents(documents, config), np.random.default_rng(0)
+        n = round(config.batch_size * config.block_size / np.mean([len(d["tokens"]) for d in documents]))
+        padded = [[[d] for d in documents[i : i + n]] for i in range(0, len(documents) - n, n)]  # in random order
+        return self.compare(ours=Step(self, config, lambda i: packed(i, self.device)), plain=Step(
+            self, config, lambda i: data.collate_documents(padded[i % len(padded)], config, rng, self.device)))
+
+    # ------------------------------------------------------------------------- parts
 
     def attention(self):
-        c = self.config
+        c = self.pick("nanojepa-small")
         shape = (c.batch_size, 170, c.n_head, c.n_embd // c.n_head)
         q, k, v = (torch.randn(shape, device=self.device, dtype=self.dtype).transpose(1, 2).requires_grad_()
                    for _ in range(3))
 
         def run(function):
-            def work():
-                function(q, k, v, is_causal=True).sum().backward()
-                return shape[0] * shape[1]
+            function(q, k, v, is_causal=True).sum().backward()
+            return shape[0] * shape[1]
 
-            return work
+        return self.compare(ours=lambda: run(attend), plain=lambda: run(F.scaled_dot_product_attention))
 
-        return self.compare(run(attend), run(F.scaled_dot_product_attention))
+    @torch.no_grad()
+    def generate(self):
+        torch.manual_seed(0)
+        model = NanoJEPA(dataclasses.replace(self.config, answer_context="question")).to(self.device).eval()
+        rows = [question_row(self.tokenizer.encode(p["question"]), model.pred_id) for p in self.problems[:16]]
+        length, new = min(map(len, rows)), 100
+        idx = torch.tensor([r[:length] for r in rows], device=self.device)
 
-    def tjepa_packed(self):
-        config = dataclasses.replace(cfg.pick_preset("tjepa-small"), vocab_size=self.tokenizer.vocab_size)
-        documents = [d for p in self.problems
-                     for d in data.encode_document(data.document_text(p), self.tokenizer, config.block_size)]
-        packed, rng = data.Documents(documents, config), np.random.default_rng(0)
-        n = round(config.batch_size * config.block_size / np.mean([len(d["tokens"]) for d in documents]))
-        padded = [[[d] for d in documents[i : i + n]] for i in range(0, len(documents) - n, n)]  # in random order
+        def cached():
+            model.generate([r[: length - 1] for r in rows], new)
+            return new * len(rows)
 
-        def trainer(batch_of):
-            torch.manual_seed(0)
-            model, count = TJEPA(config).to(self.device), [0]
-            optimizer = configure_optimizers(model, config)
+        def states(idx):
+            return model.transformer(model.embed(idx), is_causal=True)
 
-            def step():
-                batch = batch_of(count[0])
-                count[0] += 1
-                with self.autocast():
-                    loss = model(strip(batch))["loss"]
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                model.update_target(0.996)
-                return batch["n_tokens"]
-
-            return step
-
-        return self.compare(trainer(lambda i: packed(i, self.device)), trainer(
-            lambda i: data.collate_documents(padded[i % len(padded)], config, rng, self.device)))
+        return self.compare(ours=cached,
+                            plain=lambda: recompute(idx, new, model.embed.weight[: model.pred_id], states))
 
     @torch.no_grad()
     def speaker_cache(self):
-        config = dataclasses.replace(cfg.pick_preset("tjepa-speak"), vocab_size=self.tokenizer.vocab_size, dropout=0.0,
+        config = dataclasses.replace(cfg.pick_preset("tjepa-speak"), vocab_size=self.tokenizer.vocab_size,
                                      context_dim=256)
         torch.manual_seed(0)
         speaker, n = Speaker(config).to(self.device).eval(), 256
         speaker.embed.weight[speaker.eos_id] = 0.0  # never the likeliest: all 256 tokens are written
-        context = torch.randn(8, 100, config.context_dim, device=self.device)
+        context = torch.randn(2, 100, config.context_dim, device=self.device)
         allowed = torch.ones(context.shape[:2], dtype=torch.bool, device=self.device)
 
-        def recompute():
-            idx = torch.full((len(context), 1), speaker.eos_id, device=self.device)
-            for _ in range(n):
-                h = speaker.transformer(speaker.embed(idx), is_causal=True, context=speaker.prepare(context),
-                                        context_allowed=allowed)[:, -1]
-                token = F.linear(h, speaker.embed.weight[: speaker.eos_id]).argmax(-1, keepdim=True)
-                idx = torch.cat((idx, token), dim=1)
-            return n * len(context)
+        def states(idx):
+            return speaker.transformer(speaker.embed(idx), is_causal=True, context=speaker.prepare(context),
+                                       context_allowed=allowed)
 
         def cached():
             written = speaker.generate(context, allowed, max_new_tokens=n)
             assert all(len(row) == n for row in written), "the Speaker stopped early: nothing to compare"
             return n * len(context)
 
-        return self.compare(cached, recompute)
+        idx = torch.full((len(context), 1), speaker.eos_id, device=self.device)
+        return self.compare(ours=cached,
+                            plain=lambda: recompute(idx, n, speaker.embed.weight[: speaker.eos_id], states))
 
-    @torch.no_grad()
-    def generate(self):
-        torch.manual_seed(0)
-        model = NanoJEPA(dataclasses.replace(self.config, vocab_size=self.tokenizer.vocab_size,
-                                             answer_context="question")).to(self.device).eval()
-        rows = [question_row(self.tokenizer.encode(p["question"]), model.pred_id) for p in self.problems[:16]]
-        length, new = min(map(len, rows)), 100
+    # ------------------------------------------------------------------------- LLMs
 
-        def cached():
-            model.generate([r[: length - 1] for r in rows], new)
-            return new * len(rows)
+    def extract(self):
+        from transformers import AutoModelForCausalLM
 
-        def recompute():
-            idx = torch.tensor([r[:length] for r in rows], device=self.device)
+        llm, wanted = self.llm, (self.llm.layer_index(-2), "last")
+        coded = [llm.encode(p["question"], data.split_steps(p["answer"])) for p in self.problems[:512]]
+        batches = list(batches_by_length([len(ids) for ids, _ in coded], 4096))
+        quartiles = [coded[i] for at in (len(batches) // 4, 3 * len(batches) // 4) for i in batches[at]]
+
+        def ours(llm, coded, token_budget=4096):
+            return run_shard(llm, coded, range(len(coded)), [wanted], False, token_budget)[0][wanted]
+
+        @torch.no_grad()
+        def plain(model, coded):
+            found = []
+            for start in range(0, len(coded), 16):
+                rows, spans = zip(*coded[start : start + 16], strict=True)
+                h = model(pad_rows(rows, 0, self.device), attention_mask=real_tokens(rows, self.device).long(),
+                          output_hidden_states=True).hidden_states[-2]
+                found += [z[[end - 1 for _, end in units]].float().cpu() for z, units in zip(h, spans, strict=True)]
+            return found
+
+        def load(dtype):
+            folder = llm.model.name_or_path
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(self.device).eval()
+
+        def timed(function, network, coded):
+            return lambda: (function(network, coded), sum(len(ids) for ids, _ in coded))[1]
+
+        a = torch.cat(ours(load_llm("smollm2", self.device, "fp32"), coded[:8], 512))
+        b = torch.cat(plain(load(torch.float32), coded[:8]))
+        return self.compare(ours=timed(ours, llm, quartiles), plain=timed(plain, load(llm.model.dtype), coded[:32])
+                            ) | {"max_difference": float((a - b).abs().max() / b.std())}
+
+    def shared_prefill(self):
+        llm, k, new = self.llm, 4, 32
+        row = llm.text_ids("\n".join(p["question"] for p in self.problems[:8]))[:200]
+
+        @torch.no_grad()
+        def write(rows, k, seeds):
+            logits, _, memory = llm.begin(rows, k, new)
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             for _ in range(new):
-                h = model.transformer(model.embed(idx), is_causal=True)[:, -1]
-                token = F.linear(h, model.embed.weight[: model.pred_id]).argmax(-1, keepdim=True)
-                idx = torch.cat((idx, token), dim=1)
-            return new * len(rows)
+                logits, _ = llm.advance(sample(logits, 0.8, 0.95, generators), memory)
+            return new * len(generators)
 
-        return self.compare(cached, recompute)
+        return self.compare(ours=lambda: write([row], k, range(k)), batched=lambda: write([row] * k, 1, range(k)),
+                            plain=lambda: sum(write([row], 1, [seed]) for seed in range(k)))
+
+    def rerank_overhead(self):
+        (model, llm), seconds, problems = self.world, [], itertools.cycle(self.problems)
+
+        def work():
+            question, start = next(problems)["question"], time.perf_counter()
+            chains = generate(llm, [question], 4, max_new_tokens=128)[0]
+            written = time.perf_counter()
+            infer.rerank(model, chains, 1.0, 1.0)
+            seconds.append((time.perf_counter() - start, written - start))
+
+        work()
+        if self.args.profile:
+            return self.trace({"ours": work})
+        for _ in range(self.args.repeats):
+            work()
+        # both of a pair are from one run: a difference of a per cent would drown in that of two runs
+        ours, plain = sorted(seconds[1:], key=lambda pair: pair[0] / pair[1])[self.args.repeats // 2]
+        return self.result("s/question", {"ours": ours, "plain": plain})
+
+    def nudge_overhead(self):
+        (model, llm), question = self.world, self.problems[0]["question"]
+        guide = Guidance(cfg.GuideConfig(z_dim=model.config.n_embd, h_dim=llm.dim, vocab_size=llm.vocab_size))
+        torch.nn.init.normal_(guide.out.weight, 0.0, 0.02)
+        guide.to(self.device).eval()
+
+        def write(nudge=None):
+            return sum(generate(llm, [question], 1, 0.0, max_new_tokens=64, nudge=nudge)[0][0]["n_tokens"])
+
+        return self.compare("ms/token", ours=lambda: write(infer.Nudge(model, llm, 1e-6, guide)), plain=write,
+                            hidden=lambda: write(infer.Nudge(model, llm, 1e-6)))
+
+    # ------------------------------------------------------------------------- how cost grows
+
+    def scaling(self):
+        """Training steps on random data, each in a process of its own; draws --plot."""
+        sweeps, points = {}, {}
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as fresh:
+            for kind, field, values in SWEEPS:
+                sweeps[f"{kind} {field}"] = found = []
+                for value in values:
+                    at = point(kind, field, value)
+                    points[at] = points.get(at) or fresh.submit(measure, self.args, *at).result()
+                    found.append({field: value, **points[at]})
+                    say(f"{kind:8} {field:6} {value:5} {found[-1]['tokens_per_s']:>9,.0f} tokens (latents) a second  "
+                        f"{found[-1]['peak_memory_mb']:>7,.0f} MB")
+        draw(sweeps, Path(self.args.plot))
+        return {"sweeps": sweeps, "plot": self.args.plot}
 
 
-def main():
-    args = tyro.cli(Args)
+def size(example: dict) -> int:
+    """Tokens of a problem, with [PRED] and [EOS]."""
+    return len(example["question"]) + len(example["answer"]) + 2
+
+
+def recompute(idx, n: int, vocabulary, states) -> int:
+    """Writes n tokens after idx [B, T], greedily; states(idx) runs the whole row for each of them."""
+    for _ in range(n):
+        idx = torch.cat((idx, F.linear(states(idx)[:, -1], vocabulary).argmax(-1, keepdim=True)), dim=1)
+    return n * len(idx)
+
+
+SWEEPS = [("nanoJEPA", "tokens", (64, 128, 256, 512, 1024)), ("nanoJEPA", "batch", (8, 16, 32, 64, 128)),
+          ("nanoJEPA", "width", (128, 256, 512)), ("R-JEPA", "steps", (2, 4, 8, 16, 32)),
+          ("R-JEPA", "batch", (32, 64, 128, 256, 512))]  # fmt: skip
+
+
+def point(kind: str, field: str, value: int) -> tuple:
+    """(kind, length, batch, width): nanoJEPA's tokens a problem vary at 8,192 a batch, all else one by one."""
+    at = {"tokens": 256, "steps": 8, "batch": 32 if kind == "nanoJEPA" else 128, "width": 256} | {field: value}
+    if field == "tokens":
+        at["batch"] = 8192 // value
+    return kind, at["tokens" if kind == "nanoJEPA" else "steps"], at["batch"], at["width"]
+
+
+def measure(args, kind: str, length: int, batch: int, width: int) -> dict:
+    """Speed of a small preset's training step (the fastest of three and more: what else the machine does slows the
+    others), and the process's peak memory (a GPU's, of the step alone)."""
+    bench, rng = Bench(args), np.random.default_rng(0)
+    preset = cfg.pick_preset("nanojepa-small" if kind == "nanoJEPA" else "rjepa-small")
+    config = dataclasses.replace(preset, n_embd=width, batch_size=batch)
+    if kind == "nanoJEPA":  # half the tokens are the question's, half the answer's
+        texts = rng.integers(0, config.vocab_size - 2, (batch, 2, length // 2)).tolist()
+        examples = [{"question": q[1:], "answer": a[1:], "target": a[1:]} for q, a in texts]
+        step = Step(bench, config, lambda i: data.collate(examples, config, bench.device))
+    else:
+        config.dim = 576
+        chains = [{"h": a, "wrong_h": b, "wrong_step": 1} for a, b in torch.randn(batch, 2, 1 + length, 576).bfloat16()]
+        step = Step(bench, config, lambda i: latents.collate(chains, config, np.random.default_rng(i), bench.device))
+    times = []
+    while len(times) < 3 or sum(times) < args.seconds:
+        start = time.perf_counter()
+        n = step()
+        if bench.on_gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    peak = 2**10 * step.peak if bench.on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return {"tokens_per_s": round(n / min(times), 1), "peak_memory_mb": round(peak)}
+
+
+def draw(sweeps: dict, path: Path):
+    """A column a sweep: speed above, peak memory below."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(2, len(sweeps), figsize=(13, 5), sharex="col")
+    for (name, points), column in zip(sweeps.items(), axes.T, strict=True):
+        kind, field = name.split()
+        for ax, key in zip(column, ("tokens_per_s", "peak_memory_mb"), strict=True):
+            ax.plot([p[field] for p in points], [p[key] for p in points], marker="o")
+            ax.set_xscale("log", base=2)
+            ax.set_xticks([p[field] for p in points], [str(p[field]) for p in points])
+            ax.set_ylim(bottom=0)
+            ax.grid(alpha=0.3)
+        column[0].set_title(kind)
+        item = "problem" if kind == "nanoJEPA" else "chain"
+        column[1].set_xlabel({"batch": f"{item}s a batch", "width": "width"}.get(field, f"{field} a {item}"))
+    axes[0, 0].set_ylabel("tokens (latents) a second")
+    axes[1, 0].set_ylabel("peak memory, MB")
+    fig.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def main(argv=None):
+    args, results, skipped = tyro.cli(Args, args=argv), {}, {}
     try:
         bench = Bench(args)
-    except (ValueError, OSError) as error:
+        for bench.name in get_args(NAMES)[1:-1] if args.name == "all" else [args.name]:
+            try:
+                results[bench.name] = r = getattr(bench, bench.name)()
+            except (ValueError, OSError, torch.OutOfMemoryError) as error:
+                if args.name != "all":
+                    raise
+                skipped[bench.name] = str(error).splitlines()[0]
+                print(f"{bench.name:18} skipped: {skipped[bench.name]}", flush=True)
+                continue
+            if "ratio" in r:
+                more = "".join(f"  {k} {v:,}" for k, v in r.items() if v and k not in "ours plain unit ratio".split())
+                print(f"{bench.name:18} ours {r['ours']:>10,} plain {r['plain']:>10,} {r['unit']:10}  "
+                      f"ratio {r['ratio']:<6}{more}", flush=True)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         raise SystemExit(f"error: {error}") from None
-    results = {}
-    for name in get_args(NAMES)[1:] if args.name == "all" else [args.name]:
-        results[name] = r = getattr(bench, name)()
-        print(f"{name:20} ours {r['ours']:>12,} plain {r['plain']:>12,} {r['unit']}  ratio {r['ratio']}", flush=True)
-    device = torch.cuda.get_device_name() if bench.device.startswith("cuda") else bench.device
-    print(json.dumps({"bench": results, "device": device, "dtype": str(bench.dtype)[6:],
+    print(json.dumps({"bench": results, "skipped": skipped, "device": bench.device_name, "dtype": str(bench.dtype)[6:],
                       "threads": torch.get_num_threads()}))
 
 

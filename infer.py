@@ -232,6 +232,8 @@ class Nudge:
         if guide is None and llm.layer == llm.n_layer:
             raise ValueError("nudging the hidden state needs a layer below the last: there is nothing above it")
         self.model, self.llm, self.alpha, self.guide, self.shuffled = model, llm, alpha, guide, shuffled
+        if guide is not None and llm.dtype == "bfloat16":
+            guide.out.bfloat16()  # all of it is read for every token; autocast has trained it so
 
     def predict(self, chains: list[torch.Tensor]) -> torch.Tensor:
         return self.model.predict_next(*latents.pad_latents(chains, self.model.h_mean.device))

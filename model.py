@@ -165,6 +165,14 @@ class Transformer(nn.Module):
         return [KVCache(shape, device, dtype) for _ in self.blocks]
 
 
+def compile_blocks(model: nn.Module):
+    """Compiles every block in place. What is around them looks at the data, so that it could not be one graph."""
+    torch._dynamo.config.recompile_limit = 64
+    for part in model.modules():
+        if isinstance(part, Block):
+            part.forward = torch.compile(part.forward, dynamic=True)
+
+
 def init_weights(module: nn.Module, n_layer: int):
     """GPT-2's initialisation: N(0, 0.02), projections into the residual stream scaled by 1/sqrt(2 n_layer)."""
     for name, p in module.named_parameters():
@@ -594,19 +602,29 @@ class RJEPA(nn.Module):
         bool [B, S]: the steps that differ from h's, of counterfactuals, whose masks are h's; right_counts, wrong_counts
         bool [B, S]: the targets that the margin compares.
         """
-        cfg, h, is_target = self.config, self.standardize(batch["h"]), batch["is_target"]
+        cfg, is_target, B = self.config, batch["is_target"], len(batch["h"])
         online = cfg.target_encoder == "online" and torch.is_grad_enabled()  # ablation: no stop-gradient
-        z_all = self.targets(h, batch["is_real"], online)  # (B, S, C)
-        z_pred, z_target = self.predict(h, batch["is_visible"], is_target), z_all[is_target]  # (N, C)
+        hard, margin = ("wrong_h" in batch and wanted for wanted in (cfg.hard_negatives, cfg.lambda_margin > 0))
+
+        def rows(name, both):
+            """Of the chains and, if both, of the wrong ones after them: one pass through a network takes all."""
+            return torch.cat((batch[name], batch[f"wrong_{name}"])) if both else batch[name]
+
+        h_all = self.standardize(rows("h", hard or margin))
+        h = h_all[:B]
+        z_all = self.targets(h_all if hard else h, rows("is_real", hard), online)  # (B or 2 B, S, C)
+        z_all, z_wrong = z_all[:B], z_all[B:].detach()
+        z_target = z_all[is_target]  # (N, C)
+        z_pred = self.predict(h_all if margin else h, rows("is_visible", margin), rows("is_target", margin))
+        z_pred, wrong_pred = z_pred[: len(z_target)], z_pred[len(z_target) :]
         parts = {"l1": (z_pred - z_target).abs().mean()}
         parts["variance"] = F.relu(1 - z_pred.var(0, correction=0).add(1e-4).sqrt()).mean()
         p, t = F.normalize(z_pred, dim=-1), F.normalize(z_target, dim=-1)
         logits = p @ t.T / cfg.tau  # (N, N)
-        wrong_h = self.standardize(batch["wrong_h"]) if "wrong_h" in batch else None
-        if wrong_h is not None and cfg.hard_negatives:
-            wrong, has_wrong = self.targets(wrong_h, batch["wrong_is_real"])[is_target], batch["is_wrong"][is_target]
-            hard = (p * F.normalize(wrong, dim=-1)).sum(-1, keepdim=True) / cfg.tau
-            logits = torch.cat((logits, hard.masked_fill(~has_wrong[:, None], float("-inf"))), dim=1)
+        if hard:
+            own_wrong = (p * F.normalize(z_wrong[is_target], dim=-1)).sum(-1, keepdim=True) / cfg.tau
+            has_wrong = batch["is_wrong"][is_target][:, None]
+            logits = torch.cat((logits, own_wrong.masked_fill(~has_wrong, float("-inf"))), dim=1)
         parts["infonce"] = F.cross_entropy(logits, torch.arange(len(p), device=p.device))
         chain, step = is_target.nonzero(as_tuple=True)
         own = (F.normalize(z_all, dim=-1)[chain] @ p[:, :, None])[..., 0] / cfg.tau  # (N, S)
@@ -614,23 +632,16 @@ class RJEPA(nn.Module):
         parts["own"] = F.cross_entropy(own.masked_fill(~is_step[chain], float("-inf")), step)
         parts["reconstruction"] = (self.w_out(z_pred.to(h.dtype)) - h[is_target]).abs().mean()
         parts["margin"] = z_pred.new_zeros(())
-        if wrong_h is not None and cfg.lambda_margin > 0:
+        if margin:
             # the wrong chain should have the higher mean error; its target learns too
-            wrong_pred = self.predict(wrong_h, batch["wrong_is_visible"], batch["wrong_is_target"])
-            gap = (self.chain_error(wrong_h, wrong_pred, batch["wrong_is_real"], batch["wrong_is_target"],
-                                    batch["wrong_counts"])
-                   - self.chain_error(h, z_pred, batch["is_real"], is_target, batch["right_counts"]))  # (B,)
+            z = self.targets(h_all, rows("is_real", True), online=True)
+            gap = (mean_error(wrong_pred, z[B:], batch["wrong_is_target"], batch["wrong_counts"])
+                   - mean_error(z_pred, z[:B], is_target, batch["right_counts"]))  # (B,)
             paired = batch["right_counts"].any(1) & batch["wrong_counts"].any(1)
             if paired.any():
                 parts["margin"] = F.softplus(-gap[paired] / cfg.margin).mean()
         loss = parts["l1"] + sum(getattr(cfg, f"lambda_{k}") * v for k, v in parts.items() if k != "l1")
         return {"loss": loss, **parts}
-
-    def chain_error(self, h, z_pred, is_real, is_target, counts):
-        """Mean L1 error [B] over the targets that count [B, S], of predictions z_pred [N, C]; targets with gradient."""
-        error = h.new_zeros(is_target.shape)
-        error[is_target] = (z_pred - self.targets(h, is_real, online=True)[is_target]).abs().mean(-1)
-        return (error * counts).sum(1) / counts.sum(1).clamp_min(1)
 
     @torch.no_grad()
     def hidden_steps(self, h, is_real, mode: str = "leave_one_out", max_rows: int = 2048):
@@ -716,6 +727,13 @@ class RJEPA(nn.Module):
         return 6 * trained + 2 * encoder + attention * T
 
 
+def mean_error(z_pred, z_target, is_target, counts):
+    """Mean L1 error [B] over the targets that count [B, S], of predictions z_pred [N, C] against z_target [B, S, C]."""
+    error = z_target.new_zeros(is_target.shape)
+    error[is_target] = (z_pred - z_target[is_target]).abs().mean(-1)
+    return (error * counts).sum(1) / counts.sum(1).clamp_min(1)
+
+
 class Head(nn.Module):
     """What is trained on top of frozen models: no target encoder, and no parameter that is not counted."""
 
@@ -745,7 +763,7 @@ class Guidance(Head):
         """z_pred [M, C], h [M, D] -> [M, V]."""
         z = self.norm_z(z_pred.float()) * self.config.use_z
         x = torch.cat((z, self.norm_h(h.float())), dim=-1)
-        return self.out(F.gelu(self.fc(x)))
+        return self.out(F.gelu(self.fc(x)).to(self.out.weight.dtype))
 
     def forward(self, batch: dict) -> dict:
         """z_pred [M, C], h [M, D], logits [M, V] of the LLM, targets [M] -> {"loss", "ce", "ce_llm", "bias"}."""

@@ -2777,3 +2777,27 @@ def test_bad_input_to_think_and_speak(thinkers, argv, message, capsys):
     with pytest.raises(SystemExit) as caught:
         infer.main([a.replace("THINKERS", str(thinkers)) for a in argv])
     assert message in str(caught.value) + capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------- bench
+
+
+def test_bench_reports_ours_plain_and_ratio(capsys, monkeypatch, tmp_path):
+    """What the figures are is no test's business."""
+    import bench
+
+    monkeypatch.chdir(tmp_path)
+    fast = ["--seconds", "0.001", "--repeats", "1", "--device", "cpu"]
+    for name in ("rjepa_step", "nanojepa_gpt", "attention"):
+        bench.main([name, *fast])
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])["bench"][name]
+        assert {"ours", "plain", "ratio", "unit", "aim"} <= set(result)
+        assert result["ratio"] == pytest.approx(result["ours"] / result["plain"], rel=0.05)
+    bench.main(["attention", "--profile", *fast])
+    traces = json.loads(capsys.readouterr().out.splitlines()[-1])["bench"]["attention"]["trace"]
+    assert set(traces) == {"ours", "plain"}
+    assert all(json.loads(Path(path).read_text())["traceEvents"] for path in traces.values())
+    for argv, message in ((["--memory_gb", "24"], "caps the memory of a CUDA GPU"), (["--tokens", "10"], "makes 0 pr"),
+                          (["--preset", "rjepa-small"], "needs one of the kind of nanojepa-small")):
+        with pytest.raises(SystemExit, match=message):
+            bench.main(["nanojepa_gpt", *fast, *argv])

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 import config as cfg
 from jobs import JOBS, strip
-from model import Block, configure_optimizers, estimate_mfu
+from model import compile_blocks, configure_optimizers, estimate_mfu
 from parallel import copy_tensors, full, gathered, load_state, save_state, sync_gradients, wrap
 from runs import (
     FREE_ON_RESUME,
@@ -104,10 +104,8 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
         before = relative_l1(old_val)
         model.load_state_dict(kept)  # evaluation stores quantiles
     use_compile = pick_compile(config.compile, device)
-    if use_compile:  # block by block: what is around them looks at the data
-        torch._dynamo.config.recompile_limit = 64
-        for block in [part for part in model.modules() if isinstance(part, Block)]:
-            block.forward = torch.compile(block.forward, dynamic=True)
+    if use_compile:
+        compile_blocks(model)
     run_model = wrap(model, world, config.shard)
     optimizer = configure_optimizers(model, config)
     first = 0
