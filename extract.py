@@ -39,7 +39,7 @@ import latents
 import verify
 from config import check
 from llm import LLM, batches_by_length, generate, load_llm, shot_messages
-from runs import add_up, digest, lock, pick_device, processes, say, write_atomic
+from runs import add_up, digest, is_restart, lock, pick_device, processes, say, write_atomic
 
 # ----------------------------------------------------------------------------- the folder
 
@@ -80,7 +80,10 @@ def extract(llm: LLM, chains: list[dict], out: Path, description: dict, wanted: 
 
     shards = [range(at, min(at + shard_size, len(chains))) for at in range(0, len(chains), shard_size)]
     with claim(out, folders.values(), overwrite) as (rank, world), Writer(1) as writer:
-        mine = list(enumerate(shards))[rank::world]
+        missing = [(number, part) for number, part in enumerate(shards) if not all(
+            (folder / latents.shard_name(number)).is_file() for folder, _ in folders.values())]
+        add_up()  # all have looked before the first one writes
+        mine = missing[rank::world]
         progress = tqdm(total=sum(len(coded[i][0]) for _, part in mine for i in part), unit="token", unit_scale=True,
                         disable=rank > 0 or not sys.stderr.isatty())
         began, done_tokens = time.perf_counter(), 0
@@ -92,12 +95,8 @@ def extract(llm: LLM, chains: list[dict], out: Path, description: dict, wanted: 
             writer.check()
 
         for number, part in mine:
-            name = latents.shard_name(number)
-            if all((folder / name).is_file() for folder, _ in folders.values()):
-                progress.update(sum(len(coded[i][0]) for i in part))
-                continue
-            writer(write, name, *run_shard(llm, [coded[i] for i in part], [chains[i]["id"] for i in part], wanted,
-                                           logprobs, token_budget, tick))
+            writer(write, latents.shard_name(number), *run_shard(
+                llm, [coded[i] for i in part], [chains[i]["id"] for i in part], wanted, logprobs, token_budget, tick))
             if progress.disable:
                 say(f"{part.stop:,} of {len(chains):,} chains, {done_tokens / (time.perf_counter() - began):.0f} "
                     "tokens/s" + " a process" * (world > 1))
@@ -143,6 +142,7 @@ def claim(out: Path, folders, overwrite: bool):
     folders: (folder, header) pairs; they are inspected, made and, with overwrite, emptied. Raises SystemExit for what
     `inspect_folder` refuses, and where all are finished. Nobody leaves before everybody has come to the end.
     """
+    overwrite = overwrite and not add_up(is_restart())  # what this very job has written it goes on with
     with lock(out, "--out"):
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if not overwrite and all([inspect_folder(folder, header, rank, world) for folder, header in folders]):
@@ -182,10 +182,10 @@ def extract_written(llm: LLM, splits: list[tuple[str, list[dict]]], out: Path, d
     shards = [problems[at : at + per_shard] for at in range(0, len(problems), per_shard)]
     with claim(out, [(out, header)], overwrite) as (rank, world), Writer(1) as writer:
         began, tokens = time.perf_counter(), 0
-        for number, part in list(enumerate(shards))[rank::world]:
-            path = out / latents.shard_name(number)
-            if path.is_file():
-                continue
+        missing = [n for n in range(len(shards)) if not (out / latents.shard_name(n)).is_file()]
+        add_up()
+        for number in missing[rank::world]:
+            part, path = shards[number], out / latents.shard_name(number)
             chains = generate(llm, [p["question"] for _, p in part], k, temperature, top_p, seed, max_new_tokens)
             rows, h, means, at = [], [], [], 0
             for (split, p), written in zip(part, chains, strict=True):

@@ -4,7 +4,8 @@
     LatentJob    RJEPA on the latents of verified chains;  GuideJob, SpeakJob  what is trained on top of one
     DocumentJob  TJEPA on packed documents;  DistillJob  a student of one;  AnswerJob  a Speaker on an encoder
 
-A job has `train` and `batches` (with `per_epoch`), `unit` (what a batch holds), `identity` (what a resumed run must
+A job has `train` and `batches` (with `per_epoch`), `unit` (what a batch holds), `ahead` (whether batches may be made
+while the last one is trained on: those that a frozen model makes are too large), `identity` (what a resumed run must
 share), `batch(index, device)`, `fit(model)` before the first step, `evaluate(model, device, autocast)` and
 `write(folder)`.
 """
@@ -89,6 +90,7 @@ class TextJob:
     """
 
     unit = "problems"
+    ahead = True
 
     def __init__(self, config, out: Path):
         self.config, asked_vocab_size = config, config.vocab_size
@@ -141,6 +143,7 @@ class LatentJob:
     """
 
     unit = "chains"
+    ahead = True
 
     def __init__(self, config, out: Path):
         self.config, folder = config, Path(config.latents or default_latents(config))
@@ -210,6 +213,7 @@ class WorldJob:
     """What GuideJob and SpeakJob share: the frozen R-JEPA that init_from names, and the verified chains it saw."""
 
     unit = "chains"
+    ahead = False
 
     def __init__(self, config, out: Path):
         self.config = config
@@ -365,6 +369,7 @@ class DocumentJob:
     """What the loop needs to train TJEPA: packed documents with masked spans."""
 
     unit = "rows of documents"
+    ahead = True
 
     def __init__(self, config, out: Path, tokenizer=None):
         self.config, asked_vocab_size = config, config.vocab_size
@@ -438,6 +443,8 @@ def nearest_visible(is_target: np.ndarray, segment: np.ndarray) -> np.ndarray:
 class DistillJob(DocumentJob):
     """What the loop needs to train DistilledEncoder: the documents, and what the teacher makes of them."""
 
+    ahead = False
+
     def __init__(self, config, out: Path):
         self.teacher, theirs, tokenizer = load_encoder(config.teacher, config.device)
         super().__init__(config, out, tokenizer)
@@ -489,6 +496,7 @@ class AnswerJob:
     """What the loop needs to train SpeakingTJEPA: questions, responses, and the encoder to start from."""
 
     unit = "problems"
+    ahead = True
 
     def __init__(self, config, out: Path):
         self.config, asked_vocab_size, self.start = config, config.vocab_size, None

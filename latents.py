@@ -319,10 +319,11 @@ def with_slots(parts: list[torch.Tensor], slots: list[int], device=None) -> tupl
                         for z, at in zip(parts, slots, strict=True)], device)
 
 
-def collate(chains: list[dict], config, rng, device=None) -> dict:
+def collate(chains: list[dict], config, rng, device=None, with_wrong: bool | None = None) -> dict:
     """Chains with latents "h" (and "wrong_h", "wrong_step") -> the batch that RJEPA.forward documents.
 
-    A counterfactual (which has a wrong_step) is masked as its chain, any other wrong chain by a mask of its own.
+    with_wrong: whether it has wrong chains, None: if one of these has. Of several processes all must say the same. A
+    counterfactual (which has a wrong_step) is masked as its chain, any other wrong chain by a mask of its own.
     """
     def order_of(z):
         n = len(z) - 1
@@ -331,7 +332,8 @@ def collate(chains: list[dict], config, rng, device=None) -> dict:
     orders = [order_of(c["h"]) for c in chains]
     parts = [c["h"][o] for c, o in zip(chains, orders, strict=True)]
     masks, B = [draw_mask(len(z) - 1, config, rng) for z in parts], len(chains)
-    pairs = (config.hard_negatives or config.lambda_margin > 0) and any("wrong_h" in c for c in chains)
+    with_wrong = any("wrong_h" in c for c in chains) if with_wrong is None else with_wrong
+    pairs = with_wrong and (config.hard_negatives or config.lambda_margin > 0)
     if pairs:
         for c, o, mask in zip(chains, orders, masks[:B], strict=True):
             wrong = c.get("wrong_h", c["h"])
@@ -364,6 +366,7 @@ class Batches(data.Batches):
     unit = "chains"
 
     def measure(self, config) -> np.ndarray:
+        self.with_wrong = any("wrong_h" in c for c in self.examples)
         return np.array([len(c["h"]) for c in self.examples])
 
     def chains(self, index: int) -> tuple[list[dict], np.random.Generator]:
@@ -372,7 +375,7 @@ class Batches(data.Batches):
 
     def __call__(self, index: int, device=None) -> dict:
         chains, rng = self.chains(index)
-        return collate(chains, self.config, rng, device)
+        return collate(chains, self.config, rng, device, self.with_wrong)
 
     def shuffle(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng([self.seed, epoch])

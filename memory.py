@@ -122,10 +122,10 @@ class Memory:
                         break
                     connection.close()  # `forget` put a new file there in between
                 except duckdb.IOException as error:
-                    if write and inode and 0 < self.path.stat().st_size < 3 * 4096:  # its headers alone take as much:
-                        self.path.unlink()  # a kill or a full disk came into its making
-                        continue
                     if "set lock" not in str(error):
+                        if write and 0 < self.path.stat().st_size < 3 * 4096:  # its headers alone take as much: a kill
+                            self.path.unlink()  # or a full disk came into its making
+                            continue
                         raise ValueError(f"{self.path} cannot be opened: {str(error).splitlines()[0]}") from None
                     if time.monotonic() > deadline:
                         pid = re.search(r"PID \d+", str(error))

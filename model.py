@@ -637,9 +637,8 @@ class RJEPA(nn.Module):
             z = self.targets(h_all, rows("is_real", True), online=True)
             gap = (mean_error(wrong_pred, z[B:], batch["wrong_is_target"], batch["wrong_counts"])
                    - mean_error(z_pred, z[:B], is_target, batch["right_counts"]))  # (B,)
-            paired = batch["right_counts"].any(1) & batch["wrong_counts"].any(1)
-            if paired.any():
-                parts["margin"] = F.softplus(-gap[paired] / cfg.margin).mean()
+            paired = batch["right_counts"].any(1) & batch["wrong_counts"].any(1)  # maybe none of them
+            parts["margin"] = (F.softplus(-gap / cfg.margin) * paired).sum() / paired.sum().clamp_min(1)
         loss = parts["l1"] + sum(getattr(cfg, f"lambda_{k}") * v for k, v in parts.items() if k != "l1")
         return {"loss": loss, **parts}
 

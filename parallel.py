@@ -15,20 +15,23 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model import Block
-from runs import not_written, write_atomic
+from runs import add_up, not_written, write_atomic
 
 
-def wrap(model, world: int, shard: bool):
-    """What is called in model's place to train it: model itself, in DDP, or its blocks and itself in FSDP2."""
-    if world == 1:
-        return model
-    if not shard:
-        return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+def wrap(model, world: int, shard: bool, device: str):
+    """What is called in model's place to train it: model itself, in DDP, or its blocks and itself in FSDP2.
+
+    Sharded, a model comes from the CPU: it may be more than a device holds.
+    """
+    if world == 1 or not shard:
+        model.to(device)
+        return model if world == 1 else torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     from torch.distributed.fsdp import fully_shard
 
+    mesh = dist.init_device_mesh(device, (world,))
     for block in [part for part in model.modules() if isinstance(part, Block)]:
-        fully_shard(block)
-    return fully_shard(model)
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 @contextlib.contextmanager
@@ -37,9 +40,11 @@ def gathered(model):
     is_sharded = hasattr(model, "unshard")
     if is_sharded:
         model.unshard()
-    yield
-    if is_sharded:
-        model.reshard()
+    try:
+        yield
+    finally:
+        if is_sharded:
+            model.reshard()
 
 
 def sync_gradients(run_model, last: bool):
@@ -75,7 +80,7 @@ def copy_tensors(into: dict, source: dict):
 
 
 def state_tensors(model, optimizer, step: int) -> dict[str, torch.Tensor]:
-    """Weights, buffers, AdamW's moments by name (DTensors where sharded); moments that are not there yet are zeros."""
+    """Weights, buffers, AdamW's moments by name (DTensors where sharded); a new optimizer is made to be at `step`."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -98,7 +103,7 @@ def save_state(out: Path, model, optimizer, facts: dict):
         write_atomic(out / "state.pt", lambda path: torch.save(facts, path))
         for folder in out.glob("state-*"):
             if "shards" not in facts or folder != shard_folder(out, facts["step"]):
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)
     if dist.is_initialized():
         dist.barrier()
 
@@ -118,9 +123,10 @@ def save_shards(folder: Path, tensors: dict) -> dict:
     try:
         save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
     except CheckpointException as error:
+        shutil.rmtree(folder, ignore_errors=True)
         raise not_written(folder, list(error.failures.values())[0][0]) from None
     hashes = [None] * world
-    dist.all_gather_object(hashes, {path.name: digest_file(path) for path in sorted(folder.iterdir())[rank::world]})
+    dist.all_gather_object(hashes, {path.name: digest_file(path) for path in folder.glob(f"shard-{rank + 1:05d}-*")})
     return {name: value for part in hashes for name, value in part.items()}
 
 
@@ -136,12 +142,17 @@ def load_state(out: Path, model, optimizer, state: dict):
     from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, load
 
     folder = shard_folder(out, state["step"])
-    for name, value in state["shards"].items():
-        if not (folder / name).is_file() or digest_file(folder / name) != value:
-            raise ValueError(f"{folder / name} is missing or damaged, and state.pt needs it. Nothing was changed; "
-                             "--overwrite starts again")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    bad = [name for name, value in sorted(state["shards"].items())[rank::world]
+           if not (folder / name).is_file() or digest_file(folder / name) != value]
+    if add_up(len(bad)):
+        raise ValueError(f"{folder / bad[0] if bad else folder} is missing or damaged, and state.pt needs it. Nothing "
+                         "was changed; --overwrite starts again")
+    reader = HuggingFaceStorageReader(str(folder))
     try:
-        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized())
+        if left := reader.read_metadata().state_dict_metadata.keys() - tensors.keys():
+            raise ValueError(f"{min(left)} is left over")
+        load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except (CheckpointException, RuntimeError, ValueError) as error:
         raise ValueError(f"{folder} does not fit this run: {str(error)[:300]}") from None
 

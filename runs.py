@@ -69,18 +69,29 @@ def say(*text):
 def processes(device: str):
     """(rank, processes) of this one under torchrun, (0, 1) without; joins their group, and leaves it if all went well.
 
-    With several GPUs `cuda` is from then on the one of this process. Who waits for others waits a day: that one of
-    them has died is for torchrun to notice.
+    With several GPUs `cuda` is from then on the one of this process. Who waits for others waits two hours: that one of
+    them has died torchrun notices, that it hangs nobody else.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     joins = world > 1 and not dist.is_initialized()
     if joins:
+        if device.startswith("cuda:"):
+            raise ValueError(f"--device {device} under torchrun: give cuda, each process has a GPU of its own")
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(days=1))
+        store, *_ = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun keeps its store: no addresses of those who died
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=2),
+                                store=store, rank=rank, world_size=world)
     yield rank, world
     if joins:
         dist.destroy_process_group()
+
+
+def is_restart() -> bool:
+    """Whether torchrun (--max-restarts) or Slurm (--requeue) has started this job before."""
+    return any(int(os.environ.get(name, 0)) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def add_up(value: float = 0) -> float:
@@ -114,12 +125,13 @@ def lock(folder: Path, option: str):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held = FileLock(folder / ".lock")
-        held.acquire(blocking=False)
+        held.acquire(timeout=60 if is_restart() else 0)  # a file server may take a while to miss who died
     except Timeout:
         raise SystemExit(f"{folder}: another process is writing there. Wait for it, or choose another {option}"
                          ) from None
     except OSError as error:
-        raise SystemExit(f"{option} {folder} cannot be written to ({error.strerror}): choose another") from None
+        raise SystemExit(f"{option} {folder} cannot be written to ({error.strerror}), or not be locked: choose another"
+                         ) from None
     try:
         yield
     except BaseException:  # a folder that is refused stays as it was
@@ -150,6 +162,9 @@ def write_atomic(path: Path, write):
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
+        with contextlib.suppress(OSError):  # the folder too, where that can be: a power cut must not undo the order
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder), os.close(folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have kinds of their own
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -158,7 +173,7 @@ def write_atomic(path: Path, write):
 
 def not_written(path: Path, error: Exception) -> OSError:
     why = getattr(error, "strerror", None) or str(error)[:200]
-    return OSError(f"{path} could not be written ({why}); what was there before is as it was. Make room, or check its "
+    return OSError(f"{path} could not be written ({why}); nothing of what was there is lost. Make room, or check its "
                    "rights, and run the same command again")
 
 

@@ -2801,3 +2801,19 @@ def test_bench_reports_ours_plain_and_ratio(capsys, monkeypatch, tmp_path):
                           (["--preset", "rjepa-small"], "needs one of the kind of nanojepa-small")):
         with pytest.raises(SystemExit, match=message):
             bench.main(["nanojepa_gpt", *fast, *argv])
+
+
+def test_compiled_blocks_compute_the_same(monkeypatch):
+    """Without a compiler: that all shapes, masks and modes go through one compiled function."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    batch, found = latents.collate(latent_chains(12), rjepa_config(), np.random.default_rng(0)), []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        net = m.RJEPA(rjepa_config())
+        if compiled:
+            m.compile_blocks(net)
+        loss = net(tensors(batch))["loss"]
+        loss.backward()
+        found.append([loss, net.energy(batch["h"], batch["is_real"]).nan_to_num(), net.w_in.weight.grad])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two)

@@ -32,10 +32,12 @@ from parallel import copy_tensors, full, gathered, load_state, save_state, sync_
 from runs import (
     FREE_ON_RESUME,
     RUN_FILES,
+    add_up,
     append_line,
     build_model,
     digest,
     inherit,
+    is_restart,
     lock,
     open_run,
     pick_compile,
@@ -81,6 +83,7 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
         return torch.autocast(device.split(":")[0], dtype) if dtype != torch.float32 else nullcontext()
 
     # data, model, optimizer
+    config.overwrite = config.overwrite and not add_up(is_restart())  # what this very job has written it goes on with
     inherit(config)
     state = open_run(out, preset, config)
     job = JOBS[type(config)](config, out)
@@ -96,9 +99,9 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
     job.fit(model)
     if config.init_from and type(config) in cfg.NETWORK:
         start_from(model, config)
-    model.to(device)
     before = None  # what a run that goes on from another must not lose
     if getattr(config, "held_out", ""):
+        model.to(device)
         kept = {k: v.clone() for k, v in model.state_dict().items()}
         old_val = job.evaluate(model, device, autocast)
         before = relative_l1(old_val)
@@ -106,7 +109,7 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
     use_compile = pick_compile(config.compile, device)
     if use_compile:
         compile_blocks(model)
-    run_model = wrap(model, world, config.shard)
+    run_model = wrap(model, world, config.shard, device)
     optimizer = configure_optimizers(model, config)
     first = 0
     if state:
@@ -125,7 +128,6 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
     if world > 1:
         dist.barrier()  # every process has looked at the folder before the first one writes
     if rank == 0:  # all is ready: only now does anything in the folder change
-        out.mkdir(parents=True, exist_ok=True)
         if config.overwrite:
             for path in [out / name for name in (*RUN_FILES, "energies.png")] + list(out.glob("generations-*.jsonl")):
                 path.unlink(missing_ok=True)
@@ -142,7 +144,8 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
     def save(step):
         """state.pt last: a finished state means that everything else is there."""
         if step == n_steps:
-            weights = {name: full(value).cpu().contiguous() for name, value in model.state_dict().items()}
+            weights = model.state_dict() if rank == 0 or config.shard else {}
+            weights = {name: full(value).cpu().contiguous() for name, value in weights.items()}
             if rank == 0:
                 write_weights(out / "model.safetensors", weights)
                 save_plots(out)
@@ -157,7 +160,7 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
     model.train()
     figures, val = {}, {}
     started, busy, tokens, filled, slots = time.monotonic(), 0.0, 0, 0, 0
-    window, window_tokens, upcoming = time.monotonic(), 0, None
+    window, window_tokens, upcoming, saved = time.monotonic(), 0, None, first
     for step in range(first, n_steps):
         t0 = time.monotonic()
         lr = learning_rate(step, n_steps, config)
@@ -177,13 +180,13 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
             for k, v in losses.items():
                 sums[k] = sums.get(k, 0.0) + v.detach() / config.grad_accum
             upcoming = None
-            if index + world < n_steps * micro_steps:  # made while a GPU is still busy
+            if job.ahead and index + world < n_steps * micro_steps:  # made while a GPU is still busy
                 upcoming = job.batch(index + world, device)
         grad_norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
         if not torch.isfinite(sums["loss"] + grad_norm):
             raise SystemExit(f"loss {float(sums['loss'])}, gradient norm {float(grad_norm)} at step {step}: stopped. "
                              f"Last good checkpoint: {out / 'state.pt'} "
-                             f"({'step ' + str(last_saved(out)) if last_saved(out) else 'none yet'}); lower --lr")
+                             f"({f'step {saved}' if saved else 'none yet'}); lower --lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         model.update_target(config.ema_start + (config.ema_end - config.ema_start) * step / max(1, n_steps - 1))
@@ -223,6 +226,7 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
             window, window_tokens = time.monotonic(), 0
         if done % config.save_every == 0 or done == n_steps:
             save(done)
+            saved = done
     if progress:
         progress.close()
     verdict = {"accepted": is_accepted, "before": before, "after": after} if before is not None and val else {}
@@ -241,11 +245,6 @@ def short(figures: dict) -> str:
                jepa_loss l1 l1_predict_mean l1_copy infonce own margin cos_matched cos_mismatched retrieval_top1
                effective_rank""".split()
     return " ".join(f"{k} {figures[k]:.3f}" for k in names if k in figures)
-
-
-def last_saved(out: Path) -> int:
-    path = out / "state.pt"
-    return torch.load(path, map_location="cpu", weights_only=True)["step"] if path.is_file() else 0
 
 
 def keep_log_until(path: Path, step: int):
