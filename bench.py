@@ -32,9 +32,9 @@ nudge_overhead       ms a token under NUDGE's bias, against without (ratio = cos
                      instead. The head has random weights, and alpha is so small that all write the same tokens
 
 A step is all that train.py does in one: collating, forward, backward, clipping, optimizer, EMA. Tokens are real ones,
-never padding; the answer rows that only the latent needs count as cost, not as tokens. On a GPU `mfu` (of real tokens)
-and `peak_memory_gb` stand beside, both of ours alone. Where SmolLM2 cannot be loaded, RERANK and NUDGE are measured
-with pretrained/student.
+never padding; the answer rows that only the latent needs count as cost, not as tokens. On a GPU `mfu` (of real tokens,
+R-JEPA's without the passes of its counterfactuals) and `peak_memory_gb` stand beside, both of ours alone. Where SmolLM2
+cannot be loaded, RERANK and NUDGE are measured with pretrained/student.
 """
 
 import dataclasses
@@ -392,13 +392,13 @@ class Bench:
     def extract(self):
         from transformers import AutoModelForCausalLM
 
-        llm, wanted = self.llm, (self.llm.layer_index(-2), "last")
+        llm, folder, wanted = self.llm, self.llm.model.name_or_path, (self.llm.layer_index(-2), "last")
         coded = [llm.encode(p["question"], data.split_steps(p["answer"])) for p in self.problems[:512]]
         batches = list(batches_by_length([len(ids) for ids, _ in coded], 4096))
         quartiles = [coded[i] for at in (len(batches) // 4, 3 * len(batches) // 4) for i in batches[at]]
 
         def ours(llm, coded, token_budget=4096):
-            return run_shard(llm, coded, range(len(coded)), [wanted], False, token_budget)[0][wanted]
+            return run_shard(llm, coded, range(len(coded)), [wanted], False, token_budget, lambda n: None)[0][wanted]
 
         @torch.no_grad()
         def plain(model, coded):
@@ -411,16 +411,15 @@ class Bench:
             return found
 
         def load(dtype):
-            folder = llm.model.name_or_path
             return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(self.device).eval()
 
         def timed(function, network, coded):
             return lambda: (function(network, coded), sum(len(ids) for ids, _ in coded))[1]
 
-        a = torch.cat(ours(load_llm("smollm2", self.device, "fp32"), coded[:8], 512))
+        a = torch.cat(ours(load_llm(folder, self.device, "fp32"), coded[:8], 512))
         b = torch.cat(plain(load(torch.float32), coded[:8]))
         return self.compare(ours=timed(ours, llm, quartiles), plain=timed(plain, load(llm.model.dtype), coded[:32])
-                            ) | {"max_difference": float((a - b).abs().max() / b.std())}
+                            ) | {"max_difference": float(f"{(a - b).abs().max() / b.std():.2g}")}
 
     def shared_prefill(self):
         llm, k, new = self.llm, 4, 32
@@ -550,7 +549,7 @@ def draw(sweeps: dict, path: Path):
             ax.plot([p[field] for p in points], [p[key] for p in points], marker="o")
             ax.set_xscale("log", base=2)
             ax.set_xticks([p[field] for p in points], [str(p[field]) for p in points])
-            ax.set_ylim(bottom=0)
+            ax.set_ylim(0, 1.1 * max(p[key] for p in points))
             ax.grid(alpha=0.3)
         column[0].set_title(kind)
         item = "problem" if kind == "nanoJEPA" else "chain"

@@ -2787,12 +2787,16 @@ def test_bench_reports_ours_plain_and_ratio(capsys, monkeypatch, tmp_path):
     import bench
 
     monkeypatch.chdir(tmp_path)
-    fast = ["--seconds", "0.001", "--repeats", "1", "--device", "cpu"]
-    for name in ("rjepa_step", "nanojepa_gpt", "attention"):
+    fast, llm = ["--seconds", "0.001", "--repeats", "1", "--device", "cpu"], tiny_llm()
+    llm.model.config.max_position_embeddings = 2048
+    llm.model.save_pretrained(tmp_path / "llm"), llm.tokenizer.save_pretrained(tmp_path / "llm")
+    monkeypatch.setattr(bench, "load_llm", lambda name, *args: llms.load_llm(str(tmp_path / "llm"), *args))
+    for name in ("rjepa_step", "nanojepa_gpt", "attention", "extract", "shared_prefill"):
         bench.main([name, *fast])
         result = json.loads(capsys.readouterr().out.splitlines()[-1])["bench"][name]
         assert {"ours", "plain", "ratio", "unit", "aim"} <= set(result)
         assert result["ratio"] == pytest.approx(result["ours"] / result["plain"], rel=0.05)
+        assert result.get("max_difference", 0) < 1e-3
     bench.main(["attention", "--profile", *fast])
     traces = json.loads(capsys.readouterr().out.splitlines()[-1])["bench"]["attention"]["trace"]
     assert set(traces) == {"ours", "plain"}
