@@ -123,8 +123,8 @@ class Memory:
                     connection.close()  # `forget` put a new file there in between
                 except duckdb.IOException as error:
                     if "set lock" not in str(error):
-                        if write and 0 < self.path.stat().st_size < 3 * 4096:  # its headers alone take as much: a kill
-                            self.path.unlink()  # or a full disk came into its making
+                        if write and inode and 0 < self.path.stat().st_size < 3 * 4096:  # its headers take as much:
+                            self.path.unlink()  # a kill or a full disk came into its making, before this one
                             continue
                         raise ValueError(f"{self.path} cannot be opened: {str(error).splitlines()[0]}") from None
                     if time.monotonic() > deadline:
