@@ -139,6 +139,27 @@ def test_a_state_is_read_by_any_number_of_processes(tmp_path, alone, first, then
         train.train(*cfg.parse_cli([*QUICKSTART, "--out_dir", str(tmp_path / "run")]))
 
 
+BETWEEN = """
+import os, signal, sys, parallel, train
+write = parallel.write_atomic
+def die(path, how):
+    if (path.parent / "state-00000006").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, how)
+parallel.write_atomic = die
+train.main()
+"""
+
+
+def test_a_kill_between_the_parts_and_what_names_them(tmp_path, alone):
+    (tmp_path / "die.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{BETWEEN}")
+    script(tmp_path / "die.py", *QUICKSTART, "--shard", "--out_dir", tmp_path / "run", n=2, code=1)
+    assert {p.name for p in (tmp_path / "run").glob("state-*")} == {"state-00000004", "state-00000006"}
+    script("train.py", *QUICKSTART, "--shard", "--out_dir", tmp_path / "run", n=2)
+    same_curves(tmp_path / "run", alone)
+    assert [p.name for p in (tmp_path / "run").glob("state-*")] == ["state-00000012"]
+
+
 def test_another_global_batch_is_refused_and_a_damaged_part_is_named(tmp_path):
     (tmp_path / "stop.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{STOPPING}")
     folder = tmp_path / "run"
