@@ -8,6 +8,7 @@ processes, sharded or not.
 import contextlib
 import hashlib
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -152,7 +153,9 @@ def load_state(out: Path, model, optimizer, state: dict):
     try:
         if left := reader.read_metadata().state_dict_metadata.keys() - tensors.keys():
             raise ValueError(f"{min(left)} is left over")
-        load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is one process alone
+            load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except (CheckpointException, RuntimeError, ValueError) as error:
         raise ValueError(f"{folder} does not fit this run: {str(error)[:300]}") from None
 

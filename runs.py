@@ -119,6 +119,7 @@ def lock(folder: Path, option: str):
     from filelock import FileLock, Timeout
 
     if int(os.environ.get("RANK", 0)):
+        add_up()  # rank 0 holds it, or has been refused
         yield
         return
     was_there, was_locked = folder.exists(), (folder / ".lock").exists()
@@ -133,6 +134,7 @@ def lock(folder: Path, option: str):
         raise SystemExit(f"{option} {folder} cannot be written to ({error.strerror}), or not be locked: choose another"
                          ) from None
     try:
+        add_up()
         yield
     except BaseException:  # a folder that is refused stays as it was
         with contextlib.suppress(OSError):

@@ -164,7 +164,7 @@ def test_another_global_batch_is_refused_and_a_damaged_part_is_named(tmp_path):
     (tmp_path / "stop.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{STOPPING}")
     folder = tmp_path / "run"
     script(tmp_path / "stop.py", *QUICKSTART, "--shard", "--out_dir", folder, n=2, code=1)
-    with pytest.raises(SystemExit, match="grad_accum x processes: 2 there, 1 here"):
+    with pytest.raises(SystemExit, match="here it is 1: --grad_accum 2 goes on"):
         train.train(*cfg.parse_cli([*QUICKSTART, "--out_dir", str(folder)]))
     again = cfg.parse_cli([*QUICKSTART, "--grad_accum", "2", "--out_dir", str(folder)])
     part, other = sorted((folder / "state-00000006").iterdir())
@@ -307,18 +307,19 @@ def live(out, seconds):
         time.sleep(seconds)
         os.kill(pid, signal.SIGKILL)
     return os.waitpid(pid, 0)[1]
-began = time.monotonic()
-assert live({out!r} + "/calm", 0) == 0, open({out!r} + "/calm.said").read()
+for name in ("warm", "calm"):
+    began = time.monotonic()
+    assert live({out!r} + "/" + name, 0) == 0, open({out!r} + "/" + name + ".said").read()
 length, dice, killed = time.monotonic() - began, random.Random({seed}), 0
 for i in range({rounds}):
     out = {out!r} + "/" + str(i)
-    while dice.random() < 0.75:  # one to a few lives, each cut at any moment
+    for _ in range(dice.randrange(1, 5)):  # lives, each cut at any moment
         status = live(out, max(1e-3, dice.random() * length))
         killed += status == signal.SIGKILL
     status = live(out, 0)
     said = open(out + ".said").read() if os.path.exists(out + ".said") else ""
     assert status == 0 or "is finished" in said, (i, status, said)
-assert killed
+assert killed or {rounds} < 10  # some lives are over before
 print(killed, round(length, 2))
 """
 

@@ -92,6 +92,10 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
     identity = {"config": digest(json.dumps(settings)), "grad_accum x processes": micro_steps, **job.identity}
     if state:
         theirs = state["identity"]
+        there = theirs.get("grad_accum x processes", 0)
+        if there != micro_steps and there % world == 0:
+            raise SystemExit(f"{out} was begun with grad_accum x processes = {there}, here it is {micro_steps}: "
+                             f"--grad_accum {there // world} goes on with it")
         refuse_changes(out, {k: (theirs.get(k), v) for k, v in identity.items() if theirs.get(k) != v})
     n_steps = config.max_steps or max(1, round(config.epochs * job.batches.per_epoch / micro_steps))
     torch.manual_seed(config.seed)
@@ -109,6 +113,8 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
     use_compile = pick_compile(config.compile, device)
     if use_compile:
         compile_blocks(model)
+    if config.shard and world == 1:
+        say("--shard is for several processes (torchrun): this one keeps everything")
     run_model = wrap(model, world, config.shard, device)
     optimizer = configure_optimizers(model, config)
     first = 0
