@@ -45,7 +45,6 @@ import resource
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -75,7 +74,7 @@ from model import (
     question_row,
     real_tokens,
 )
-from runs import build_model, pick_device, pick_dtype, say
+from runs import autocast, build_model, pick_device, pick_dtype, say
 
 NAMES = Literal["all", "nanojepa_step", "nanojepa_mask", "nanojepa_gpt", "nanojepa_llm_jepa", "nanojepa_overhead",
                 "rjepa_step", "tjepa_packed", "attention", "generate", "speaker_cache", "extract", "shared_prefill",
@@ -131,7 +130,7 @@ class Step:
         batch = self.batch_of(self.index)
         self.index, self.tokens = self.index + 1, self.tokens + batch["n_tokens"]
         self.rows += sum(len(batch[k]) for k in ("idx", "answer_idx", "h") if k in batch)
-        with self.bench.autocast():
+        with autocast(self.bench.device, self.bench.dtype):
             loss = self.loss(self.model, strip(batch))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -208,10 +207,6 @@ class Bench:
             run, llm = "rjepa-student", load_llm(str(PRETRAINED / "student"), self.device)
         model, config = infer.load_world_model(str(PRETRAINED / run), self.device)
         return model, llm.choose(config.layer, config.pooling)
-
-    def autocast(self):
-        on = self.dtype != torch.float32
-        return torch.autocast(self.device.split(":")[0], self.dtype) if on else nullcontext()
 
     def compare(self, unit: str = "tokens/s", **works) -> dict:
         """Functions that do a piece of work and return its size, `ours` and `plain` among them -> medians and ratio.

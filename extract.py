@@ -79,13 +79,9 @@ def extract(llm: LLM, chains: list[dict], out: Path, description: dict, wanted: 
             latents.write_shard(folder / name, h[key], means, header, write_atomic)
 
     shards = [range(at, min(at + shard_size, len(chains))) for at in range(0, len(chains), shard_size)]
-    with claim(out, folders.values(), overwrite) as (rank, world), Writer(1) as writer:
-        missing = [(number, part) for number, part in enumerate(shards) if not all(
-            (folder / latents.shard_name(number)).is_file() for folder, _ in folders.values())]
-        add_up()  # all have looked before the first one writes
-        mine = missing[rank::world]
-        progress = tqdm(total=sum(len(coded[i][0]) for _, part in mine for i in part), unit="token", unit_scale=True,
-                        disable=rank > 0 or not sys.stderr.isatty())
+    with claim(out, folders.values(), overwrite, len(shards)) as (rank, world, mine), Writer(1) as writer:
+        progress = tqdm(total=sum(len(coded[i][0]) for number in mine for i in shards[number]), unit="token",
+                        unit_scale=True, disable=rank > 0 or not sys.stderr.isatty())
         began, done_tokens = time.perf_counter(), 0
 
         def tick(tokens):
@@ -94,7 +90,8 @@ def extract(llm: LLM, chains: list[dict], out: Path, description: dict, wanted: 
             progress.update(tokens)
             writer.check()
 
-        for number, part in mine:
+        for number in mine:
+            part = shards[number]
             writer(write, latents.shard_name(number), *run_shard(
                 llm, [coded[i] for i in part], [chains[i]["id"] for i in part], wanted, logprobs, token_budget, tick))
             if progress.disable:
@@ -136,8 +133,8 @@ class Writer(ThreadPoolExecutor):
 
 
 @contextlib.contextmanager
-def claim(out: Path, folders, overwrite: bool):
-    """Holds `out` while it is written to, by all processes of torchrun together -> (rank, processes).
+def claim(out: Path, folders, overwrite: bool, n_shards: int):
+    """Holds `out` while all processes of torchrun write to it -> (rank, processes, shards for this one to make).
 
     folders: (folder, header) pairs; they are inspected, made and, with overwrite, emptied. Raises SystemExit for what
     `inspect_folder` refuses, and where all are finished. Nobody leaves before everybody has come to the end.
@@ -152,8 +149,11 @@ def claim(out: Path, folders, overwrite: bool):
             for path in (folder / "manifest.json", folder / "index.parquet", *folder.glob("shard-*.safetensors")):
                 if overwrite:
                     path.unlink(missing_ok=True)
-        add_up()  # rank 0 holds the folder, and has emptied it: only now may others write
-        yield rank, world
+        add_up()  # rank 0 has emptied the folder
+        missing = [number for number in range(n_shards)
+                   if not all((folder / latents.shard_name(number)).is_file() for folder, _ in folders)]
+        add_up()  # all have looked: only now may anyone write
+        yield rank, world, missing[rank::world]
         add_up()
 
 
@@ -180,11 +180,9 @@ def extract_written(llm: LLM, splits: list[tuple[str, list[dict]]], out: Path, d
         "max_new_tokens": max_new_tokens, "chains_hash": digest(text)})
     per_shard = max(1, 64 // k)
     shards = [problems[at : at + per_shard] for at in range(0, len(problems), per_shard)]
-    with claim(out, [(out, header)], overwrite) as (rank, world), Writer(1) as writer:
+    with claim(out, [(out, header)], overwrite, len(shards)) as (rank, world, mine), Writer(1) as writer:
         began, tokens = time.perf_counter(), 0
-        missing = [n for n in range(len(shards)) if not (out / latents.shard_name(n)).is_file()]
-        add_up()
-        for number in missing[rank::world]:
+        for number in mine:
             part, path = shards[number], out / latents.shard_name(number)
             chains = generate(llm, [p["question"] for _, p in part], k, temperature, top_p, seed, max_new_tokens)
             rows, h, means, at = [], [], [], 0

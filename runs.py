@@ -51,6 +51,11 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def autocast(device: str, dtype: torch.dtype):
+    """The context in which matrix products are made in dtype."""
+    return torch.autocast(device.split(":")[0], dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
 def pick_compile(choice: str, device: str) -> bool:
     """Whether to torch.compile; says why."""
     use = choice == "on" or (choice == "auto" and device.startswith("cuda"))

@@ -35,13 +35,21 @@ EXTRACT = [*STUDENT, "--limit", "12", "--shard_size", "2", "--threads", "1"]
 boxed = pytest.mark.skipif(sandbox.sandbox_problem() != "", reason=sandbox.sandbox_problem())
 
 
-def script(*argv, n=1, code=0, **options):
+def script(*argv, n=1, code=0, restarts=0):
     """Runs a script of this folder, as one process or as n of torchrun -> its output; `code`: how it must end."""
-    start = [] if n == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
+    start = [] if n == 1 else ["-m", "torch.distributed.run", "--standalone", "--max-restarts", str(restarts),
+                               "--nproc_per_node", str(n)]  # fmt: skip
     done = subprocess.run([sys.executable, *start, *map(str, argv)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=300, env=ENV, **options)
+                          timeout=300, env=ENV)
     assert (done.returncode == 0) == (code == 0), done.stderr[-3000:]
     return done.stdout if code == 0 else done.stderr
+
+
+def driver(folder, code: str) -> Path:
+    """A script that changes what it imports from this folder, then runs it."""
+    path = folder / "driver.py"
+    path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}")
+    return path
 
 
 def log_of(folder) -> list[dict]:
@@ -128,8 +136,7 @@ train.main()
 
 @pytest.mark.parametrize("first, then", [("2 --shard", "1"), ("1", "2 --shard"), ("2", "2 --shard")])
 def test_a_state_is_read_by_any_number_of_processes(tmp_path, alone, first, then):
-    (tmp_path / "stop.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{STOPPING}")
-    for how, name, code in ((first, tmp_path / "stop.py", 1), (then, "train.py", 0)):
+    for how, name, code in ((first, driver(tmp_path, STOPPING), 1), (then, "train.py", 0)):
         n, *shard = how.split()
         accumulate = ["--grad_accum", "2"] if n == "1" else []
         said = script(name, *QUICKSTART, *shard, *accumulate, "--out_dir", tmp_path / "run", n=int(n), code=code)
@@ -152,8 +159,7 @@ train.main()
 
 
 def test_a_kill_between_the_parts_and_what_names_them(tmp_path, alone):
-    (tmp_path / "die.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{BETWEEN}")
-    script(tmp_path / "die.py", *QUICKSTART, "--shard", "--out_dir", tmp_path / "run", n=2, code=1)
+    script(driver(tmp_path, BETWEEN), *QUICKSTART, "--shard", "--out_dir", tmp_path / "run", n=2, code=1)
     assert {p.name for p in (tmp_path / "run").glob("state-*")} == {"state-00000004", "state-00000006"}
     script("train.py", *QUICKSTART, "--shard", "--out_dir", tmp_path / "run", n=2)
     same_curves(tmp_path / "run", alone)
@@ -161,9 +167,8 @@ def test_a_kill_between_the_parts_and_what_names_them(tmp_path, alone):
 
 
 def test_another_global_batch_is_refused_and_a_damaged_part_is_named(tmp_path):
-    (tmp_path / "stop.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{STOPPING}")
     folder = tmp_path / "run"
-    script(tmp_path / "stop.py", *QUICKSTART, "--shard", "--out_dir", folder, n=2, code=1)
+    script(driver(tmp_path, STOPPING), *QUICKSTART, "--shard", "--out_dir", folder, n=2, code=1)
     with pytest.raises(SystemExit, match="here it is 1: --grad_accum 2 goes on"):
         train.train(*cfg.parse_cli([*QUICKSTART, "--out_dir", str(folder)]))
     again = cfg.parse_cli([*QUICKSTART, "--grad_accum", "2", "--out_dir", str(folder)])
@@ -192,14 +197,11 @@ train.main()
 
 def test_a_worker_that_dies_is_started_again(tmp_path, pair):
     """By the same command, or by torchrun --max-restarts, whatever it was told to overwrite: to the same bits."""
-    (tmp_path / "die.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{DYING}")
-    command = [str(tmp_path / "die.py"), *QUICKSTART]
-    said = script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command, "--out_dir",
-                  tmp_path / "again", code=1)
+    command = [driver(tmp_path, DYING), *QUICKSTART, "--out_dir"]
+    said = script(*command, tmp_path / "again", n=2, code=1)
     assert "Signal 9 (SIGKILL)" in said
     script("train.py", *QUICKSTART, "--out_dir", tmp_path / "again", n=2)
-    script("-m", "torch.distributed.run", "--standalone", "--max-restarts", "1", "--nproc_per_node", "2", *command,
-           "--overwrite", "--out_dir", tmp_path / "restarted")
+    script(*command, tmp_path / "restarted", "--overwrite", n=2, restarts=1)
     for name in ("again", "restarted"):
         assert weights(tmp_path / name) == weights(pair)
         same_curves(tmp_path / name, pair, tolerance=0)

@@ -13,13 +13,13 @@ model.safetensors, config.json, state.pt (what resuming needs), log.jsonl and it
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
 import shutil
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ from runs import (
     RUN_FILES,
     add_up,
     append_line,
+    autocast,
     build_model,
     digest,
     inherit,
@@ -78,9 +79,7 @@ def train(preset: str, config) -> dict:
 def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> dict:
     """What `train` does in a folder that is its own, as one of `world` processes."""
     dtype = pick_dtype(config.dtype, device)
-
-    def autocast():
-        return torch.autocast(device.split(":")[0], dtype) if dtype != torch.float32 else nullcontext()
+    in_dtype = functools.partial(autocast, device, dtype)
 
     # data, model, optimizer
     config.overwrite = config.overwrite and not add_up(is_restart())  # what this very job has written it goes on with
@@ -107,7 +106,7 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
     if getattr(config, "held_out", ""):
         model.to(device)
         kept = {k: v.clone() for k, v in model.state_dict().items()}
-        old_val = job.evaluate(model, device, autocast)
+        old_val = job.evaluate(model, device, in_dtype)
         before = relative_l1(old_val)
         model.load_state_dict(kept)  # evaluation stores quantiles
     use_compile = pick_compile(config.compile, device)
@@ -127,7 +126,7 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
         f"{n_steps} steps of {config.batch_size * micro_steps} -> {out}")
 
     if use_compile:
-        with autocast():  # always on the same batch: the kernels must not depend on where a run is resumed
+        with in_dtype():  # always on the same batch: the kernels must not depend on where a run is resumed
             run_model(strip(job.batch(0, device)))["loss"].backward()
         optimizer.zero_grad(set_to_none=True)
 
@@ -180,7 +179,7 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
             filled, slots = filled + batch["n_filled"], slots + batch["n_slots"]
             torch.manual_seed(config.seed * 1_000_003 * 1009 + index)  # dropout follows from the batch, whoever has it
             with sync_gradients(run_model, last=micro == config.grad_accum - 1):
-                with autocast():
+                with in_dtype():
                     losses = run_model(strip(batch))
                 (losses["loss"] / config.grad_accum).backward()
             for k, v in losses.items():
@@ -217,7 +216,7 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
         if done % config.eval_every == 0 or done == n_steps:
             if rank == 0 or config.shard:  # a sharded model is there where all are
                 with gathered(run_model):
-                    val = job.evaluate(model, device, autocast)
+                    val = job.evaluate(model, device, in_dtype)
                 log({"step": done, "split": "val", **val})
                 say(f"step {done}/{n_steps}: train {short(figures)} | val {short(val)}")
                 if before is not None and done == n_steps:
