@@ -217,17 +217,20 @@ class SpeakConfig(RunConfig):
     n_embd: int = 256  # width
     dropout: float = 0.1  # on embeddings and residual branches
     block_size: int = 128  # longest step in tokens; longer ones are cut
+    reads: Literal["nothing", "before", "all"] = "nothing"  # text beside the latents: question and steps before the gap
+    read_size: int = 512  # tokens of that text, the last ones; all: with the steps after the gap, too
+    read_weight: float = 0.2  # of its tokens in the loss; what is said counts 1
     context_dim: int = 0  # width of the latents; the run stores it
     predicted_share: float = 0.5  # share of the examples that speak from the predicted latent, the rest from the true
-    alone_share: float = 0.25  # share of the examples that see the latent alone, without question and other steps
+    alone_share: float = 0.25  # share of the batches that see the latent alone, without question and other steps
     world: str = ""  # hash of the R-JEPA's weights; the run stores it
 
     def __post_init__(self):
         super().__post_init__()
-        for name in "n_layer n_head n_embd block_size".split():
+        for name in "n_layer n_head n_embd block_size read_size".split():
             check(self, name, getattr(self, name) > 0, "must be positive")
         check(self, "n_head", self.n_embd % (2 * self.n_head) == 0, f"must divide n_embd={self.n_embd} into even parts")
-        for name in ("dropout", "predicted_share", "alone_share"):
+        for name in ("dropout", "predicted_share", "alone_share", "read_weight"):
             check(self, name, 0 <= getattr(self, name) <= 1, "must lie in [0, 1]")
 
 
@@ -308,6 +311,7 @@ class DistillConfig(DocumentConfig):
 class AnswerConfig(TextConfig):
     """T-JEPA, phase 2: a Speaker (n_layer, n_head, n_embd) on an encoder learns to answer questions."""
 
+    read_weight: ClassVar[float] = 0.0  # nothing is read but what the encoder thinks
     offsets: ClassVar[bool] = False
 
     # init_from: a run whose encoder reads the questions, or `random`: one of the shape below

@@ -110,6 +110,12 @@ def make_chain(problem: dict, source: str = "gold") -> dict:
             "answer": problem["answer"].rsplit("####", 1)[-1].strip(), "is_valid": True, "source": source}
 
 
+def read_around(config, tokenizer, question: str, before: list[str], after: list[str]) -> list[int]:
+    """What a Speaker reads, as tokens, of a chain with a gap between the steps before and after (config.reads)."""
+    text = "\n".join([question, *before, *(["?", *after] if config.reads == "all" else [])])
+    return tokenizer.encode(text)[-config.read_size :] if config.reads != "nothing" else []
+
+
 # ---------------------------------------------------------------- synthetic problems
 
 NAMES = """Mia Leo Ann Tom Zoe Max Ida Ben Eva Sam Lily Omar Nina Paul Rosa Hugo Jane Ivan Kate Luis Maya Noah Olga Pete

@@ -271,20 +271,26 @@ def evaluate_plan(run: str, args) -> dict:
     z_true = model.target_of(*latents.pad_latents(whole[:n], context.device), slots)
     truths = [c["steps"][k - 1] for c, k in zip(chains, holes, strict=True)][:n]
 
-    def say(z, allowed):
-        """Texts from latents z [n, C] in place of the predicted ones."""
-        said = speaker.generate(torch.cat((z[:, None], context[:, 1:]), dim=1), allowed, offsets,
-                                speak_config.block_size)
-        return [tokenizer.decode(t) for t in said]
-
     alone = torch.zeros_like(allowed)
     alone[:, 0] = True
+    reads = [data.read_around(speak_config, tokenizer, c["question"], c["steps"][: k - 1], c["steps"][k:])
+             for c, k in zip(chains[:n], holes, strict=False)]
     z_pred = context[:, 0]
-    texts = {"speaker": say(z_pred, allowed), "speaker_shuffled": say(z_pred.roll(1, 0), allowed),
-             "speaker_alone": say(z_pred, alone), "speaker_before": say(ahead, allowed & (offsets <= 0)),
-             "speaker_true": say(z_true, allowed),
+
+    def say(z, allowed, prompts=None):
+        """Texts from latents z [n, C] in place of the predicted ones."""
+        z = torch.cat((z[:, None], context[:, 1:]), dim=1)
+        return [tokenizer.decode(t) for t in speaker.generate(z, allowed, offsets, speak_config.block_size,
+                                                              prompts=prompts)]
+
+    texts = {"speaker": say(z_pred, allowed, reads), "speaker_shuffled": say(z_pred.roll(1, 0), allowed, reads),
+             "speaker_alone": say(z_pred, alone),
+             "speaker_true": say(z_true, allowed, reads),
              "llm_before": infer.next_lines(llm, [(c["question"], c["steps"][: k - 1])
                                                   for c, k in zip(chains[:n], holes, strict=False)], 64)}
+
+    if speak_config.reads != "all":
+        texts["speaker_before"] = say(ahead, allowed & (offsets <= 0), reads)
 
     def recovered(said):
         """Shares of the true step's words and numbers that a text holds, and of texts that are the same."""

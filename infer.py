@@ -365,7 +365,8 @@ def plan(model, llm: LLM, question: str, steps: list[str], decode: str = "speake
         context, allowed, offsets = model.around(*latents.with_slots([h], [position], slot.device), slot)
         nearest = nearest_steps(model, memory, context[0, 0]) if memory else []
         if decode == "speaker":
-            text = tokenizer.decode(speaker.generate(context, allowed, offsets, max_new_tokens)[0])
+            read = data.read_around(speaker.config, tokenizer, question, steps[: position - 1], steps[position - 1 :])
+            text = tokenizer.decode(speaker.generate(context, allowed, offsets, max_new_tokens, prompts=[read])[0])
         else:
             hints = [n["text"] for n in nearest]
             text = next_lines(llm, [(question, steps[: position - 1])], max_new_tokens, hints)[0]

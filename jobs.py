@@ -314,7 +314,8 @@ class SpeakJob(WorldJob):
             for c, k, z in zip(part, holes, self.llm.read_chains(left), strict=True):
                 c["hole"], c["gapped"] = k, z
         self.batches = latents.Batches(self.train, config)
-        self.tokenizer = pick_tokenizer(config, out, [s for c in self.train for s in c["steps"]])
+        texts = [c["question"] for c in self.train] if config.reads != "nothing" else []
+        self.tokenizer = pick_tokenizer(config, out, texts + [s for c in self.train for s in c["steps"]])
         config.vocab_size, config.context_dim = self.tokenizer.vocab_size, self.world_config.n_embd
         self.identity["tokenizer"] = tokenizer_digest(self.tokenizer)
 
@@ -332,12 +333,15 @@ class SpeakJob(WorldJob):
         share = config.predicted_share if predicted is None else predicted
         from_true = torch.from_numpy(rng.random(len(chains)) >= share).to(device)
         context[from_true, 0] = true[from_true]
-        if predicted is None:
-            alone = torch.from_numpy(rng.random(len(chains)) < config.alone_share).to(device)
-            allowed[alone, 1:] = False
+        if predicted is None and rng.random() < config.alone_share:
+            allowed[:, 1:], reads = False, None
+        else:
+            reads = [data.read_around(config, self.tokenizer, c["question"], c["steps"][: s - 1], c["steps"][s:])
+                     for c, s in zip(chains, steps, strict=True)]
         texts = [self.tokenizer.encode(c["steps"][s - 1])[: config.block_size - 1]
                  for c, s in zip(chains, steps, strict=True)]
-        return {"context": context, "context_allowed": allowed, "offsets": offsets, **spoken(texts, eos, device)}
+        return {"context": context, "context_allowed": allowed, "offsets": offsets,
+                **spoken(texts, eos, device, reads)}
 
     @torch.no_grad()
     def evaluate(self, model, device, autocast) -> dict:
@@ -351,17 +355,19 @@ class SpeakJob(WorldJob):
                 if name == "lm_loss_shuffled":  # the latent alone, its surroundings stay
                     batch["context"][:, 0] = batch["context"][:, 0].roll(1, 0)
                 with autocast():
-                    sums[name] += float(model(strip(batch))["loss"]) * len(part)
+                    sums[name] += float(model(strip(batch))["lm_loss"]) * len(part)
             n += len(part)
         model.train()
         return {k: v / n for k, v in sums.items()}
 
 
-def spoken(texts: list[list[int]], eos: int, device) -> dict:
-    """Texts (token ids) -> what of a batch of Speaker.forward the Speaker itself reads and writes, and its counts."""
-    idx = pad_rows([[eos, *t] for t in texts], eos, device)
-    n = sum(len(t) + 1 for t in texts)
-    return {"idx": idx, "targets": pad_rows([[*t, eos] for t in texts], -100, device),
+def spoken(texts: list[list[int]], eos: int, device, reads: list[list[int]] | None = None) -> dict:
+    """Texts (token ids), after what is read -> what of a batch of Speaker.forward is no context, and its counts."""
+    heads = [[*r, eos] if r else [] for r in reads or [[]] * len(texts)]
+    rows = [[*r, *t] for r, t in zip(heads, texts, strict=True)]
+    idx, n = pad_rows([[eos, *row] for row in rows], eos, device), sum(len(row) + 1 for row in rows)
+    is_text = pad_rows([[0] * len(r) + [1] * (len(t) + 1) for r, t in zip(heads, texts, strict=True)], 0, device)
+    return {"idx": idx, "targets": pad_rows([[*row, eos] for row in rows], -100, device), "is_text": is_text.bool(),
             "n_tokens": n, "n_filled": n, "n_slots": idx.numel()}  # fmt: skip
 
 

@@ -317,6 +317,38 @@ def pool_weights(starts: list[int], rows: list[list[int]], pooling: str) -> torc
     return pool
 
 
+def write(transformer, embed, eos_id: int, x, lengths, max_new_tokens: int, max_tokens: int | None = None,
+          temperature: float = 0.0, seed: int = 0, **context) -> list[list[int]]:
+    """Texts token by token after prompts x [B, T, C] of lengths [B], with a KV cache -> B token lists, up to [EOS].
+
+    No id above eos_id is written. max_tokens: of prompt and text. context: what Transformer.forward takes of it.
+    Greedy at temperature 0, else sampled from a generator of its own.
+    """
+    B, T, _ = x.shape
+    max_tokens = min(T + max_new_tokens, max_tokens or T + max_new_tokens)
+    generator, slots = torch.Generator(x.device).manual_seed(seed), torch.arange(max_tokens, device=x.device)
+    caches = transformer.new_caches(B, max_tokens, x.device, embed.weight.dtype)
+    positions = slots[:T].expand(B, T)
+    out, done = [], torch.zeros(B, dtype=torch.bool, device=x.device)
+    while True:
+        # a slot is a position: padding of the prompt lies in later slots and is overwritten before it is seen
+        h = transformer(x, positions, slots <= positions[..., None], caches=caches, **context)
+        h = h[torch.arange(B, device=x.device), lengths - 1] if not out else h[:, -1]
+        logits = F.linear(h, embed.weight[: eos_id + 1]).float()
+        if temperature > 0:
+            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+        else:
+            token = logits.argmax(-1, keepdim=True)
+        out.append(torch.where(done[:, None], eos_id, token))
+        done |= token[:, 0] == eos_id
+        positions = (lengths + len(out) - 1)[:, None]  # (B, 1), where the new token goes
+        if len(out) == max_new_tokens or done.all() or int(positions.max()) >= max_tokens:
+            break
+        x = embed(out[-1])
+    tokens = torch.cat(out, dim=1).tolist()
+    return [t[: t.index(eos_id)] if eos_id in t else t for t in tokens]
+
+
 def in_batches(rows: list[list[int]], batch_size: int, encode) -> torch.Tensor:
     """encode(rows) over batches of like length -> [len(rows), C] in the order given."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -495,7 +527,7 @@ class NanoJEPA(nn.Module):
         from config.answer_context: nothing, the predicted latent, or the question.
         """
         self.eval()
-        device, dtype, B = self.embed.weight.device, self.embed.weight.dtype, len(questions)
+        device, B = self.embed.weight.device, len(questions)
         rows = self.check_rows([question_row(q, self.pred_id) for q in questions], "question", 2)
         if self.config.answer_context == "question":
             lengths = torch.tensor([len(r) for r in rows], device=device)
@@ -505,30 +537,8 @@ class NanoJEPA(nn.Module):
             x = self.embed(torch.full((B, 1), self.eos_id, device=device))
             if self.prefix is not None:
                 x = self.prefix(self.predict_latent(rows))[:, None]
-        generator = torch.Generator(device).manual_seed(seed)
-        T = x.shape[1]
-        max_tokens = min(T + max_new_tokens, self.config.block_size)
-        slots = torch.arange(max_tokens, device=device)
-        caches = self.transformer.new_caches(B, max_tokens, device, dtype)
-        positions = slots[:T].expand(B, T)
-        out, done = [], torch.zeros(B, dtype=torch.bool, device=device)
-        while True:
-            # a slot is a position: padding of the prompt lies in later slots and is overwritten before it is seen
-            h = self.transformer(x, positions, attn_allowed=slots <= positions[..., None], caches=caches)
-            h = h[torch.arange(B, device=device), lengths - 1] if not out else h[:, -1]
-            logits = F.linear(h, self.embed.weight[: self.pred_id]).float()  # [PRED] is never written
-            if temperature > 0:
-                token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-            else:
-                token = logits.argmax(-1, keepdim=True)
-            out.append(torch.where(done[:, None], self.eos_id, token))
-            done |= token[:, 0] == self.eos_id
-            positions = (lengths + len(out) - 1)[:, None]  # (B, 1), where the new token goes
-            if len(out) == max_new_tokens or done.all() or int(positions.max()) >= max_tokens:
-                break
-            x = self.embed(out[-1])
-        tokens = torch.cat(out, dim=1).tolist()
-        return [t[: t.index(self.eos_id)] if self.eos_id in t else t for t in tokens]
+        return write(self.transformer, self.embed, self.eos_id, x, lengths, max_new_tokens, self.config.block_size,
+                     temperature, seed)
 
     def update_target(self, momentum: float):
         if self.target_model is not None:
@@ -802,9 +812,14 @@ class Speaker(Head):
         return x
 
     def forward(self, batch: dict) -> dict:
-        """idx [B, T] ([EOS], then the text), targets [B, T] (-100: no loss), context, context_allowed, offsets."""
-        loss = self.losses(batch).sum() / (batch["targets"] >= 0).sum()
-        return {"loss": loss, "lm_loss": loss}
+        """-> {"loss", "lm_loss": of the text alone}.
+
+        idx [B, T] ([EOS], then the text; before both what is read, if anything), targets [B, T] (-100: padding),
+        is_text [B, T] (which of them are the text's), context, context_allowed, offsets.
+        """
+        losses, is_text = self.losses(batch), batch["is_text"]
+        weights = torch.where(is_text, 1.0, self.config.read_weight) * (batch["targets"] >= 0)
+        return {"loss": (losses * weights).sum() / weights.sum(), "lm_loss": losses[is_text].mean()}
 
     def losses(self, batch: dict) -> torch.Tensor:
         """Cross-entropy [B, T] of every token, 0 where there is none; a batch of `forward`."""
@@ -818,31 +833,14 @@ class Speaker(Head):
 
     @torch.no_grad()
     def generate(self, context, context_allowed, offsets=None, max_new_tokens: int = 64, temperature: float = 0.0,
-                 seed: int = 0) -> list[list[int]]:
-        """Token ids of one text a row, without [EOS]; KV cache. Greedy at temperature 0, else sampled."""
+                 seed: int = 0, prompts: list[list[int]] | None = None) -> list[list[int]]:
+        """Token ids of one text a row, without [EOS], after what it reads (`prompts`); KV cache. Greedy, or sampled."""
         self.eval()
-        B, device = len(context), context.device
+        rows = [[self.eos_id, *p, self.eos_id] if p else [self.eos_id] for p in prompts or [[]] * len(context)]
         context = self.transformer.context_keys(self.prepare(context, offsets))
-        caches = self.transformer.new_caches(B, max_new_tokens, device, self.embed.weight.dtype)
-        generator, slots = torch.Generator(device).manual_seed(seed), torch.arange(max_new_tokens, device=device)
-        token = torch.full((B, 1), self.eos_id, device=device)
-        out, done = [], torch.zeros(B, dtype=torch.bool, device=device)
-        for t in range(max_new_tokens):
-            positions = torch.full((B, 1), t, device=device)
-            h = self.transformer(self.embed(token), positions, slots <= positions[..., None], context=context,
-                                 context_allowed=context_allowed, caches=caches)
-            logits = F.linear(h[:, -1], self.embed.weight[: self.eos_id + 1]).float()
-            if temperature > 0:
-                token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-            else:
-                token = logits.argmax(-1, keepdim=True)
-            token = torch.where(done[:, None], self.eos_id, token)
-            out.append(token)
-            done |= token[:, 0] == self.eos_id
-            if done.all():
-                break
-        rows = torch.cat(out, dim=1).tolist()
-        return [row[: row.index(self.eos_id)] if self.eos_id in row else row for row in rows]
+        return write(self.transformer, self.embed, self.eos_id, self.embed(pad_rows(rows, 0, context_allowed.device)),
+                     torch.tensor([len(row) for row in rows], device=context_allowed.device), max_new_tokens,
+                     temperature=temperature, seed=seed, context=context, context_allowed=context_allowed)
 
     def flops_per_token(self, T: float) -> float:
         return 6 * self.n_params() + 12 * self.config.n_layer * self.config.n_embd * T

@@ -2234,7 +2234,7 @@ def test_plan_and_rerank_commands(world, capsys, tmp_path):
     assert [f["step"] for f in found["filled"]] == [2, 3][: len(found["filled"])] and found["decode"] == "speaker"
     assert len(found["steps"]) == 2 + len(found["filled"]) and found["energy_after"] > 0
     model, config = infer.load_world_model(rjepa, "cpu")
-    says = SimpleNamespace(generate=lambda *a: [[7]])  # a Speaker that always has something to say
+    says = SimpleNamespace(config=cfg.SpeakConfig(), generate=lambda *a, **options: [[7]])  # never at a loss
     said = infer.plan(model, infer.llm_of(config, device="cpu"), QUESTION, steps, "speaker", says,
                       SimpleNamespace(decode=lambda ids: "Mia has 2 + 2 = 5."), at=2, slots=2)
     assert said["steps"] == [steps[0], "Mia has 2 + 2 = 5.", "Mia has 2 + 2 = 5.", steps[1]]
@@ -2387,21 +2387,42 @@ def test_what_follows_many_chains_is_what_follows_each(world):
     assert infer.next_lines(llm, chains, 16) == [infer.next_lines(llm, [c], 16)[0] for c in chains]
 
 
-def test_a_speaker_learns_to_say_what_its_context_holds():
+@pytest.mark.parametrize("reading", [False, True])
+def test_a_speaker_learns_to_say_what_its_context_holds(reading):
+    """And, where it reads something, that: the text opens with the last token read."""
     torch.manual_seed(0)
     config = cfg.SpeakConfig(n_layer=1, n_head=2, n_embd=32, context_dim=8, vocab_size=12, dropout=0.0)
     net = m.Speaker(config)
-    keys, optimizer = torch.eye(8), torch.optim.Adam(net.parameters(), 1e-2)
-    texts = [[i, (3 * i + 1) % 8, (i + 2) % 8][: 1 + i % 3] for i in range(8)]
-    batch = {"idx": m.pad_rows([[10, *t] for t in texts], 10), "targets": m.pad_rows([[*t, 10] for t in texts], -100),
-             "context": keys[:, None], "context_allowed": torch.ones(8, 1, dtype=torch.bool)}
+    keys, optimizer = torch.eye(8).repeat(2, 1)[:, None], torch.optim.Adam(net.parameters(), 1e-2)
+    reads = [[9] * (i % 3) + [i // 8] if reading else [] for i in range(16)]
+    texts = [r[-1:] + [i % 8, (3 * i + 1) % 8, (i + 2) % 8][: 1 + i % 8 % 3] for i, r in enumerate(reads)]
+    batch = jobs.spoken(texts, 10, "cpu", reads) | {"context": keys, "context_allowed": torch.ones(16, 1).bool()}
+    assert [row[at].tolist() for row, at in zip(batch["targets"], batch["is_text"], strict=True)] == [
+        [*t, 10] for t in texts]
     for _ in range(150):
         optimizer.zero_grad()
         net(batch)["loss"].backward()
         optimizer.step()
-    said = net.generate(keys[:, None], batch["context_allowed"], max_new_tokens=6)
-    assert said == texts
-    assert net.generate(keys[:1, None], batch["context_allowed"][:1], max_new_tokens=6) == said[:1]
+    assert net.generate(keys, batch["context_allowed"], max_new_tokens=6, prompts=reads) == texts
+    assert net.generate(keys[:1], batch["context_allowed"][:1], max_new_tokens=6, prompts=reads[:1]) == texts[:1]
+
+
+@pytest.mark.parametrize("reads", ["nothing", "before", "all"])
+def test_what_a_speaker_reads_never_holds_the_hidden_step(world, tmp_path, reads):
+    config = cfg.SpeakConfig(init_from=world[1], vocab_size=300, batch_size=8, device="cpu", reads=reads, read_size=40,
+                             alone_share=0.0)
+    job = jobs.SpeakJob(config, tmp_path)
+    eos, seen = job.config.vocab_size - 2, 0
+    batch, chains = job.batch(0, "cpu"), job.batches.chains(0)[0]
+    for row, is_text, c in zip(batch["idx"], batch["is_text"], chains, strict=True):
+        at, k = int(is_text.int().argmax()), c["hole"]
+        read, before, after = job.tokenizer.decode(row[1:at].tolist()), c["steps"][: k - 1], c["steps"][k:]
+        assert row[at] == eos and at <= 41
+        if reads != "nothing":
+            whole = "\n".join([c["question"], *before, *(["?", *after] if reads == "all" else [])])
+            assert read and whole.endswith(read.replace("\ufffd", ""))
+        seen += len(read)
+    assert (seen > 0) == (reads != "nothing")
 
 
 def test_evaluation_of_plan_and_nudge(world, monkeypatch, tmp_path):
