@@ -2387,6 +2387,25 @@ def test_what_follows_many_chains_is_what_follows_each(world):
     assert infer.next_lines(llm, chains, 16) == [infer.next_lines(llm, [c], 16)[0] for c in chains]
 
 
+@pytest.mark.parametrize("cross", [False, True])
+def test_what_is_not_real_is_left_out_and_changes_nothing(cross):
+    """The same outputs and gradients as when every position is computed and the others are masked."""
+    torch.manual_seed(0)
+    net, x = m.Transformer(2, 2, 16, cross=cross), torch.randn(40, 6, 16, requires_grad=True)
+    is_real, w = torch.rand(40, 6) < 0.5, torch.randn(40, 6, 16)
+    context = dict(context=torch.randn(40, 3, 16), context_allowed=torch.ones(40, 3).bool()) if cross else {}
+    found = []
+    for options in ({}, {"is_real": is_real}):
+        y = net(x, None, m.may_attend(is_real), **context, **options)[is_real]
+        (y * w[is_real]).sum().backward()
+        found.append([y, x.grad[is_real], *(p.grad for p in net.parameters())])
+        x.grad = None
+        net.zero_grad()
+    assert is_real.sum() + 64 < is_real.numel()  # something is left out
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("reading", [False, True])
 def test_a_speaker_learns_to_say_what_its_context_holds(reading):
     """And, where it reads something, that: the text opens with the last token read."""
