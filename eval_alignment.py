@@ -48,7 +48,7 @@ from runs import (
 
 
 @dataclass
-class Args:
+class Problems:
     """A run and the problems to look at: test problems of the run's own data set unless told otherwise."""
 
     run: Annotated[str, tyro.conf.Positional]  # a run folder of train.py
@@ -58,17 +58,26 @@ class Args:
     limit: int = 0  # number of problems; 0: all there are, 256 synthetic ones
     seed: int = 1  # which synthetic problems, which counterfactuals, which distractors
     latents: str = ""  # R-JEPA: a folder of extract.py; empty: the run's own, its held-out chains
-    step_errors: str = ""  # R-JEPA: a jsonl file of chains with the first wrong step known
-    plan: bool = False  # R-JEPA: PLAN on the problems' own solutions with a middle step taken out
-    quantile: float = 0.9  # PLAN: a gap is a next-step energy above this quantile of verified steps' energies
-    decode_limit: int = 500  # PLAN: chains whose missing step is put into words
-    teacher: str = ""  # T-JEPA: a run whose outputs a linear map of this run's is fitted to
     llm: str = ""  # where the run's LLM lies, if not under the name it was trained with
     device: str = "auto"
 
     def __post_init__(self):
         for name in ("limit", "seed"):
             check(self, name, getattr(self, name) >= 0, "must not be negative")
+
+
+@dataclass
+class Args(Problems):
+    """Do predicted latents find their targets, or has everything collapsed into one direction?"""
+
+    step_errors: str = ""  # R-JEPA: a jsonl file of chains with the first wrong step known
+    plan: bool = False  # R-JEPA: PLAN on the problems' own solutions with a middle step taken out
+    quantile: float = 0.9  # PLAN: a gap is a next-step energy above this quantile of verified steps' energies
+    decode_limit: int = 500  # PLAN: chains whose missing step is put into words
+    teacher: str = ""  # T-JEPA: a run whose outputs a linear map of this run's is fitted to
+
+    def __post_init__(self):
+        super().__post_init__()
         check(self, "quantile", 0 <= self.quantile <= 1, "must lie in [0, 1]")
         check(self, "decode_limit", self.decode_limit > 0, "must be positive")
 
@@ -323,9 +332,7 @@ def evaluate_rjepa(run: str, args) -> dict:
     folder = args.latents or config.latents
     rows, manifest = latents.load_latents(folder)
     latents.check_same_llm(config, manifest, f"{run} and {folder}")
-    if not args.latents:
-        rows = [r for r in rows if r["split"] == "val"]
-    rows = rows[: args.limit or None]
+    rows = [r for r in rows if r["steps"] and (args.latents or r["split"] == "val")][: args.limit or None]
     if len(rows) < 2:
         raise ValueError(f"{folder}: {len(rows)} chain to look at")
     found = infer.energies(model, [r["h"] for r in rows])
@@ -383,9 +390,9 @@ def evaluate_step_errors(run: str, args) -> dict:
     """How often the step with the highest energy is the first wrong one -> {"top1", its controls, "n"}."""
     model, config = infer.load_world_model(run, args.device)
     folder = args.latents or extract.latents_of_file(config, "step_errors", args.step_errors, device=args.device,
-                                                     limit=args.limit)
+                                                     limit=args.limit, llm=args.llm)
     rows, manifest = latents.load_latents(folder)
-    rows = [r for r in rows if r["wrong_step"] is not None]
+    rows = [r for r in latents.first_problems(rows, args.limit) if r["wrong_step"] is not None]
     if any(r["logprobs"] is None for r in rows):
         raise ValueError(f"{folder} holds no logprobs: extract with --logprobs")
     latents.check_same_llm(config, manifest, f"{run} and {folder}")

@@ -42,7 +42,7 @@ from runs import build_model, digest, is_run, load_config, load_run, load_tokeni
 
 
 @dataclass
-class Args(eval_alignment.Args):
+class Args(eval_alignment.Problems):
     """Accuracy of a run, or of an LLM, on held-out problems."""
 
     run: Annotated[str, tyro.conf.Positional]  # a run folder of train.py, or an LLM as extract.py takes it
@@ -241,6 +241,7 @@ def evaluate_candidates(run: str, args) -> dict:
     folder = candidate_folder(config, args)
     rows, manifest = latents.load_latents(folder)
     latents.check_same_llm(config, manifest, f"{run} and {folder}")
+    rows = latents.first_problems(rows, args.limit)
     # a tie goes to the first of a question's candidates: their order in the file must not decide
     rows = [rows[i] for i in np.random.default_rng(args.seed).permutation(len(rows))]
     if any(r["logprobs"] is None for r in rows):

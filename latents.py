@@ -306,6 +306,12 @@ def draw_mask(n: int, config, rng) -> tuple[list[int], list[int]]:
     return hidden, hidden
 
 
+def first_problems(rows: list[dict], limit: int) -> list[dict]:
+    """The chains of the first `limit` problems; 0: of all."""
+    kept = set(list(dict.fromkeys(r["problem_id"] for r in rows))[: limit or None])
+    return [r for r in rows if r["problem_id"] in kept]
+
+
 def pad_latents(parts: list[torch.Tensor], device=None) -> tuple[torch.Tensor, torch.Tensor]:
     """[1 + S, D] each -> h [B, S_max, D] fp32, zero-padded, and is_real bool [B, S_max]."""
     h = torch.nn.utils.rnn.pad_sequence([p.float() for p in parts], batch_first=True)

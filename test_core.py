@@ -1424,6 +1424,10 @@ def test_an_rjepa_run_resumes_to_the_same_weights_and_scores(tmp_path, monkeypat
     alone, together = [infer.energies(model, [c])[0] for c in chains], infer.energies(model, chains)
     for a, b, c in zip(alone, together, chains, strict=True):
         assert len(a["next_step"]) == len(c) - 1 and torch.allclose(a["leave_one_out"], b["leave_one_out"], atol=1e-5)
+    rows, manifest = latents.load_latents(folder)
+    silent = rows[0] | {"steps": [], "n_steps": 0, "h": rows[0]["h"][:1], "is_valid": False}
+    monkeypatch.setattr(latents, "load_latents", lambda _: ([silent, *rows], manifest))  # an LLM wrote nothing
+    assert latents.first_problems(rows, 3) == rows[:6] and latents.first_problems(rows, 0) == rows
     figures = eval_alignment.evaluate_rjepa(str(tmp_path / "whole"), tyro.cli(
         eval_alignment.Args, args=[str(tmp_path / "whole"), "--latents", str(folder), "--device", "cpu"]))
     assert figures["n"] == 120 and 0 <= figures["auroc_correct"] <= 1 and figures["auroc_logprob"] is None
