@@ -145,7 +145,8 @@ class Memory:
 
 
 class LLM:
-    """A causal LM as extraction sees it; see `load_llm`. Subclasses bring `encode`, `states`, `logits`.
+    """A causal LM as extraction sees it; see `load_llm`. Subclasses bring `encode`, `logits`, `layers` (the
+    modules) and `run`, the last normed states [B, T, D] of tokens [B, T].
 
     name, dim (width), n_layer, context (longest sequence in tokens), dtype, quantization, tokenizer_hash, device;
     layer (index into hidden_states, never negative) and pooling are those that `step_latents` uses. To write, they
@@ -221,6 +222,37 @@ class LLM:
         found = torch.cat(found, 1).to("cpu", non_blocking=True).split(widths, 1)  # one copy, into pinned memory
         means = found[-1][:, 0].split(units) if logprobs else ()
         return {key: z.split(units) for key, z in zip(wanted, found, strict=False)}, means
+
+    def states(self, idx, layers: set[int], to_the_end: bool, **cached):
+        """idx [B, T], right-padded -> ({layer: [B, T, D]}, the last normed states or None). Stops after what is read.
+
+        Padding comes after all that is real, so causal attention needs no mask for it. `cached`: what `run` is told of
+        tokens that follow a cache.
+        """
+        seen, hooks, last = {}, [], max(layers)
+
+        def reader(layer):
+            def read(module, args, kwargs):
+                seen[layer] = args[0] if args else kwargs["hidden_states"]
+                if self.blend is not None:
+                    h = self.blended(seen[layer])
+                    args, kwargs = ((h, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": h})
+                if layer == last and not to_the_end:
+                    raise Stop
+                return args, kwargs
+            return read
+
+        final = None
+        try:
+            for layer in layers - {self.n_layer}:
+                hooks.append(self.layers[layer].register_forward_pre_hook(reader(layer), with_kwargs=True))
+            final = seen[self.n_layer] = self.run(idx, **cached)
+        except Stop:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen, final
 
     def wait(self):
         """Until what `latents` gave has arrived."""
@@ -408,40 +440,11 @@ class HuggingFaceLLM(LLM):
                                   position_ids=positions, past_key_values=memory.caches[0], use_cache=True)
         return self.logits(final[:, -1]).float(), seen[self.layer]
 
-    def states(self, idx, layers: set[int], to_the_end: bool, **cached):
-        """idx [B, T], right-padded -> ({layer: [B, T, D]}, the last normed states or None). Stops after what is read.
-
-        Padding comes after all that is real, so causal attention needs no mask for it. `cached`: what follows a cache
-        says so in transformers' words.
-        """
+    def run(self, idx, **cached):
         if self.prompt_ids and not cached:
             cached = dict(past_key_values=copy.deepcopy(self.prompt_cache), use_cache=True)
             cached["past_key_values"].batch_repeat_interleave(len(idx))
-        seen, hooks, last = {}, [], max(layers)
-
-        def reader(layer):
-            def read(module, args, kwargs):
-                seen[layer] = args[0] if args else kwargs["hidden_states"]
-                if self.blend is not None:
-                    h = self.blended(seen[layer])
-                    args, kwargs = ((h, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": h})
-                if layer == last and not to_the_end:
-                    raise Stop
-                return args, kwargs
-            return read
-
-        final = None
-        try:
-            for layer in layers - {self.n_layer}:
-                hooks.append(self.layers[layer].register_forward_pre_hook(reader(layer), with_kwargs=True))
-            final = self.model.base_model(idx, **(cached or {"use_cache": False})).last_hidden_state
-            seen[self.n_layer] = final
-        except Stop:
-            pass
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return seen, final
+        return self.model.base_model(idx, **(cached or {"use_cache": False})).last_hidden_state
 
     def logits(self, h):
         logits = self.model.get_output_embeddings()(h) * self.logit_scale
@@ -459,6 +462,7 @@ class RunLLM(LLM):
         self.name, self.quantization, self.dtype = str(folder), "none", "float32"
         self.dim, self.n_layer, self.context = config.n_embd, config.n_layer, config.block_size
         self.device, self.unwritten = self.model.embed.weight.device, self.model.pred_id
+        self.layers = self.model.transformer.blocks
         self.tokenizer_hash = tokenizer_digest(self.tokenizer)
 
     def encode(self, question, steps):
@@ -524,22 +528,8 @@ class RunLLM(LLM):
                                   attn_allowed=slots <= positions[..., None])
         return self.logits(final[torch.arange(len(idx)), at]).float(), seen[self.layer]
 
-    def states(self, idx, layers, to_the_end, **cached):
-        """idx [B, T], right-padded -> ({layer: [B, T, D]}, the last normed states)."""
-        seen, hooks = {}, []
-        for layer in layers - {self.n_layer}:
-            block = self.model.transformer.blocks[layer]
-
-            def read(module, args, layer=layer):
-                seen[layer] = args[0]
-                return args if self.blend is None else (self.blended(args[0]), *args[1:])
-
-            hooks.append(block.register_forward_pre_hook(read))
-        final = self.model.transformer(self.model.embed(idx), **(cached or {"is_causal": True}))
-        seen[self.n_layer] = final
-        for hook in hooks:
-            hook.remove()
-        return seen, final
+    def run(self, idx, **cached):
+        return self.model.transformer(self.model.embed(idx), **(cached or {"is_causal": True}))
 
     def logits(self, h):
         return F.linear(h, self.model.embed.weight[: self.model.pred_id])
