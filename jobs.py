@@ -6,8 +6,8 @@
 
 A job has `train` and `batches` (with `per_epoch`), `unit` (what a batch holds), `ahead` (whether batches may be made
 while the last one is trained on: those that a frozen model makes are too large), `identity` (what a resumed run must
-share), `batch(index, device)`, `fit(model)` before the first step, `evaluate(model, device, autocast)` and
-`write(folder)`.
+share), `batch(index, device)`, `fit(model)` before the first step, `evaluate(model, device, autocast)`, whose
+figures are of held-out data, and `write(folder)`.
 """
 
 import dataclasses
@@ -83,14 +83,34 @@ def held_out_chains(config) -> list[dict]:
     return val
 
 
-class TextJob:
+class Job:
+    """What the jobs share; each brings its `figures`."""
+
+    unit, ahead, tokenizer = "problems", True, None
+
+    def batch(self, index: int, device) -> dict:
+        return self.batches(index, device)
+
+    def fit(self, model):
+        """Nothing is taken from the data before the first step."""
+
+    def write(self, out: Path):
+        if self.tokenizer:
+            write_atomic(out / "tokenizer.tiktoken", self.tokenizer.save)
+
+    @torch.no_grad()
+    def evaluate(self, model, device, autocast) -> dict:
+        model.eval()
+        figures = self.figures(model, device, autocast)
+        model.train()
+        return figures
+
+
+class TextJob(Job):
     """What the loop needs to train NanoJEPA: its data, its batches, its evaluation.
 
     The tokenizer is the run folder's own, else GPT-2's or a BPE trained here; sets config.vocab_size to the true size.
     """
-
-    unit = "problems"
-    ahead = True
 
     def __init__(self, config, out: Path):
         self.config, asked_vocab_size = config, config.vocab_size
@@ -107,19 +127,11 @@ class TextJob:
     def batch(self, index: int, device) -> dict:
         return data.collate(self.batches(index), self.config, device)
 
-    def fit(self, model):
-        """Nothing is taken from the data before the first step."""
-
-    def write(self, out: Path):
-        write_atomic(out / "tokenizer.tiktoken", self.tokenizer.save)
-
-    @torch.no_grad()
-    def evaluate(self, model, device, autocast) -> dict:
+    def figures(self, model, device, autocast) -> dict:
         """Held-out lm_loss, jepa_loss and the collapse diagnostics of model.alignment; draws no random number.
 
         First takes the latents' statistics from training examples.
         """
-        model.eval()
         config, total, n = self.config, 0.0, 0
         by_length = sorted(self.val, key=lambda e: len(e["question"]) + len(e["answer"]))
         for start in range(0, len(by_length), config.batch_size):
@@ -131,19 +143,17 @@ class TextJob:
             model.fit_standardize([e["target"] for e in self.train[:FIT_ON]])
             pred, target = model.encode([e["question"] for e in self.val], [e["target"] for e in self.val])
         figures = alignment(pred, target)
-        model.train()
         return {"lm_loss": total / n, "jepa_loss": 1 - figures["cos_matched"],
                 "predict_mean_loss": 1 - figures["predict_mean_cos"], **figures}
 
 
-class LatentJob:
+class LatentJob(Job):
     """What the loop needs to train RJEPA: verified chains' latents, extracted first where they are missing.
 
     Sets config's llm, layer, pooling, prompt and dim to what the latents say.
     """
 
     unit = "chains"
-    ahead = True
 
     def __init__(self, config, out: Path):
         self.config, folder = config, Path(config.latents or default_latents(config))
@@ -167,20 +177,12 @@ class LatentJob:
         parts = [[r["id"], r["steps"], r.get("wrong_step")] for r in self.train]
         self.identity = {"latents": digest(json.dumps([parts, manifest], sort_keys=True))}
 
-    def batch(self, index: int, device) -> dict:
-        return self.batches(index, device)
-
     def fit(self, model):
         """The latents' mean and std, from the training chains."""
         model.fit_standardize(torch.cat([r["h"] for r in self.train]))
 
-    def write(self, out: Path):
-        """The latents stay where they are; config.json names the folder."""
-
-    @torch.no_grad()
-    def evaluate(self, model, device, autocast) -> dict:
+    def figures(self, model, device, autocast) -> dict:
         """Figures of model.latent_figures on held-out chains under fixed masks; stores the energies' quantiles."""
-        model.eval()
         clean = dataclasses.replace(self.config, shuffle_steps=False)
         z_pred, z_target, z_copy, sums = [], [], [], {}
         energies = [[], [], []]  # the rows of model.quantiles
@@ -205,11 +207,10 @@ class LatentJob:
         for row, values in zip(model.quantiles, energies, strict=True):
             if len(found := torch.cat(values)):
                 row.copy_(torch.quantile(found, torch.linspace(0, 1, len(row))))
-        model.train()
         return {**sums, **latent_figures(torch.cat(z_pred), torch.cat(z_target), torch.cat(z_copy))}
 
 
-class WorldJob:
+class WorldJob(Job):
     """What GuideJob and SpeakJob share: the frozen R-JEPA that init_from names, and the verified chains it saw."""
 
     unit = "chains"
@@ -231,12 +232,6 @@ class WorldJob:
         self.identity = {"chains": digest(json.dumps([parts, manifest], sort_keys=True)), "world model": config.world}
         world = self.world_config
         self.llm = load_llm(world.llm, config.device, layer=world.layer, pooling=world.pooling).set_prompt(world.prompt)
-
-    def fit(self, model):
-        """Nothing is taken from the data before the first step."""
-
-    def write(self, out: Path):
-        """Nothing beside the weights."""
 
     def batch(self, index: int, device) -> dict:
         return self.collate(*self.batches.chains(index), device)
@@ -277,10 +272,8 @@ class GuideJob(WorldJob):
                 "logits": self.llm.logits(final[rows, columns]).to(device),
                 "n_tokens": len(tokens), "n_filled": len(tokens), "n_slots": len(tokens)}
 
-    @torch.no_grad()
-    def evaluate(self, model, device, autocast) -> dict:
+    def figures(self, model, device, autocast) -> dict:
         """Held-out cross-entropy a token: of the LLM, guided, and guided by predictions for other chains."""
-        model.eval()
         sums, n = {"ce_llm": 0.0, "ce": 0.0, "ce_shuffled": 0.0, "bias": 0.0}, 0
         for start in range(0, len(self.val) - 1, self.config.batch_size):
             part = self.val[start : start + self.config.batch_size]
@@ -292,7 +285,6 @@ class GuideJob(WorldJob):
                 if k in sums:
                     sums[k] += float(v) * batch["n_tokens"]
             n += batch["n_tokens"]
-        model.train()
         return {k: v / n for k, v in sums.items()}
 
 
@@ -319,9 +311,6 @@ class SpeakJob(WorldJob):
         config.vocab_size, config.context_dim = self.tokenizer.vocab_size, self.world_config.n_embd
         self.identity["tokenizer"] = tokenizer_digest(self.tokenizer)
 
-    def write(self, out: Path):
-        write_atomic(out / "tokenizer.tiktoken", self.tokenizer.save)
-
     def collate(self, chains: list[dict], rng, device, predicted: float | None = None) -> dict:
         """A batch of Speaker.forward; `predicted` is the share that speaks from predicted latents, else config's."""
         eos, config = self.config.vocab_size - 2, self.config
@@ -343,10 +332,8 @@ class SpeakJob(WorldJob):
         return {"context": context, "context_allowed": allowed, "offsets": offsets,
                 **spoken(texts, eos, device, reads)}
 
-    @torch.no_grad()
-    def evaluate(self, model, device, autocast) -> dict:
+    def figures(self, model, device, autocast) -> dict:
         """Held-out token loss from true latents, from predicted ones, and from the true one of another chain."""
-        model.eval()
         sums, n = {"lm_loss": 0.0, "lm_loss_predicted": 0.0, "lm_loss_shuffled": 0.0}, 0
         for start in range(0, len(self.val), self.config.batch_size):
             part = self.val[start : start + self.config.batch_size]
@@ -357,7 +344,6 @@ class SpeakJob(WorldJob):
                 with autocast():
                     sums[name] += float(model(strip(batch))["lm_loss"]) * len(part)
             n += len(part)
-        model.train()
         return {k: v / n for k, v in sums.items()}
 
 
@@ -371,11 +357,10 @@ def spoken(texts: list[list[int]], eos: int, device, reads: list[list[int]] | No
             "n_tokens": n, "n_filled": n, "n_slots": idx.numel()}  # fmt: skip
 
 
-class DocumentJob:
+class DocumentJob(Job):
     """What the loop needs to train TJEPA: packed documents with masked spans."""
 
     unit = "rows of documents"
-    ahead = True
 
     def __init__(self, config, out: Path, tokenizer=None):
         self.config, asked_vocab_size = config, config.vocab_size
@@ -396,22 +381,9 @@ class DocumentJob:
         self.identity = {"vocab_size": asked_vocab_size, "tokenizer": tokenizer_digest(self.tokenizer),
                          "documents": digest(json.dumps([d["tokens"] for d in documents["train"]]))}
 
-    def batch(self, index: int, device) -> dict:
-        return self.batches(index, device)
-
-    def fit(self, model):
-        """Nothing is taken from the data before the first step."""
-
-    def write(self, out: Path):
-        write_atomic(out / "tokenizer.tiktoken", self.tokenizer.save)
-
-    @torch.no_grad()
-    def evaluate(self, model, device, autocast) -> dict:
-        model.eval()
+    def figures(self, model, device, autocast) -> dict:
         with autocast():
-            figures = span_figures(model, self.val, device)
-        model.train()
-        return figures
+            return span_figures(model, self.val, device)
 
 
 @torch.no_grad()
@@ -482,10 +454,8 @@ class DistillJob(DocumentJob):
         z = self.teacher(batch["idx"], batch["segment"] >= 0, batch["positions"], batch["segment"]).float()
         return batch | {"z_teacher": torch.nn.functional.layer_norm(z, z.shape[-1:])}
 
-    @torch.no_grad()
-    def evaluate(self, model, device, autocast) -> dict:
+    def figures(self, model, device, autocast) -> dict:
         """Held-out mse and cos to the teacher's outputs, and the mse of the best constant."""
-        model.eval()
         sums, seen = {}, []
         for batch in map(self.taught, data.packed(self.val, self.config, device, masks=False)):
             with autocast():
@@ -493,16 +463,12 @@ class DistillJob(DocumentJob):
             for k in ("mse", "cos"):
                 sums[k] = sums.get(k, 0.0) + float(losses[k]) * batch["n_tokens"]
             seen.append(batch["z_teacher"][batch["segment"] >= 0].cpu())
-        model.train()
         z, n = torch.cat(seen), sum(map(len, seen))
         return {k: v / n for k, v in sums.items()} | {"mse_predict_mean": float(z.var(0, correction=0).mean()), "n": n}
 
 
-class AnswerJob:
+class AnswerJob(Job):
     """What the loop needs to train SpeakingTJEPA: questions, responses, and the encoder to start from."""
-
-    unit = "problems"
-    ahead = True
 
     def __init__(self, config, out: Path):
         self.config, asked_vocab_size, self.start = config, config.vocab_size, None
@@ -526,18 +492,12 @@ class AnswerJob:
         if self.start is not None:
             model.text_encoder.load_state_dict(self.start.state_dict())
 
-    def write(self, out: Path):
-        write_atomic(out / "tokenizer.tiktoken", self.tokenizer.save)
-
     def batch(self, index: int, device) -> dict:
         return collate_answers(self.batches(index), self.config.vocab_size - 2, device)
 
-    @torch.no_grad()
-    def evaluate(self, model, device, autocast) -> dict:
-        model.eval()
+    def figures(self, model, device, autocast) -> dict:
         with autocast():
             losses = answer_losses(model, self.val, self.config, device)
-        model.train()
         return {name: float(np.average(a[:, 0], weights=a[:, 1])) for name, a in losses.items()}
 
 
