@@ -100,10 +100,8 @@ class Job:
 
     @torch.no_grad()
     def evaluate(self, model, device, autocast) -> dict:
-        model.eval()
-        figures = self.figures(model, device, autocast)
-        model.train()
-        return figures
+        with model.evaluating():
+            return self.figures(model, device, autocast)
 
 
 class TextJob(Job):

@@ -8,6 +8,7 @@ Letters: B batch, T tokens, C width, V vocabulary, N targets, nh heads, hs head 
 attn_allowed (True = may attend), is_real (True = not padding), is_target (True = to be predicted).
 """
 
+import contextlib
 import copy
 import math
 
@@ -282,6 +283,31 @@ class JEPA(nn.Module):
         update_target(self.target_encoder, self.context_encoder, momentum)
 
 
+class Model(nn.Module):
+    """What all that train.py trains has in common; a `config` says what it is."""
+
+    def n_params(self) -> int:
+        """All parameters, an EMA copy included."""
+        return sum(p.numel() for p in self.parameters())
+
+    def update_target(self, momentum: float):
+        """No target encoder."""
+
+    def flops_per_token(self, T: float) -> float:
+        """Forward and backward, 6 N + 12 L C T (PaLM, appendix B), on rows of T tokens."""
+        return 6 * self.n_params() + 12 * self.config.n_layer * self.config.n_embd * T
+
+    @contextlib.contextmanager
+    def evaluating(self):
+        """In eval mode; then in the mode that it was in."""
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
+
+
 # ----------------------------------------------------------------------------- nanoJEPA
 
 
@@ -397,7 +423,7 @@ class Standardize(nn.Module):
         return (z - self.mean) / self.std
 
 
-class NanoJEPA(nn.Module):
+class NanoJEPA(Model):
     """Decoder-only Transformer with a latent objective: [PRED] after the question predicts the answer's latent.
 
     lm_loss + lambda_jepa * (1 - cos(pred_latent, answer_latent)), answer_latent detached (after LLM-JEPA, Huang et
@@ -495,24 +521,19 @@ class NanoJEPA(nn.Module):
         Special tokens are added here. The answer's latent comes from the target encoder (its EMA copy where
         config.target_encoder says so). Raises ValueError for an empty text or one longer than config.block_size.
         """
-        was_training = self.training
-        self.eval()
         q_rows = self.check_rows([question_row(q, self.pred_id) for q in questions], "question", 2)
         a_rows = self.check_rows([answer_row(a, self.eos_id) for a in answers], "answer", 3)
-        pred = in_batches(q_rows, batch_size, self.predict_latent)
-        answer = in_batches(a_rows, batch_size, self.encode_answers)
-        self.train(was_training)
-        return pred, answer
+        with self.evaluating():
+            return (in_batches(q_rows, batch_size, self.predict_latent),
+                    in_batches(a_rows, batch_size, self.encode_answers))
 
     @torch.no_grad()
     def fit_standardize(self, answers: list[list[int]], batch_size: int = 64):
         """Sets the statistics of the answer latents, for evaluation, from training answers (token ids)."""
-        was_training = self.training
-        self.eval()
         self.standardize.mean.zero_(), self.standardize.std.fill_(1.0)
-        rows = [answer_row(a, self.eos_id) for a in answers]
-        self.standardize.fit(in_batches(rows, batch_size, self.encode_answers))
-        self.train(was_training)
+        with self.evaluating():
+            rows = [answer_row(a, self.eos_id) for a in answers]
+            self.standardize.fit(in_batches(rows, batch_size, self.encode_answers))
 
     def check_rows(self, rows, what: str, shortest: int):
         for i, row in enumerate(rows):
@@ -559,16 +580,11 @@ class NanoJEPA(nn.Module):
         if self.target_model is not None:
             update_target(self.target_model, nn.ModuleList([self.embed, self.transformer]), momentum)
 
-    def flops_per_token(self, T: float) -> float:
-        """Forward and backward, 6 N + 12 L C T (PaLM, appendix B), on rows of T tokens."""
-        cfg = self.config
-        return 6 * self.n_params() + 12 * cfg.n_layer * cfg.n_embd * T
-
 
 # ----------------------------------------------------------------------------- R-JEPA
 
 
-class RJEPA(nn.Module):
+class RJEPA(Model):
     """World model over an LLM's hidden states: position 0 is the question, 1 … S-1 the reasoning steps.
 
     The JEPA core over standardised latents with the adapters W_in (D -> C) and W_out (C -> D). The error of a step
@@ -590,10 +606,6 @@ class RJEPA(nn.Module):
         self.w_in_target = frozen_copy(self.w_in)  # belongs to the target encoder, as I-JEPA's patch embedding does
         if config.adapters_only:
             self.jepa.requires_grad_(False)
-
-    def n_params(self) -> int:
-        """All parameters, the EMA copy included."""
-        return sum(p.numel() for p in self.parameters())
 
     def fit_standardize(self, h):
         """Takes mean and std per dimension from latents h [N, D]."""
@@ -723,12 +735,10 @@ class RJEPA(nn.Module):
 
         h [B, S, D] latents as extracted, is_real bool [B, S]. Deterministic: nothing is drawn.
         """
-        was_training = self.training
-        self.eval()
-        chain, step, z_pred, z_target = self.hidden_steps(h, is_real, mode)
+        with self.evaluating():
+            chain, step, z_pred, z_target = self.hidden_steps(h, is_real, mode)
         out = torch.full(is_real.shape, float("nan"), device=h.device)
         out[chain, step] = (z_pred - z_target[chain, step]).abs().mean(-1)
-        self.train(was_training)
         return out
 
     def coherence(self, energy, mode: str = "leave_one_out"):
@@ -758,17 +768,7 @@ def mean_error(z_pred, z_target, is_target, counts):
     return (error * counts).sum(1) / counts.sum(1).clamp_min(1)
 
 
-class Head(nn.Module):
-    """What is trained on top of frozen models: no target encoder, and no parameter that is not counted."""
-
-    def n_params(self) -> int:
-        return sum(p.numel() for p in self.parameters())
-
-    def update_target(self, momentum: float):
-        """No target encoder."""
-
-
-class Guidance(Head):
+class Guidance(Model):
     """NUDGE's head: a bias over the LLM's vocabulary from the predicted next step and the state of the current token.
 
     Trained with LLM and R-JEPA frozen: cross-entropy of logits + bias, plus lambda_bias times the mean square of bias.
@@ -800,7 +800,7 @@ class Guidance(Head):
         return 6 * self.n_params()
 
 
-class Speaker(Head):
+class Speaker(Model):
     """A causal decoder that puts vectors into words: cross-attention to a context [B, T_ctx, context_dim].
 
     Trained with cross-entropy on what an R-JEPA predicts or a T-JEPA thinks. [EOS] opens and closes a text and is the
@@ -857,9 +857,6 @@ class Speaker(Head):
                      torch.tensor([len(row) for row in rows], device=context_allowed.device), max_new_tokens,
                      temperature=temperature, seed=seed, context=context, context_allowed=context_allowed)
 
-    def flops_per_token(self, T: float) -> float:
-        return 6 * self.n_params() + 12 * self.config.n_layer * self.config.n_embd * T
-
 
 # ----------------------------------------------------------------------------- T-JEPA
 
@@ -890,7 +887,7 @@ class TextEncoder(nn.Module):
         return in_batches(rows, batch_size, encode)
 
 
-class TJEPA(nn.Module):
+class TJEPA(Model):
     """JEPA over text: the latents of the tokens of masked spans, predicted from the text around them.
 
     Spans are whole sentences to paragraphs, and their tokens are absent from the context encoder's input: what is
@@ -905,10 +902,6 @@ class TJEPA(nn.Module):
         self.embed, self.embed_target = encoder.embed, frozen_copy(encoder.embed)
         predictor = Predictor(C, config.predictor_n_layer, config.n_head, config.predictor_n_embd)
         self.jepa = JEPA(encoder.transformer, predictor)
-
-    def n_params(self) -> int:
-        """All parameters, the EMA copy included."""
-        return sum(p.numel() for p in self.parameters())
 
     def encoder_weights(self) -> dict:
         """The weights of a TextEncoder: the EMA encoder's, which is what is evaluated, frozen and distilled."""
@@ -971,7 +964,7 @@ class TJEPA(nn.Module):
         return 3 * encoder + 2 * encoder + 6 * predictor + attention * T
 
 
-class DistilledEncoder(Head):
+class DistilledEncoder(Model):
     """A TextEncoder that learns a teacher's outputs, through a projection, by MSE: JEPA-to-JEPA distillation."""
 
     def __init__(self, config):
@@ -991,11 +984,8 @@ class DistilledEncoder(Head):
         mse = F.mse_loss(z, z_teacher)
         return {"loss": mse, "mse": mse, "cos": F.cosine_similarity(z, z_teacher, dim=-1).mean()}
 
-    def flops_per_token(self, T: float) -> float:
-        return 6 * self.n_params() + 12 * self.config.n_layer * self.config.n_embd * T
 
-
-class SpeakingTJEPA(Head):
+class SpeakingTJEPA(Model):
     """T-JEPA's second phase: a TextEncoder reads the question, a Speaker that attends to it writes the response.
 
     The encoder is frozen unless config.train_encoder.
