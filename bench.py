@@ -103,10 +103,8 @@ class Args:
     compile: cfg.PICK = "auto"  # of training steps, as in train.py
 
     def __post_init__(self):
-        for name in ("repeats", "seconds"):
-            cfg.check(self, name, getattr(self, name) > 0, "must be positive")
-        for name in ("tokens", "memory_gb"):
-            cfg.check(self, name, getattr(self, name) >= 0, "must not be negative")
+        cfg.positive(self, "repeats seconds")
+        cfg.not_negative(self, "tokens memory_gb")
         cfg.check(self, "profile", not (self.profile and self.name == "scaling"), "scaling has no trace")
 
 

@@ -69,13 +69,9 @@ class RunConfig:
                 right = isinstance(value, (int, float) if field.type is float else field.type)
                 check(self, field.name, right and (field.type is bool or not isinstance(value, bool)),
                       f"must be of type {field.type.__name__}")
-        positive = "epochs batch_size grad_accum lr grad_clip log_every eval_every save_every max_problem_steps"
-        for name in positive.split():
-            check(self, name, getattr(self, name) > 0, "must be positive")
-        for name in "seed limit n_synthetic max_steps threads weight_decay".split():
-            check(self, name, getattr(self, name) >= 0, "must not be negative")
-        for name in "min_lr_ratio warmup_ratio beta2 ema_start ema_end".split():
-            check(self, name, 0 <= getattr(self, name) <= 1, "must lie in [0, 1]")
+        positive(self, "epochs batch_size grad_accum lr grad_clip log_every eval_every save_every max_problem_steps")
+        not_negative(self, "seed limit n_synthetic max_steps threads weight_decay")
+        shares(self, "min_lr_ratio warmup_ratio beta2 ema_start ema_end")
         check(self, "val_problems", self.val_problems >= 2, "must be at least 2 (a pair is needed to mismatch)")
         check(self, "max_problem_steps", self.max_problem_steps <= 8, "must be at most 8")
 
@@ -108,15 +104,14 @@ class NanoJEPAConfig(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         check_language_model(self)
-        check(self, "lambda_jepa", self.lambda_jepa >= 0, "must not be negative")
+        not_negative(self, "lambda_jepa")
         if self.lambda_jepa > 0 and self.standardize_target:
             check(self, "batch_size", self.batch_size >= 8, "must be at least 8: the batch standardises the latents")
 
 
 def check_language_model(config):
     """What holds of every Transformer over tokens."""
-    for name in "n_layer n_head n_embd".split():
-        check(config, name, getattr(config, name) > 0, "must be positive")
+    positive(config, "n_layer n_head n_embd")
     check(config, "vocab_size", config.vocab_size >= 258, "must be at least 258 (256 bytes and two special tokens)")
     check(config, "block_size", config.block_size >= 16, "must be at least 16")
     check(config, "n_head", config.n_embd % (2 * config.n_head) == 0,
@@ -169,16 +164,13 @@ class RJEPAConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in "n_layer n_head n_embd predictor_n_layer predictor_n_embd tau".split():
-            check(self, name, getattr(self, name) > 0, "must be positive")
+        positive(self, "n_layer n_head n_embd predictor_n_layer predictor_n_embd tau")
         for name in ("n_embd", "predictor_n_embd"):
             check(self, name, getattr(self, name) % (2 * self.n_head) == 0, f"must be a multiple of 2 x {self.n_head}")
-        for name in "lambda_variance lambda_infonce lambda_own lambda_reconstruction lambda_margin margin dim".split():
-            check(self, name, getattr(self, name) >= 0, "must not be negative")
+        not_negative(self, "lambda_variance lambda_infonce lambda_own lambda_reconstruction lambda_margin margin dim")
         check(self, "dropout", 0 <= self.dropout < 1, "must lie in [0, 1)")
         check(self, "mask_min", 0 <= self.mask_min <= self.mask_max <= 1, "needs 0 <= mask_min <= mask_max <= 1")
-        for name in ("suffix_share", "single_share"):
-            check(self, name, 0 <= getattr(self, name) <= 1, "must lie in [0, 1]")
+        shares(self, "suffix_share single_share")
         check(self, "suffix_share", self.suffix_share + self.single_share <= 1, "and single_share make more than 1")
         for name in ("adapters_only", "held_out"):
             check(self, name, not getattr(self, name) or bool(self.init_from), "needs --init_from RUN")
@@ -200,8 +192,8 @@ class GuideConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, "n_hidden", self.n_hidden > 0, "must be positive")
-        check(self, "lambda_bias", self.lambda_bias >= 0, "must not be negative")
+        positive(self, "n_hidden")
+        not_negative(self, "lambda_bias")
 
 
 @dataclass
@@ -227,11 +219,9 @@ class SpeakConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in "n_layer n_head n_embd block_size read_size".split():
-            check(self, name, getattr(self, name) > 0, "must be positive")
+        positive(self, "n_layer n_head n_embd block_size read_size")
         check(self, "n_head", self.n_embd % (2 * self.n_head) == 0, f"must divide n_embd={self.n_embd} into even parts")
-        for name in ("dropout", "predicted_share", "alone_share", "read_weight"):
-            check(self, name, 0 <= getattr(self, name) <= 1, "must lie in [0, 1]")
+        shares(self, "dropout predicted_share alone_share read_weight")
 
 
 @dataclass
@@ -281,14 +271,12 @@ class TJEPAConfig(DocumentConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in "predictor_n_layer predictor_n_embd span_max".split():
-            check(self, name, getattr(self, name) > 0, "must be positive")
+        positive(self, "predictor_n_layer predictor_n_embd span_max")
         check(self, "predictor_n_embd", self.predictor_n_embd % (2 * self.n_head) == 0,
               f"must be a multiple of 2 x {self.n_head}")
         check(self, "mask_min", 0 < self.mask_min <= self.mask_max < 1, "needs 0 < mask_min <= mask_max < 1")
-        check(self, "paragraph_share", 0 <= self.paragraph_share <= 1, "must lie in [0, 1]")
-        for name in ("lambda_variance", "lambda_covariance"):
-            check(self, name, getattr(self, name) >= 0, "must not be negative")
+        shares(self, "paragraph_share")
+        not_negative(self, "lambda_variance lambda_covariance")
 
 
 @dataclass
@@ -327,8 +315,7 @@ class AnswerConfig(TextConfig):
     def __post_init__(self):
         super().__post_init__()
         check(self, "init_from", bool(self.init_from), "give the run folder of an encoder, or random")
-        for name in "encoder_n_layer encoder_n_head encoder_n_embd".split():
-            check(self, name, getattr(self, name) > 0, "must be positive")
+        positive(self, "encoder_n_layer encoder_n_head encoder_n_embd")
         check(self, "encoder_n_head", self.encoder_n_embd % (2 * self.encoder_n_head) == 0,
               f"must divide encoder_n_embd={self.encoder_n_embd} into even parts")
 
@@ -346,6 +333,21 @@ def check(config, name: str, ok: bool, rule: str):
     """Raises ValueError naming the field, its value and the rule it breaks."""
     if not ok:
         raise ValueError(f"--{name} {getattr(config, name)}: {rule}")
+
+
+def positive(config, names: str):
+    for name in names.split():
+        check(config, name, getattr(config, name) > 0, "must be positive")
+
+
+def not_negative(config, names: str):
+    for name in names.split():
+        check(config, name, getattr(config, name) >= 0, "must not be negative")
+
+
+def shares(config, names: str):
+    for name in names.split():
+        check(config, name, 0 <= getattr(config, name) <= 1, "must lie in [0, 1]")
 
 
 RJEPA_SMALL = RJEPAConfig(

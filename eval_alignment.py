@@ -33,7 +33,7 @@ import infer
 import jobs
 import latents
 import verify
-from config import AnswerConfig, RJEPAConfig, TextConfig, TJEPAConfig, check
+from config import AnswerConfig, RJEPAConfig, TextConfig, TJEPAConfig, not_negative, positive, shares
 from model import TextEncoder, alignment, latent_figures, wilson
 from runs import (
     build_model,
@@ -62,8 +62,7 @@ class Problems:
     device: str = "auto"
 
     def __post_init__(self):
-        for name in ("limit", "seed"):
-            check(self, name, getattr(self, name) >= 0, "must not be negative")
+        not_negative(self, "limit seed")
 
 
 @dataclass
@@ -78,8 +77,8 @@ class Args(Problems):
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, "quantile", 0 <= self.quantile <= 1, "must lie in [0, 1]")
-        check(self, "decode_limit", self.decode_limit > 0, "must be positive")
+        shares(self, "quantile")
+        positive(self, "decode_limit")
 
 
 def held_out(args, config) -> list[dict]:

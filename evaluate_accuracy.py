@@ -34,7 +34,7 @@ import infer
 import latents
 import sandbox
 import verify
-from config import AnswerConfig, NanoJEPAConfig, RJEPAConfig, TextConfig, check
+from config import AnswerConfig, NanoJEPAConfig, RJEPAConfig, TextConfig, check, not_negative, positive
 from llm import HuggingFaceLLM, chat_text, complete, load_llm
 from llm import generate as llm_generate
 from model import wilson
@@ -68,11 +68,10 @@ class Args(eval_alignment.Problems):
         super().__post_init__()
         bench = benchmarks.BENCHMARKS.get(self.dataset)
         self.max_new_tokens = self.max_new_tokens or (bench.max_new_tokens if bench else 256)
-        check(self, "shots", self.shots >= 0, "must not be negative")
+        not_negative(self, "shots")
         check(self, "folds", self.folds >= 2, "must be at least 2")
         check(self, "alphas", bool(self.alphas), "needs one value at least")
-        for name in ("k", "max_new_tokens", "batch_size", "temperature"):
-            check(self, name, getattr(self, name) > 0, "must be positive")
+        positive(self, "k max_new_tokens batch_size temperature")
 
 
 def interval(right: np.ndarray, seed: int, draws: int = 2000) -> list[float]:

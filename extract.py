@@ -37,7 +37,7 @@ import tyro
 import data
 import latents
 import verify
-from config import check
+from config import check, not_negative, positive
 from llm import LLM, batches_by_length, generate, load_llm, shot_messages
 from runs import add_up, digest, is_restart, lock, pick_device, processes, say, write_atomic
 
@@ -383,20 +383,16 @@ class Args:
     overwrite: bool = False  # start again in a finished or foreign folder (replaces shards, index, manifest)
 
     def __post_init__(self):
-        for name in ("shard_size", "token_budget", "max_new_tokens"):
-            check(self, name, getattr(self, name) > 0, "must be positive")
-        check(self, "concurrency", self.concurrency > 0, "must be positive")
+        positive(self, "shard_size token_budget max_new_tokens concurrency")
         if self.endpoint and not (self.generate and self.endpoint.startswith(("http://", "https://"))):
             raise ValueError(f"--endpoint {self.endpoint}: needs an address with http:// or https://, and --generate K")
-        for name in ("limit", "seed", "threads", "generate", "max_tokens_total"):
-            check(self, name, getattr(self, name) >= 0, "must not be negative")
+        not_negative(self, "limit seed threads generate max_tokens_total temperature")
         check(self, "layer", bool(self.layer) and bool(self.pooling), "needs at least one layer and pooling")
         files = [x for x in (self.chains, self.candidates, self.step_errors) if x]
         if len(files) + bool(self.generate) > 1:
             raise ValueError("give one of --chains, --candidates, --step_errors, --generate")
         if self.generate and (len(self.layer), len(self.pooling)) != (1, 1):
             raise ValueError("--generate takes one --layer and one --pooling")
-        check(self, "temperature", self.temperature >= 0, "must not be negative")
         check(self, "top_p", 0 < self.top_p <= 1, "must lie in (0, 1]")
 
 

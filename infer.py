@@ -29,7 +29,7 @@ import data
 import extract
 import latents
 import verify
-from config import check, pick_command
+from config import check, not_negative, pick_command, positive, shares
 from llm import LLM, HuggingFaceLLM, generate, load_llm
 from memory import Memory
 from runs import encoder_block_size, load_config, load_encoder, load_run, load_tokenizer, weights_digest, write_atomic
@@ -463,9 +463,9 @@ class Writing(Asked):
     llm: str = ""  # where the run's LLM lies, if not under the name it was trained with
 
     def __post_init__(self):
-        check(self, "temperature", self.temperature >= 0, "must not be negative")
+        not_negative(self, "temperature")
         check(self, "top_p", 0 < self.top_p <= 1, "must lie in (0, 1]")
-        check(self, "max_new_tokens", self.max_new_tokens > 0, "must be positive")
+        positive(self, "max_new_tokens")
 
     def load(self):
         """(model, config, LLM). Raises ValueError for an empty question before anything is loaded."""
@@ -485,7 +485,7 @@ class Rerank(Writing):
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, "k", self.k > 0, "must be positive")
+        positive(self, "k")
         for name in ("alpha", "beta"):
             value = getattr(self, name)
             check(self, name, value is None or 0 <= value < float("inf"), "must be 0 or more, and finite")
@@ -557,8 +557,8 @@ class Plan(Asked):
     def __post_init__(self):
         check(self, "slots", 1 <= self.slots <= 16, "must lie in [1, 16]")
         check(self, "at", 0 <= self.at <= len(self.steps) + 1, f"must lie in [0, {len(self.steps) + 1}]")
-        check(self, "quantile", 0 <= self.quantile <= 1, "must lie in [0, 1]")
-        check(self, "max_new_tokens", self.max_new_tokens > 0, "must be positive")
+        shares(self, "quantile")
+        positive(self, "max_new_tokens")
 
 
 def run_plan(args: Plan) -> dict:
@@ -586,7 +586,7 @@ class Think(Asked):
     k: int = 5  # how many
 
     def __post_init__(self):
-        check(self, "k", self.k > 0, "must be positive")
+        positive(self, "k")
         check(self, "text", bool(self.text.strip()), "is empty: give a text")
 
 
@@ -616,8 +616,8 @@ class Speak(Asked):
 
     def __post_init__(self):
         check(self, "question", bool(self.question.strip()), "is empty: give the text of the problem")
-        check(self, "temperature", self.temperature >= 0, "must not be negative")
-        check(self, "max_new_tokens", self.max_new_tokens > 0, "must be positive")
+        not_negative(self, "temperature")
+        positive(self, "max_new_tokens")
 
 
 def run_speak(args: Speak) -> dict:

@@ -36,7 +36,7 @@ import torch
 
 import latents
 import verify
-from config import check, pick_command
+from config import check, not_negative, pick_command, positive
 from data import plain_question
 from redact import need, redact
 from runs import digest, say, write_atomic
@@ -500,8 +500,8 @@ class Recall(Stats):
     device: str = "auto"
 
     def __post_init__(self):
-        check(self, "k", self.k > 0, "must be positive")
-        check(self, "position", self.position >= 0, "must not be negative")
+        positive(self, "k")
+        not_negative(self, "position")
         check(self, "question", bool(self.question.strip()) != bool(self.id), "give it, or --id of a stored chain")
 
 
