@@ -544,12 +544,10 @@ def measure(args, kind: str, length: int, batch: int, width: int) -> dict:
 
 def draw(sweeps: dict, path: Path):
     """A column a sweep: speed above, peak memory below."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(2, len(sweeps), figsize=(13, 5), sharex="col")
+    fig = Figure(figsize=(13, 5))
+    axes = fig.subplots(2, len(sweeps), sharex="col")
     for (name, points), column in zip(sweeps.items(), axes.T, strict=True):
         kind, field = name.split()
         for ax, key in zip(column, ("tokens_per_s", "peak_memory_mb"), strict=True):
@@ -566,7 +564,6 @@ def draw(sweeps: dict, path: Path):
     fig.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=110)
-    plt.close(fig)
 
 
 def main(argv=None):

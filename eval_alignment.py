@@ -359,12 +359,10 @@ def evaluate_rjepa(run: str, args) -> dict:
 
 def plot_energies(run: Path, model, rows: list[dict], found: list[dict]):
     """energies.png in the run folder: histogram of chains' energies by validity, and the energy along a chain."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4))
+    fig = Figure(figsize=(11, 4))
+    axes = fig.subplots(1, 2)
     for valid, label in ((True, "right"), (False, "wrong")):
         of = [e["leave_one_out"] for e, r in zip(found, rows, strict=True) if r["is_valid"] == valid]
         if of:
@@ -382,7 +380,6 @@ def plot_energies(run: Path, model, rows: list[dict], found: list[dict]):
             ax.legend()
     fig.tight_layout()
     fig.savefig(run / "energies.png", dpi=110)
-    plt.close(fig)
 
 
 def evaluate_step_errors(run: str, args) -> dict:

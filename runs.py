@@ -396,10 +396,7 @@ def tokenizer_digest(tokenizer) -> str:
 
 def save_plots(folder: Path):
     """A picture of each loss that log.jsonl has, over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     plots = [
@@ -413,7 +410,8 @@ def save_plots(folder: Path):
     for name, key, title, controls in plots:
         if not any(key in row for row in log):
             continue
-        fig, ax = plt.subplots(figsize=(7, 4))
+        fig = Figure(figsize=(7, 4))
+        ax = fig.subplots()
         for split, k, label in [("train", key, "train"), ("val", key, "val"),
                                 *(("val", k, f"val, {label}") for k, label in controls.items())]:
             points = [(r["step"], r[k]) for r in log if r["split"] == split and k in r]
@@ -425,7 +423,6 @@ def save_plots(folder: Path):
         ax.legend()
         fig.tight_layout()
         fig.savefig(folder / name, dpi=110)
-        plt.close(fig)
 
 
 def publish(run: str, folder: str, llm: str = "") -> dict:

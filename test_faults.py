@@ -290,7 +290,7 @@ def test_the_clock_may_be_set_back(tmp_path, alone, monkeypatch, capsys):
 LIVES = """
 import os, random, signal, sys, time
 sys.path.insert(0, {root!r})
-import extract, jobs, runs, safetensors.torch, torch, train, tyro, filelock, pyarrow.parquet, matplotlib.pyplot
+import extract, jobs, runs, safetensors.torch, torch, train, tyro, filelock, pyarrow.parquet, matplotlib.figure
 torch.set_num_threads(1)
 def live(out, seconds):
     pid = os.fork()
