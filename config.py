@@ -6,6 +6,7 @@
 A field's comment is its only documentation; README and docstrings name the field and never repeat its value.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -442,6 +443,15 @@ def pick_command(doc: str, script: str, commands, argv: list[str] | None = None)
         raise SystemExit(f"{script} {argv[0]}: " + (f"did you mean {near[0]}? " if near else "")
                          + f"Commands: {', '.join(commands)}")
     return argv
+
+
+@contextlib.contextmanager
+def plain_errors():
+    """What is wrong with what a script was given ends it in one line, without a traceback. Stands before a `main`."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def parse_cli(argv: list[str], default: str = "quickstart"):

@@ -33,7 +33,7 @@ import infer
 import jobs
 import latents
 import verify
-from config import AnswerConfig, RJEPAConfig, TextConfig, TJEPAConfig, not_negative, positive, shares
+from config import AnswerConfig, RJEPAConfig, TextConfig, TJEPAConfig, not_negative, plain_errors, positive, shares
 from model import TextEncoder, alignment, latent_figures, wilson
 from runs import (
     build_model,
@@ -538,27 +538,25 @@ def print_figures(result: dict, name: str = ""):
             print(f"{name + key:40}{value:.4f}" if isinstance(value, float) else f"{name + key:40}{value}")
 
 
+@plain_errors()
 def main():
     args = tyro.cli(Args)
-    try:
-        config = load_config(args.run)[1]
-        is_rjepa = isinstance(config, RJEPAConfig)
-        if args.teacher and (not isinstance(config, TextConfig) or isinstance(config, AnswerConfig)):
-            raise ValueError(f"--teacher is for encoders of T-JEPA, pre-trained or distilled; {args.run} is none")
-        if (args.latents or args.step_errors or args.plan) and not is_rjepa:
-            raise ValueError(f"--latents, --step_errors and --plan are for R-JEPA runs; {args.run} is none")
-        if is_rjepa:
-            evaluate = evaluate_plan if args.plan else evaluate_step_errors if args.step_errors else evaluate_rjepa
-            result = evaluate(args.run, args)
-            print_figures(result)
-        elif isinstance(config, TextConfig):
-            result = (evaluate_answers if isinstance(config, AnswerConfig) else evaluate_tjepa)(args.run, args)
-            print_figures(result)
-        else:
-            result = evaluate_nanojepa(args.run, args)
-            print_table(result)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    config = load_config(args.run)[1]
+    is_rjepa = isinstance(config, RJEPAConfig)
+    if args.teacher and (not isinstance(config, TextConfig) or isinstance(config, AnswerConfig)):
+        raise ValueError(f"--teacher is for encoders of T-JEPA, pre-trained or distilled; {args.run} is none")
+    if (args.latents or args.step_errors or args.plan) and not is_rjepa:
+        raise ValueError(f"--latents, --step_errors and --plan are for R-JEPA runs; {args.run} is none")
+    if is_rjepa:
+        evaluate = evaluate_plan if args.plan else evaluate_step_errors if args.step_errors else evaluate_rjepa
+        result = evaluate(args.run, args)
+        print_figures(result)
+    elif isinstance(config, TextConfig):
+        result = (evaluate_answers if isinstance(config, AnswerConfig) else evaluate_tjepa)(args.run, args)
+        print_figures(result)
+    else:
+        result = evaluate_nanojepa(args.run, args)
+        print_table(result)
     print(json.dumps(result, allow_nan=False))
 
 

@@ -34,7 +34,7 @@ import infer
 import latents
 import sandbox
 import verify
-from config import AnswerConfig, NanoJEPAConfig, RJEPAConfig, TextConfig, check, not_negative, positive
+from config import AnswerConfig, NanoJEPAConfig, RJEPAConfig, TextConfig, check, not_negative, plain_errors, positive
 from llm import HuggingFaceLLM, chat_text, complete, load_llm
 from llm import generate as llm_generate
 from model import wilson
@@ -490,27 +490,25 @@ def evaluate_llm(name: str, args) -> dict:
             "metric": "pass@1" if k > 1 else "greedy", "methods": methods, **by_subject(bench, problems, right.mean(1))}
 
 
+@plain_errors()
 def main():
     args = tyro.cli(Args)
-    try:
-        config = load_config(args.run)[1] if is_run(args.run) or Path(args.run, "log.jsonl").is_file() else None
-        kind = benchmarks.BENCHMARKS[args.dataset].kind if args.dataset in benchmarks.BENCHMARKS else "number"
-        asks_llm = config is None or kind != "number"
-        is_rjepa = isinstance(config, RJEPAConfig) and not asks_llm
-        if not is_rjepa and (args.method != "all" or args.candidates or args.latents):
-            raise ValueError("--method, --candidates and --latents need an R-JEPA run, and problems whose answers are "
-                             f"numbers: {args.run}{f' on {args.dataset}' * bool(args.dataset)} is none")
-        if is_rjepa and not args.candidates and not args.latents and args.k == 1 and args.method not in (
-                "nudge", "greedy"):
-            raise ValueError(f"{args.run} is an R-JEPA run: --candidates FILE, --dataset X --k K with K > 1, or "
-                             "--method nudge")
-        nudged = evaluate_nudge if args.method in ("nudge", "greedy") else evaluate_candidates
-        if asks_llm:
-            result = evaluate_llm(args.llm or getattr(config, "llm", args.run), args)
-        else:
-            result = (nudged if is_rjepa else evaluate_run)(args.run, args)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    config = load_config(args.run)[1] if is_run(args.run) or Path(args.run, "log.jsonl").is_file() else None
+    kind = benchmarks.BENCHMARKS[args.dataset].kind if args.dataset in benchmarks.BENCHMARKS else "number"
+    asks_llm = config is None or kind != "number"
+    is_rjepa = isinstance(config, RJEPAConfig) and not asks_llm
+    if not is_rjepa and (args.method != "all" or args.candidates or args.latents):
+        raise ValueError("--method, --candidates and --latents need an R-JEPA run, and problems whose answers are "
+                         f"numbers: {args.run}{f' on {args.dataset}' * bool(args.dataset)} is none")
+    if is_rjepa and not args.candidates and not args.latents and args.k == 1 and args.method not in (
+            "nudge", "greedy"):
+        raise ValueError(f"{args.run} is an R-JEPA run: --candidates FILE, --dataset X --k K with K > 1, or "
+                         "--method nudge")
+    nudged = evaluate_nudge if args.method in ("nudge", "greedy") else evaluate_candidates
+    if asks_llm:
+        result = evaluate_llm(args.llm or getattr(config, "llm", args.run), args)
+    else:
+        result = (nudged if is_rjepa else evaluate_run)(args.run, args)
     print(f"{'method':32}{'accuracy':>10}{'95 % interval':>20}{'recovered':>11}{'pairwise':>10}")
     for name, m in result["methods"].items():
         more = "".join(f"{m[k]:10.3f}" if m[k] is not None else " " * 10 for k in ("recovered", "pairwise"))

@@ -37,7 +37,7 @@ import tyro
 import data
 import latents
 import verify
-from config import check, not_negative, positive
+from config import check, not_negative, plain_errors, positive
 from llm import LLM, batches_by_length, generate, load_llm, shot_messages
 from runs import add_up, digest, is_restart, lock, pick_device, processes, say, write_atomic
 
@@ -450,17 +450,15 @@ def run(args) -> dict:
             "layer": layers[0] if len(layers) == 1 else layers}
 
 
+@plain_errors()
 def main(argv=None):
     args = tyro.cli(Args, args=argv)
-    try:
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        with processes(pick_device(args.device)) as (rank, world):
-            if args.endpoint and world > 1:
-                raise ValueError("--endpoint asks a server, with --concurrency: run it without torchrun")
-            result = run(args)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with processes(pick_device(args.device)) as (rank, world):
+        if args.endpoint and world > 1:
+            raise ValueError("--endpoint asks a server, with --concurrency: run it without torchrun")
+        result = run(args)
     if rank == 0:
         print(json.dumps(result))
 

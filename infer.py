@@ -29,7 +29,7 @@ import data
 import extract
 import latents
 import verify
-from config import check, not_negative, pick_command, positive, shares
+from config import check, not_negative, pick_command, plain_errors, positive, shares
 from llm import LLM, HuggingFaceLLM, generate, load_llm
 from memory import Memory
 from runs import encoder_block_size, load_config, load_encoder, load_run, load_tokenizer, weights_digest, write_atomic
@@ -643,20 +643,18 @@ def log_answer(command: str, args: Asked, result: dict) -> str:
     return Memory(args.log).log(command, args.question, list(steps), args.truth or None, extra={"run": args.run})
 
 
+@plain_errors()
 def main(argv=None):
     argv = pick_command(__doc__, "infer.py", COMMANDS, argv)
     kind, function = COMMANDS[argv[0]]
     args = tyro.cli(kind, args=argv[1:], prog=f"infer.py {argv[0]}")
-    try:
-        if args.truth and (not args.log or verify.answer_value(args.truth) is None):
-            raise ValueError(f"--truth {args.truth}: needs a number, and --log FILE to be kept in")
-        if args.log and (argv[0] == "think" or not args.question.strip()):
-            raise ValueError("--log is for the answer to one --question")
-        result = function(args)
-        if args.log:
-            result["interaction"] = log_answer(argv[0], args, result)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    if args.truth and (not args.log or verify.answer_value(args.truth) is None):
+        raise ValueError(f"--truth {args.truth}: needs a number, and --log FILE to be kept in")
+    if args.log and (argv[0] == "think" or not args.question.strip()):
+        raise ValueError("--log is for the answer to one --question")
+    result = function(args)
+    if args.log:
+        result["interaction"] = log_answer(argv[0], args, result)
     if argv[0] == "score" and "steps" in result:
         for i, s in enumerate(result["steps"], 1):
             mark = " <- suspect" if i == result["suspect"] else ""

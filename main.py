@@ -36,7 +36,7 @@ import tyro
 import data
 import infer
 import verify
-from config import check
+from config import check, plain_errors
 from evaluate_accuracy import majority
 from llm import generate, written_steps
 from memory import Memory, checked
@@ -693,20 +693,18 @@ class Args:
         check(self, "host", local or bool(self.auth), "others could use it: add --auth USER:PASSWORD, or leave it out")
 
 
+@plain_errors()
 def main(argv=None):
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    try:
-        args = tyro.cli(Args, args=argv)
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        page = build(Demo(args))
-        fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-        print(f"http://{args.host}:{args.port}  (Ctrl-C ends it)", file=sys.stderr)
-        page.launch(server_name=args.host, server_port=args.port, quiet=True, share=False, ssr_mode=False, css=CSS,
-                    theme=gr.themes.Default(**fonts), auth=tuple(args.auth.split(":", 1)) if args.auth else None,
-                    show_error=False, max_file_size=1, enable_monitoring=False, footer_links=["api", "settings"])
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    args = tyro.cli(Args, args=argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    page = build(Demo(args))
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    print(f"http://{args.host}:{args.port}  (Ctrl-C ends it)", file=sys.stderr)
+    page.launch(server_name=args.host, server_port=args.port, quiet=True, share=False, ssr_mode=False, css=CSS,
+                theme=gr.themes.Default(**fonts), auth=tuple(args.auth.split(":", 1)) if args.auth else None,
+                show_error=False, max_file_size=1, enable_monitoring=False, footer_links=["api", "settings"])
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ import torch
 
 import latents
 import verify
-from config import check, not_negative, pick_command, positive
+from config import check, not_negative, pick_command, plain_errors, positive
 from data import plain_question
 from redact import need, redact
 from runs import digest, say, write_atomic
@@ -595,16 +595,14 @@ COMMANDS = {
 }  # fmt: skip
 
 
+@plain_errors()
 def main(argv=None):
     import tyro
 
     argv = pick_command(__doc__, "memory.py", COMMANDS, argv)
     kind, function = COMMANDS[argv[0]]
     args = tyro.cli(kind, args=argv[1:], prog=f"memory.py {argv[0]}")
-    try:
-        result = function(args)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    result = function(args)
     for found in result.get("nearest", []):
         print(f"{found['cos']:.3f}  {found['chain_id']} {found['position']}  {found['text'][:90]}")
     print(json.dumps(result, allow_nan=False))

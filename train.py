@@ -265,12 +265,10 @@ def keep_log_until(path: Path, step: int):
         write_atomic(path, lambda p: p.write_text("".join(line + "\n" for line in kept)))
 
 
+@cfg.plain_errors()
 def main():
     preset, config = cfg.parse_cli(sys.argv[1:])
-    try:
-        result = train(preset, dataclasses.replace(config))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    result = train(preset, dataclasses.replace(config))
     if int(os.environ.get("RANK", 0)) == 0:
         print(json.dumps(result, allow_nan=False))
 
