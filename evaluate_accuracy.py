@@ -38,7 +38,7 @@ from config import AnswerConfig, NanoJEPAConfig, RJEPAConfig, TextConfig, check,
 from llm import HuggingFaceLLM, chat_text, complete, load_llm
 from llm import generate as llm_generate
 from model import wilson
-from runs import build_model, digest, is_run, load_config, load_run, load_tokenizer, weights_digest, write_atomic
+from runs import build_model, digest, is_run, load_config, load_run, load_tokenizer, weights_digest, write_jsonl
 
 
 @dataclass
@@ -140,10 +140,10 @@ def evaluate_run(run: str, args) -> dict:
     right = np.array([[verify.check_answer(t, truth) for t in row] for row, truth in zip(texts, truths, strict=True)])
     name = (f"generations-{args.dataset or config.dataset}-{args.split}-n{len(problems)}-k{args.k}"
             f"-t{args.temperature}-m{args.max_new_tokens}-seed{args.seed}.jsonl")
-    lines = [json.dumps({"id": p["id"], "question": p["question"], "truth": truth,
-                         "candidates": [{"text": t, "is_correct": bool(r)} for t, r in zip(row, ok, strict=True)]})
-             for p, truth, row, ok in zip(problems, truths, texts, right, strict=True)]
-    write_atomic(Path(run) / name, lambda path: path.write_text("\n".join(lines) + "\n"))
+    write_jsonl(Path(run) / name, [
+        {"id": p["id"], "question": p["question"], "truth": truth,
+         "candidates": [{"text": t, "is_correct": bool(r)} for t, r in zip(row, ok, strict=True)]}
+        for p, truth, row, ok in zip(problems, truths, texts, right, strict=True)])
     print(f"generations: {Path(run) / name}")
 
     n, first = len(problems), np.arange(len(problems))
@@ -339,10 +339,9 @@ def evaluate_nudge(run: str, args) -> dict:
                 chains = llm_generate(llm, part, 1, 0.0, 1.0, args.seed, args.max_new_tokens, nudge)
                 written += [row[0] for row in chains]
             found = infer.energies(model, [c["h"] for c in written])
-            lines = [json.dumps({"id": p["id"], "steps": c["steps"], "logprob": c["logprob"],
-                                 "energy": infer.chain_energy(e) if c["steps"] else None})
-                     for p, c, e in zip(problems, written, found, strict=True)]
-            write_atomic(path, lambda p, lines=lines: p.write_text("\n".join(lines) + "\n"))
+            write_jsonl(path, [{"id": p["id"], "steps": c["steps"], "logprob": c["logprob"],
+                                "energy": infer.chain_energy(e) if c["steps"] else None}
+                               for p, c, e in zip(problems, written, found, strict=True)])
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         right = [bool(r["steps"]) and verify.check_answer(r["steps"][-1], t) for r, t in zip(rows, truths, strict=True)]
         energy = [r["energy"] for r in rows if r["energy"] is not None]
@@ -434,8 +433,7 @@ def write_answers(llm, bench, problems: list[dict], shots: list[list[dict]], arg
             answers = complete(llm, texts[start : start + size], args.k, temperature, args.top_p, args.seed,
                                args.max_new_tokens, stop)
         rows += [{"id": p["id"], "answers": a} for p, a in zip(part, answers, strict=True)]
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        write_atomic(path, lambda p, lines=lines: p.write_text(lines))
+        write_jsonl(path, rows)
         print(f"{len(rows)} of {len(problems)} problems")
     print(f"generations: {path}")
     return [row["answers"] for row in rows]

@@ -32,7 +32,7 @@ import verify
 from config import check, not_negative, pick_command, plain_errors, positive, shares
 from llm import LLM, HuggingFaceLLM, generate, load_llm
 from memory import Memory
-from runs import encoder_block_size, load_config, load_encoder, load_run, load_tokenizer, weights_digest, write_atomic
+from runs import encoder_block_size, load_config, load_encoder, load_run, load_tokenizer, weights_digest, write_jsonl
 
 # ----------------------------------------------------------------------------- functions to import
 
@@ -502,7 +502,7 @@ def run_rerank(args: Rerank) -> dict:
         rows, manifest = latents.load_latents(folder)
         latents.check_same_llm(config, manifest, f"{args.run} and {folder}")
         fitted = {"world": weights_digest(args.run), **fit_weights(model, rows, args.seed)}
-        write_atomic(path, lambda p: p.write_text(json.dumps(fitted) + "\n"))
+        write_jsonl(path, [fitted])
         return {"fitted": str(path), **fitted}
     weights = {"alpha": args.alpha, "beta": args.beta}
     if None in weights.values():

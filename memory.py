@@ -39,7 +39,7 @@ import verify
 from config import check, not_negative, pick_command, plain_errors, positive
 from data import plain_question
 from redact import need, redact
-from runs import digest, say, write_atomic
+from runs import digest, say, write_atomic, write_jsonl
 
 SCHEMA = 1
 MAX_TEXT = 1_100_000  # bytes of one text
@@ -396,8 +396,7 @@ class Memory:
                                   "answer": answer, "is_valid": True, "source": source}
         liked = [chain for key, chain in chains.items() if key not in down]
         kept = [chain for chain in liked if plain_question(chain["question"]) not in tested]
-        lines = "".join(json.dumps(chain) + "\n" for chain in kept)
-        write_atomic(Path(out), lambda path: path.write_text(lines))
+        write_jsonl(Path(out), kept)
         return {"out": str(out), "chains": len(kept), "interactions": len(groups), "rated_down": len(down),
                 "left_out": len(liked) - len(kept)}
 

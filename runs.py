@@ -178,6 +178,14 @@ def write_atomic(path: Path, write):
         raise not_written(path, error) from error
 
 
+def write_text(path: Path, text: str):
+    write_atomic(path, lambda temporary: temporary.write_text(text))
+
+
+def write_jsonl(path: Path, rows: list):
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def not_written(path: Path, error: Exception) -> OSError:
     why = getattr(error, "strerror", None) or str(error)[:200]
     return OSError(f"{path} could not be written ({why}); nothing of what was there is lost. Make room, or check its "
@@ -443,7 +451,7 @@ def publish(run: str, folder: str, llm: str = "") -> dict:
     matrices = {name for name, p in build_model(config).named_parameters() if p.dim() > 1}
     weights = {k: v.bfloat16() if k in matrices else v for k, v in read_weights(run / "model.safetensors").items()}
     write_weights(folder / "model.safetensors", weights)
-    write_atomic(folder / "config.json", lambda path: path.write_text(cfg.to_json(config, preset) + "\n"))
+    write_text(folder / "config.json", cfg.to_json(config, preset) + "\n")
     if (run / "tokenizer.tiktoken").is_file():
         shutil.copyfile(run / "tokenizer.tiktoken", folder / "tokenizer.tiktoken")
     load_run(folder, "cpu")

@@ -50,7 +50,7 @@ from runs import (
     save_plots,
     say,
     start_from,
-    write_atomic,
+    write_text,
     write_weights,
 )
 
@@ -139,7 +139,7 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
             for folder in out.glob("state-*"):
                 shutil.rmtree(folder)
         job.write(out)
-        write_atomic(out / "config.json", lambda path: path.write_text(cfg.to_json(config, preset) + "\n"))
+        write_text(out / "config.json", cfg.to_json(config, preset) + "\n")
         keep_log_until(out / "log.jsonl", first)
 
     def log(row):
@@ -262,7 +262,7 @@ def keep_log_until(path: Path, step: int):
                     kept.append(line)
             except json.JSONDecodeError:
                 continue
-        write_atomic(path, lambda p: p.write_text("".join(line + "\n" for line in kept)))
+        write_text(path, "".join(line + "\n" for line in kept))
 
 
 @cfg.plain_errors()
