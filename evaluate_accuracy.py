@@ -38,7 +38,17 @@ from config import AnswerConfig, NanoJEPAConfig, RJEPAConfig, TextConfig, check,
 from llm import HuggingFaceLLM, chat_text, complete, load_llm
 from llm import generate as llm_generate
 from model import wilson
-from runs import build_model, digest, is_run, load_config, load_run, load_tokenizer, weights_digest, write_jsonl
+from runs import (
+    build_model,
+    digest,
+    is_run,
+    llm_label,
+    load_config,
+    load_run,
+    load_tokenizer,
+    weights_digest,
+    write_jsonl,
+)
 
 
 @dataclass
@@ -320,7 +330,7 @@ def evaluate_nudge(run: str, args) -> dict:
     """
     alphas = (0.0,) if args.method == "greedy" else args.alphas
     model, config = infer.load_world_model(run, args.device)
-    guide, made_by = None, [weights_digest(run), args.llm, args.max_new_tokens, args.batch_size]
+    guide, made_by = None, [weights_digest(run), llm_label(config), args.llm, args.max_new_tokens, args.batch_size]
     if args.nudge == "bias" and max(alphas) > 0:
         guide, _, folder = infer.load_beside(run, "", "guide", args.device)
         made_by.append(weights_digest(folder))

@@ -39,7 +39,7 @@ import latents
 import verify
 from config import check, not_negative, plain_errors, positive
 from llm import LLM, batches_by_length, generate, load_llm, shot_messages
-from runs import add_up, digest, is_restart, lock, pick_device, processes, say, write_atomic
+from runs import add_up, digest, is_restart, llm_label, lock, pick_device, processes, say, write_atomic
 
 # ----------------------------------------------------------------------------- the folder
 
@@ -402,8 +402,8 @@ def latents_of_file(config, kind: str, path: str, device: str = "auto", limit: i
     Extracted where it is not there yet, into out/latents.
     """
     data_hash = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
-    name = config.llm.rsplit("/", 1)[-1] + (f"-{digest(config.prompt)[:6]}" if config.prompt else "")
-    folder = Path("out/latents") / f"{kind}-{data_hash}-{limit}-{name}-layer{config.layer}-{config.pooling}"
+    name = f"{kind}-{data_hash}-{limit}-{llm_label(config)}-layer{config.layer}-{config.pooling}"
+    folder = Path("out/latents") / name
     if not (folder / "manifest.json").is_file():
         main(["--" + kind, path, "--llm", llm or config.llm, "--name", config.llm, "--layer", str(config.layer),
               "--pooling", config.pooling, "--prompt", config.prompt, "--logprobs", "--limit", str(limit),
@@ -413,8 +413,8 @@ def latents_of_file(config, kind: str, path: str, device: str = "auto", limit: i
 
 def written_for(config, problems: list[dict], dataset: str, split: str, args) -> Path:
     """The folder with args.k chains that an R-JEPA's LLM writes for each problem; written where it is not there yet."""
-    what = [[p["id"], p["question"]] for p in problems], config.prompt, args.top_p, args.max_new_tokens
-    name = (f"written-{dataset}-{split}-{len(problems)}-{Path(config.llm).name}-layer{config.layer}-{config.pooling}"
+    what = [[p["id"], p["question"]] for p in problems], args.top_p, args.max_new_tokens
+    name = (f"written-{dataset}-{split}-{len(problems)}-{llm_label(config)}-layer{config.layer}-{config.pooling}"
             f"-k{args.k}-t{args.temperature}-seed{args.seed}-{digest(json.dumps(what))[:6]}")
     folder = Path("out/latents") / name
     if not (folder / "manifest.json").is_file():

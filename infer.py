@@ -180,20 +180,28 @@ def fit_weights(model, rows: list[dict], seed: int = 1, folds: int = 5) -> dict:
 
 
 def rerank(model, chains: list[dict], alpha: float, beta: float) -> list[dict]:
-    """Chains of llm.generate -> the same, best first, each with its energy, score, answer and arithmetic.
+    """Chains of llm.generate -> the same, best first, each with its number, energy, score, answer and arithmetic.
 
     score = alpha * mean logprob + beta * (-energy). `arithmetic` is the gate's word on the steps' equations, without
     knowing the answer: "" where they all hold, else why not.
     """
     ranked = []
-    for chain, found in zip(chains, energies(model, [c["h"] for c in chains]), strict=True):
+    for i, (chain, found) in enumerate(zip(chains, energies(model, [c["h"] for c in chains]), strict=True), 1):
         energy = chain_energy(found) if chain["steps"] else None
         wrong = [v.reason for s in chain["steps"] if not (v := verify.check_step(s)).is_valid]
         answer = verify.extract_answer(chain["steps"][-1]) if chain["steps"] else None
-        ranked.append({"steps": chain["steps"], "answer": answer, "logprob": chain["logprob"], "energy": energy,
+        ranked.append({"candidate": i, "steps": chain["steps"], "answer": answer, "logprob": chain["logprob"],
+                       "energy": energy,
                        "score": None if energy is None else alpha * chain["logprob"] - beta * energy,
                        "arithmetic": wrong[0] if wrong else ""})
     return sorted(ranked, key=lambda c: -float("inf") if c["score"] is None else c["score"], reverse=True)
+
+
+def fitted_weights(run: str) -> dict | None:
+    """What `infer.py rerank RUN --fit` has found for the weights that the run holds now, alpha and beta among it."""
+    path = Path(run) / "rerank.json"
+    fitted = json.loads(path.read_text()) if path.is_file() else None
+    return fitted if fitted and fitted.get("world") == weights_digest(run) else None
 
 
 # ----------------------------------------------------------------------------- NUDGE
@@ -492,8 +500,7 @@ class Rerank(Writing):
 
 
 def run_rerank(args: Rerank) -> dict:
-    path = Path(args.run) / "rerank.json"
-    load_config(args.run)  # is it a run at all? before anything says that rerank.json is missing
+    load_config(args.run)  # is it a run at all? before anything says that its weights are missing
     if args.fit:
         model, config = load_world_model(args.run, args.device)
         folder = Path(args.fit)
@@ -502,16 +509,13 @@ def run_rerank(args: Rerank) -> dict:
         rows, manifest = latents.load_latents(folder)
         latents.check_same_llm(config, manifest, f"{args.run} and {folder}")
         fitted = {"world": weights_digest(args.run), **fit_weights(model, rows, args.seed)}
-        write_jsonl(path, [fitted])
+        write_jsonl(path := Path(args.run) / "rerank.json", [fitted])
         return {"fitted": str(path), **fitted}
     weights = {"alpha": args.alpha, "beta": args.beta}
     if None in weights.values():
-        if not path.is_file():
-            raise ValueError(f"{path} does not exist: infer.py rerank {args.run} --fit FILE makes it, or give --alpha "
-                             "and --beta")
-        fitted = json.loads(path.read_text())
-        if fitted.get("world") != weights_digest(args.run):
-            raise ValueError(f"{path} was fitted for other weights: infer.py rerank {args.run} --fit FILE")
+        if not (fitted := fitted_weights(args.run)):
+            raise ValueError(f"{args.run} has no weights of RERANK, or those of an earlier state: infer.py rerank "
+                             f"{args.run} --fit FILE makes them, or give --alpha and --beta")
         weights = {k: fitted[k] if v is None else v for k, v in weights.items()}
     model, _, llm = args.load()
     chains = generate(llm, [args.question], args.k, args.temperature, args.top_p, args.seed, args.max_new_tokens)[0]

@@ -28,6 +28,7 @@ from runs import (
     digest,
     encoder_block_size,
     encoder_shape,
+    llm_label,
     load_encoder,
     load_run,
     load_tokenizer,
@@ -551,12 +552,11 @@ JOBS = {cfg.NanoJEPAConfig: TextJob, cfg.RJEPAConfig: LatentJob, cfg.GuideConfig
 
 def default_latents(config) -> Path:
     """Where the latents of a job lie unless --latents names a folder: the name follows from what is extracted."""
-    which = [config.limit, config.data_dir, config.seed, *([config.prompt] if config.prompt else [])]
+    which = [config.limit, config.data_dir, config.seed]
     if config.dataset == "synthetic":
         which = [config.n_synthetic, config.max_problem_steps, config.seed]
-    llm = "".join(c if c.isalnum() or c in "-." else "-" for c in config.llm)
-    name = f"{config.dataset}-{llm}-layer{config.layer}-{config.pooling}-{digest(json.dumps(which))[:6]}"
-    return Path("out/latents") / name
+    which = digest(json.dumps(which))[:6]
+    return Path("out/latents") / f"{config.dataset}-{llm_label(config)}-layer{config.layer}-{config.pooling}-{which}"
 
 
 def extract_latents(config, folder: Path):

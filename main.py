@@ -19,7 +19,6 @@ The server checks every length and range itself (LIMITS), runs one model at a ti
 
 import functools
 import html
-import json
 import os
 import sys
 import threading
@@ -57,7 +56,7 @@ from pictures import (
     scatter,
     tag,
 )
-from runs import encoder_block_size, is_run, load_config, load_run, load_tokenizer, pick_device, weights_digest
+from runs import encoder_block_size, is_run, load_config, load_run, load_tokenizer, pick_device
 
 WORLDS = {  # R-JEPA runs that the page offers, and what makes them
     "pretrained/rjepa-student": "python train.py rjepa-student --llm pretrained/student --out_dir "
@@ -318,11 +317,8 @@ class Demo:
     def weights(self, run: str, given: dict) -> dict:
         """alpha and beta of RERANK: as given; both 0: as `infer.py rerank --fit` found them for this run, else 1."""
         given = {name: number(name, value, False) for name, value in given.items()}
-        if any(given.values()):
-            return given
-        path = Path(run) / "rerank.json"
-        fitted = json.loads(path.read_text()) if path.is_file() else {}
-        return {name: fitted[name] if fitted.get("world") == weights_digest(run) else 1.0 for name in given}
+        fitted = infer.fitted_weights(run) or dict.fromkeys(given, 1.0)
+        return given if any(given.values()) else {name: fitted[name] for name in given}
 
     @answers
     def rerank(self, run, question, k, temperature, top_p, seed, tokens, alpha, beta):
@@ -334,8 +330,7 @@ class Demo:
         for texts in watch.run(llm, question, k, **options):
             yield tag("div", *(tag("div", tag("b", f"candidate {i} · writing …"), listed(t), class_="card")
                                for i, t in enumerate(texts, 1)), class_="cards"), None
-        rows = [infer.rerank(model, [c], **weights)[0] | {"candidate": i} for i, c in enumerate(watch.chains, 1)]
-        rows.sort(key=lambda c: -float("inf") if c["score"] is None else c["score"], reverse=True)
+        rows = infer.rerank(model, watch.chains, **weights)
         done = [c for c in rows if c["steps"]]
         if not done:
             raise ValueError("no candidate has a step: allow more tokens, or another seed")

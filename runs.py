@@ -214,6 +214,13 @@ def is_run(folder) -> bool:
     return path.is_file() and '"job"' in path.read_text()
 
 
+def llm_label(config) -> str:
+    """What a cache made with an R-JEPA's LLM is called after: its name, prompt and, for a run, its present weights."""
+    name = "".join(c if c.isalnum() or c in "-." else "-" for c in config.llm)
+    more = [x for x in (config.prompt, weights_digest(config.llm) if is_run(config.llm) else "") if x]
+    return f"{name}-{digest(json.dumps(more))[:6]}" if more else name
+
+
 def load_config(folder) -> tuple:
     """(preset, config) of a finished run folder, without its weights. Raises as load_run does."""
     folder = Path(folder)

@@ -2430,6 +2430,16 @@ def test_a_speaker_learns_to_say_what_its_context_holds(reading):
     assert net.generate(keys[:1], batch["context_allowed"][:1], max_new_tokens=6, prompts=reads[:1]) == texts[:1]
 
 
+def test_what_an_llm_that_was_trained_again_has_made_is_not_taken_for_the_new_ones(tmp_path):
+    """Caches are named after the weights of an LLM that is a run; a name on the hub stands for itself."""
+    first = run(tmp_path / "llm", max_steps=1)["out_dir"]
+    config = cfg.RJEPAConfig(dataset="synthetic", llm=first)
+    names = {jobs.default_latents(config), jobs.default_latents(dataclasses.replace(config, prompt="few_shot"))}
+    run(tmp_path / "llm", max_steps=2, overwrite=True)
+    assert len(names | {jobs.default_latents(config)}) == 3
+    assert jobs.default_latents(cfg.RJEPAConfig(llm="Qwen/Qwen3-8B")).name.startswith("gsm8k-Qwen-Qwen3-8B-layer")
+
+
 @pytest.mark.parametrize("reads", ["nothing", "before", "all"])
 def test_what_a_speaker_reads_never_holds_the_hidden_step(world, tmp_path, reads):
     config = cfg.SpeakConfig(init_from=world[1], vocab_size=300, batch_size=8, device="cpu", reads=reads, read_size=40,
