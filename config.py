@@ -183,7 +183,7 @@ class RJEPAConfig(RunConfig):
 class GuideConfig(RunConfig):
     """NUDGE's guidance head over a frozen LLM and a frozen R-JEPA (init_from), on that run's verified chains."""
 
-    n_hidden: int = 256  # width of the head
+    n_hidden: int = 128  # width of the head
     lambda_bias: float = 1e-3  # weight of the bias's mean square
     use_z: bool = True  # off: the control that never sees a prediction, a plain bias from the token's own state
     world: str = ""  # hash of the R-JEPA's weights; the run stores it

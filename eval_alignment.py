@@ -73,6 +73,7 @@ class Args(Problems):
     plan: bool = False  # R-JEPA: PLAN on the problems' own solutions with a middle step taken out
     quantile: float = 0.9  # PLAN: a gap is a next-step energy above this quantile of verified steps' energies
     decode_limit: int = 500  # PLAN: chains whose missing step is put into words
+    speaker: str = ""  # PLAN: the Speaker's run folder; empty: RUN-speak
     teacher: str = ""  # T-JEPA: a run whose outputs a linear map of this run's is fitted to
 
     def __post_init__(self):
@@ -212,6 +213,9 @@ def step_retrieval(model, rows: list[dict], seed: int, n_candidates: int = 100) 
     return {"n": len(rows), "candidates": n_candidates, **rank_figures(ranks)}
 
 
+TRIES = 8  # how often a Speaker may say a step, as infer.py plan lets it
+
+
 def last_number(text: str):
     found = data.NUMBER.findall(text)
     return data.number(found[-1]) if found else None
@@ -226,7 +230,8 @@ def evaluate_plan(run: str, args) -> dict:
     the mean training latent of the position, and the prediction from the steps before alone (next_step).
     `decoded`: share of texts whose equations hold, whose last number is the true step's, and both. The Speaker says
     the predicted latent (and another chain's, `shuffled`; without its surroundings, `alone`; with those before the gap
-    alone, `before`; the true latent instead, `true`), the LLM goes on from the steps before (`llm_before`).
+    alone, `before`; the true latent instead, `true`; with infer.say's `tries`), the LLM goes on from the steps before
+    (`llm_before`).
     `gaps`: infer.find_gap on chains with and without the gap. `given_away`: what the Speaker recovers of a step from
     its target latent alone, which was encoded with the whole chain in view; and from another's (`shuffled`).
     """
@@ -237,7 +242,7 @@ def evaluate_plan(run: str, args) -> dict:
     if len(chains) < 2:
         raise ValueError(f"{len(chains)} of {len(problems)} solutions have three steps and more: raise --limit, or "
                          "take another data set")
-    speaker, speak_config, folder = infer.load_beside(run, "", "speak", args.device)
+    speaker, speak_config, folder = infer.load_beside(run, args.speaker, "speak", args.device)
     tokenizer = load_tokenizer(folder, speak_config)
     rng = np.random.default_rng(args.seed)
     holes = [int(rng.integers(2, len(c["steps"]))) for c in chains]
@@ -285,15 +290,15 @@ def evaluate_plan(run: str, args) -> dict:
              for c, k in zip(chains[:n], holes, strict=False)]
     z_pred = context[:, 0]
 
-    def say(z, allowed, prompts=None):
+    def say(z, allowed, reads=None, tries=1):
         """Texts from latents z [n, C] in place of the predicted ones."""
         z = torch.cat((z[:, None], context[:, 1:]), dim=1)
-        return [tokenizer.decode(t) for t in speaker.generate(z, allowed, offsets, speak_config.block_size,
-                                                              prompts=prompts)]
+        return infer.say(speaker, tokenizer, z, allowed, offsets, reads, speak_config.block_size, tries)
 
     texts = {"speaker": say(z_pred, allowed, reads), "speaker_shuffled": say(z_pred.roll(1, 0), allowed, reads),
-             "speaker_alone": say(z_pred, alone),
-             "speaker_true": say(z_true, allowed, reads),
+             "speaker_tries": say(z_pred, allowed, reads, TRIES),
+             "speaker_tries_shuffled": say(z_pred.roll(1, 0), allowed, reads, TRIES),
+             "speaker_alone": say(z_pred, alone), "speaker_true": say(z_true, allowed, reads),
              "llm_before": infer.next_lines(llm, [(c["question"], c["steps"][: k - 1])
                                                   for c, k in zip(chains[:n], holes, strict=False)], 64)}
 

@@ -350,12 +350,41 @@ def next_lines(llm: LLM, chains: list[tuple[str, list[str]]], max_new_tokens: in
     return [chain["steps"][0] if chain["steps"] else "" for (chain,) in found]
 
 
+def say(speaker, tokenizer, context, allowed, offsets=None, reads=None, max_new_tokens: int = 64,
+        tries: int = 1) -> list[str]:
+    """What a Speaker says of each context: greedily, and where the arithmetic does not hold, sampled again.
+
+    Of `tries` texts the first one that the gate finds no fault with (it does not know the answer), else the greedy one.
+    """
+    reads = reads or [[]] * len(context)
+
+    def texts_of(rows, **how):
+        part = (None if x is None else x[rows] for x in (context, allowed, offsets))
+        found = speaker.generate(*part, max_new_tokens, prompts=[reads[i] for i in rows], **how)
+        return [" ".join(tokenizer.decode(ids).split()) for ids in found]
+
+    def holds(text):
+        return bool(text) and verify.check_step(text).is_valid
+
+    wrong = list(range(len(context)))
+    texts = texts_of(wrong)
+    for seed in range(1, tries):
+        wrong = [i for i in wrong if not holds(texts[i])]
+        if not wrong:
+            break
+        for i, text in zip(wrong, texts_of(wrong, temperature=0.7, seed=seed), strict=True):
+            texts[i] = text if holds(text) else texts[i]
+    return texts
+
+
 def plan(model, llm: LLM, question: str, steps: list[str], decode: str = "speaker", speaker=None, tokenizer=None,
-         memory=None, at: int = 0, slots: int = 1, quantile: float = 0.9, max_new_tokens: int = 64) -> dict:
+         memory=None, at: int = 0, slots: int = 1, quantile: float = 0.9, max_new_tokens: int = 64,
+         tries: int = 8) -> dict:
     """Finds where steps are missing, fills up to `slots` of them, says whether the chain now holds together.
 
     at: the 1-based step before which to insert; 0: where `find_gap` says. decode: `speaker` (from the predicted latent)
-    or `llm` (prompted with question, steps so far and the nearest verified steps of `memory`, a `load_memory`).
+    or `llm` (prompted with question, steps so far and the nearest verified steps of `memory`, a `load_memory`). tries:
+    see `say`.
     -> {"steps", "filled": [{"step", "text", "nearest", "valid", "reason"}], "gap", "threshold", "next_step_energies",
     "energy_before", "energy_after", "decode"}.
     """
@@ -374,11 +403,10 @@ def plan(model, llm: LLM, question: str, steps: list[str], decode: str = "speake
         nearest = nearest_steps(model, memory, context[0, 0]) if memory else []
         if decode == "speaker":
             read = data.read_around(speaker.config, tokenizer, question, steps[: position - 1], steps[position - 1 :])
-            text = tokenizer.decode(speaker.generate(context, allowed, offsets, max_new_tokens, prompts=[read])[0])
+            text = say(speaker, tokenizer, context, allowed, offsets, [read], max_new_tokens, tries)[0]
         else:
             hints = [n["text"] for n in nearest]
-            text = next_lines(llm, [(question, steps[: position - 1])], max_new_tokens, hints)[0]
-        text = " ".join(text.split())
+            text = " ".join(next_lines(llm, [(question, steps[: position - 1])], max_new_tokens, hints)[0].split())
         if not text:
             break
         verdict = verify.check_step(text)
@@ -556,13 +584,14 @@ class Plan(Asked):
     memory: str = ""  # where near verified steps come from: a folder of latents, memory.py's file; empty: the run's own
     quantile: float = 0.9  # a gap is a next-step energy above this quantile of verified steps' energies
     max_new_tokens: int = 64
+    tries: int = 8  # the Speaker says a step again, this often at most in all, while its arithmetic does not hold
     llm: str = ""  # where the run's LLM lies, if not under the name it was trained with
 
     def __post_init__(self):
         check(self, "slots", 1 <= self.slots <= 16, "must lie in [1, 16]")
         check(self, "at", 0 <= self.at <= len(self.steps) + 1, f"must lie in [0, {len(self.steps) + 1}]")
         shares(self, "quantile")
-        positive(self, "max_new_tokens")
+        positive(self, "max_new_tokens tries")
 
 
 def run_plan(args: Plan) -> dict:
@@ -578,7 +607,7 @@ def run_plan(args: Plan) -> dict:
     llm = llm_of(config, args.llm, args.device)
     return {"question": args.question, **plan(model, llm, args.question, list(args.steps), args.decode, speaker,
                                               tokenizer, memory, args.at, args.slots, args.quantile,
-                                              args.max_new_tokens)}
+                                              args.max_new_tokens, args.tries)}
 
 
 @dataclass

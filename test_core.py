@@ -2440,6 +2440,23 @@ def test_what_an_llm_that_was_trained_again_has_made_is_not_taken_for_the_new_on
     assert jobs.default_latents(cfg.RJEPAConfig(llm="Qwen/Qwen3-8B")).name.startswith("gsm8k-Qwen-Qwen3-8B-layer")
 
 
+def test_a_step_is_said_again_until_its_arithmetic_holds():
+    def generate(context, allowed, offsets, max_new_tokens, temperature=0.0, seed=0, prompts=None):
+        asked.append((len(context), temperature, prompts))
+        return [[int(c) if seed < c else 0] for c in context[:, 0, 0]]  # c: how many tries it takes
+
+    texts = {0: "1 + 1 = 2", 1: "1 + 1 = 3", 2: "2 + 2 = 5", 9: ""}
+    says, tokenizer = SimpleNamespace(generate=generate), SimpleNamespace(decode=lambda ids: texts[ids[0]])
+    reads = [[4], [5], [6], [7]]
+    context, allowed = torch.tensor([1.0, 0, 2, 9])[:, None, None], torch.ones(4, 1).bool()
+    for tries, found in ((1, [1, 0, 2, 9]), (2, [0, 0, 2, 9]), (8, [0, 0, 0, 9])):
+        asked = []
+        said = infer.say(says, tokenizer, context, allowed, None, reads, 64, tries)
+        assert said == [texts[i] for i in found]
+    assert [a[0] for a in asked] == [4, 3, 2, 1, 1, 1, 1, 1] and asked[0][1] == 0 < asked[1][1]
+    assert [a[2] for a in asked[:4]] == [reads, [[4], [6], [7]], [[6], [7]], [[7]]]
+
+
 @pytest.mark.parametrize("reads", ["nothing", "before", "all"])
 def test_what_a_speaker_reads_never_holds_the_hidden_step(world, tmp_path, reads):
     config = cfg.SpeakConfig(init_from=world[1], vocab_size=300, batch_size=8, device="cpu", reads=reads, read_size=40,
