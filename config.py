@@ -210,9 +210,9 @@ class SpeakConfig(RunConfig):
     n_embd: int = 256  # width
     dropout: float = 0.1  # on embeddings and residual branches
     block_size: int = 128  # longest step in tokens; longer ones are cut
-    reads: Literal["nothing", "before", "all"] = "nothing"  # text beside the latents: question and steps before the gap
-    read_size: int = 512  # tokens of that text, the last ones; all: with the steps after the gap, too
-    read_weight: float = 0.2  # of its tokens in the loss; what is said counts 1
+    reads: Literal["nothing", "before", "all"] = "all"  # beside the latents, as text: question and which other steps
+    read_size: int = 512  # tokens of that text at most, its last ones
+    read_weight: float = 0.2  # of these tokens in the loss; those that are said count 1
     context_dim: int = 0  # width of the latents; the run stores it
     predicted_share: float = 0.5  # share of the examples that speak from the predicted latent, the rest from the true
     alone_share: float = 0.25  # share of the batches that see the latent alone, without question and other steps

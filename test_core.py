@@ -2238,7 +2238,7 @@ def test_plan_and_rerank_commands(world, capsys, tmp_path):
     assert [f["step"] for f in found["filled"]] == [2, 3][: len(found["filled"])] and found["decode"] == "speaker"
     assert len(found["steps"]) == 2 + len(found["filled"]) and found["energy_after"] > 0
     model, config = infer.load_world_model(rjepa, "cpu")
-    says = SimpleNamespace(config=cfg.SpeakConfig(), generate=lambda *a, **options: [[7]])  # never at a loss
+    says = SimpleNamespace(config=cfg.SpeakConfig(reads="nothing"), generate=lambda *a, **options: [[7]])
     said = infer.plan(model, infer.llm_of(config, device="cpu"), QUESTION, steps, "speaker", says,
                       SimpleNamespace(decode=lambda ids: "Mia has 2 + 2 = 5."), at=2, slots=2)
     assert said["steps"] == [steps[0], "Mia has 2 + 2 = 5.", "Mia has 2 + 2 = 5.", steps[1]]
@@ -2696,6 +2696,7 @@ def test_answer_losses_are_those_of_the_question_named_and_in_the_order_given(th
     examples = jobs.encode_answers(data.synthetic_problems(7, "val", 1, 3), tokenizer, config)
     losses = jobs.answer_losses(model, examples, config, "cpu")
 
+    @torch.no_grad()
     def alone(answer, question):
         return float(model(jobs.strip(jobs.collate_answers([answer], model.eos_id, "cpu", [question])))["loss"])
 
