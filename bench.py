@@ -38,7 +38,6 @@ cannot be loaded, RERANK and NUDGE are measured with pretrained/student.
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 import multiprocessing
@@ -47,6 +46,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -111,12 +111,15 @@ class Args:
 class Step:
     """One step of training at each call, as train.py does it, on batch_of(0), batch_of(1), … -> its real tokens."""
 
-    def __init__(self, bench, config, batch_of, loss=lambda model, batch: model(batch)["loss"]):
+    def __init__(self, bench, config, batch_of, loss=lambda model, batch: model(batch)["loss"], all_slots=False):
         self.bench, self.batch_of, self.loss, self.index, self.tokens, self.rows = bench, batch_of, loss, 0, 0, 0
         held = torch.cuda.memory_allocated() if bench.on_gpu else 0
         torch.manual_seed(0)
         self.model = build_model(config).to(bench.device)
         self.optimizer = configure_optimizers(self.model, config)
+        for part in self.model.modules() if all_slots else ():  # padding and hidden positions masked, not left out
+            if isinstance(part, Transformer):
+                part.register_forward_pre_hook(lambda _, args, more: (args, more | {"is_real": None}), with_kwargs=True)
         if bench.compile:
             compile_blocks(self.model)
         if bench.on_gpu:
@@ -143,14 +146,6 @@ class Step:
         return {"mfu": mfu and round(mfu, 4), "peak_memory_gb": self.peak and round(self.peak, 2)}
 
 
-def in_all_slots(step: Step) -> Step:
-    """A Step whose Transformers compute padding and hidden positions as well: masked, and not left out."""
-    for part in step.model.modules():
-        if isinstance(part, Transformer):
-            part.forward = functools.partial(lambda of, *args, is_real, **more: of(*args, **more), part.forward)
-    return step
-
-
 class Bench:
     """Problems, network shapes, LLM and the clock that all comparisons share; each of those is a method."""
 
@@ -175,22 +170,22 @@ class Bench:
         cfg.check(self.args, "preset", self.args.name == "all", f"{self.name} needs one of the kind of {default}")
         return config
 
-    @functools.cached_property
+    @cached_property
     def problems(self) -> list[dict]:
         folder = self.args.data_dir
         return data.load_problems("gsm8k" if folder else "synthetic", "train", folder, 0 if folder else 8000)
 
-    @functools.cached_property
+    @cached_property
     def tokenizer(self):
         config = self.pick("nanojepa-small")
         texts = [t for p in self.problems for t in (p["question"], data.answer_text(p, "solution"))]
         return data.gpt2_tokenizer() if config.tokenizer == "gpt2" else data.train_bpe(texts, config.vocab_size)
 
-    @functools.cached_property
+    @cached_property
     def examples(self) -> list[dict]:
         return data.encode_problems(self.problems, self.tokenizer, self.pick("nanojepa-small"))
 
-    @functools.cached_property
+    @cached_property
     def config(self):
         """nanoJEPA's, with as many problems a batch as make --tokens."""
         config = dataclasses.replace(self.pick("nanojepa-small"), vocab_size=self.tokenizer.vocab_size)
@@ -200,11 +195,11 @@ class Bench:
                       f"makes {config.batch_size} problems a batch; 8 to {len(self.examples) // 2} can be had")
         return config
 
-    @functools.cached_property
+    @cached_property
     def llm(self):
         return load_llm("smollm2", self.device, self.args.dtype)
 
-    @functools.cached_property
+    @cached_property
     def world(self):
         """(R-JEPA, its LLM): SmolLM2's or, where that cannot be loaded, the student's."""
         try:
@@ -322,7 +317,7 @@ class Bench:
             return latents.collate(part, config, np.random.default_rng(index), self.device)
 
         return self.compare("latents/s", ours=Step(self, config, lambda i: batches(i, self.device)),
-                            plain=in_all_slots(Step(self, config, random)))
+                            plain=Step(self, config, random, all_slots=True))
 
     def tjepa_packed(self):
         config = dataclasses.replace(cfg.pick_preset("tjepa-small"), vocab_size=self.tokenizer.vocab_size)
@@ -331,8 +326,9 @@ class Bench:
         packed, rng = data.Documents(documents, config), np.random.default_rng(0)
         n = round(config.batch_size * config.block_size / np.mean([len(d["tokens"]) for d in documents]))
         padded = [[[d] for d in documents[i : i + n]] for i in range(0, len(documents) - n, n)]  # in random order
-        return self.compare(ours=Step(self, config, lambda i: packed(i, self.device)), plain=in_all_slots(Step(
-            self, config, lambda i: data.collate_documents(padded[i % len(padded)], config, rng, self.device))))
+        return self.compare(ours=Step(self, config, lambda i: packed(i, self.device)), plain=Step(
+            self, config, lambda i: data.collate_documents(padded[i % len(padded)], config, rng, self.device),
+            all_slots=True))
 
     # ------------------------------------------------------------------------- parts
 

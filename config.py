@@ -22,7 +22,7 @@ class RunConfig:
     """What every training job has: where it writes, what it reads, how it optimises, on which machine."""
 
     # run
-    out_dir: str = ""  # run folder; empty: out/PRESET
+    out_dir: str = ""  # run folder; empty: out/PRESET, of a guide or Speaker beside its R-JEPA
     seed: int = 1  # weights, batches, dropout, synthetic problems and tokenizer order follow from it
     overwrite: bool = False  # start again in a finished or foreign run folder (replaces this project's files only)
     init_from: str = ""  # run folder to start from: its weights, its network fields, its tokenizer
@@ -203,7 +203,7 @@ class SpeakConfig(RunConfig):
 
     offsets: ClassVar[bool] = True  # what the Speaker attends to are steps: it is told how far away they are
 
-    tokenizer: Literal["gpt2", "bpe"] = "bpe"  # a BPE is trained on the chains' steps
+    tokenizer: Literal["gpt2", "bpe"] = "bpe"  # a BPE is trained on the chains
     vocab_size: int = 2048  # size of the trained BPE with its special ids; the run stores the true size
     n_layer: int = 4  # decoder blocks
     n_head: int = 4  # attention heads

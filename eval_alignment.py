@@ -230,8 +230,8 @@ def evaluate_plan(run: str, args) -> dict:
     the mean training latent of the position, and the prediction from the steps before alone (next_step).
     `decoded`: share of texts whose equations hold, whose last number is the true step's, and both. The Speaker says
     the predicted latent (and another chain's, `shuffled`; without its surroundings, `alone`; with those before the gap
-    alone, `before`; the true latent instead, `true`; with infer.say's `tries`), the LLM goes on from the steps before
-    (`llm_before`).
+    alone, `before`, unless it reads what follows; the true latent instead, `true`; with infer.say's `tries`), the LLM
+    goes on from the steps before (`llm_before`).
     `gaps`: infer.find_gap on chains with and without the gap. `given_away`: what the Speaker recovers of a step from
     its target latent alone, which was encoded with the whole chain in view; and from another's (`shuffled`).
     """
@@ -254,7 +254,10 @@ def evaluate_plan(run: str, args) -> dict:
     space = model.standardize
     ahead = model.predict_next(*latents.pad_latents([z[:k] for z, k in zip(gapped, holes, strict=True)],
                                                     model.h_mean.device))
-    seen = [r["h"] for r in latents.load_latents(config.latents)[0] if r["is_valid"] and r["split"] == "train"]
+    folder = args.latents or config.latents
+    seen = [r["h"] for r in latents.load_latents(folder)[0] if r["is_valid"] and r["split"] == "train"]
+    if not seen:
+        raise ValueError(f"{folder} holds no verified chain of a training split")
     mean_of = {k: space(torch.stack([z[min(k, len(z) - 1)] for z in seen]).float()).mean(0) for k in set(holes)}
     x = [space(z) for z in whole]
     ranks, predicted, predicted_next = {}, model.w_out(context[:, 0]), model.w_out(ahead)
@@ -282,7 +285,7 @@ def evaluate_plan(run: str, args) -> dict:
     n = min(args.decode_limit, len(chains))
     context, allowed, offsets, ahead, slots = (t[:n] for t in (context, allowed, offsets, ahead, slots))
     z_true = model.target_of(*latents.pad_latents(whole[:n], context.device), slots)
-    truths = [c["steps"][k - 1] for c, k in zip(chains, holes, strict=True)][:n]
+    truths = [" ".join(c["steps"][k - 1].split()) for c, k in zip(chains, holes, strict=True)][:n]
 
     alone = torch.zeros_like(allowed)
     alone[:, 0] = True

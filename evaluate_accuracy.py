@@ -330,7 +330,7 @@ def evaluate_nudge(run: str, args) -> dict:
     """
     alphas = (0.0,) if args.method == "greedy" else args.alphas
     model, config = infer.load_world_model(run, args.device)
-    guide, made_by = None, [weights_digest(run), llm_label(config), args.llm, args.max_new_tokens, args.batch_size]
+    guide, made_by = None, [weights_digest(run), llm_label(config, args.llm), args.max_new_tokens, args.batch_size]
     if args.nudge == "bias" and max(alphas) > 0:
         guide, _, folder = infer.load_beside(run, "", "guide", args.device)
         made_by.append(weights_digest(folder))

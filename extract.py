@@ -402,7 +402,7 @@ def latents_of_file(config, kind: str, path: str, device: str = "auto", limit: i
     Extracted where it is not there yet, into out/latents.
     """
     data_hash = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
-    name = f"{kind}-{data_hash}-{limit}-{llm_label(config)}-layer{config.layer}-{config.pooling}"
+    name = f"{kind}-{data_hash}-{limit}-{llm_label(config, llm)}-layer{config.layer}-{config.pooling}"
     folder = Path("out/latents") / name
     if not (folder / "manifest.json").is_file():
         main(["--" + kind, path, "--llm", llm or config.llm, "--name", config.llm, "--layer", str(config.layer),
@@ -414,8 +414,8 @@ def latents_of_file(config, kind: str, path: str, device: str = "auto", limit: i
 def written_for(config, problems: list[dict], dataset: str, split: str, args) -> Path:
     """The folder with args.k chains that an R-JEPA's LLM writes for each problem; written where it is not there yet."""
     what = [[p["id"], p["question"]] for p in problems], args.top_p, args.max_new_tokens
-    name = (f"written-{dataset}-{split}-{len(problems)}-{llm_label(config)}-layer{config.layer}-{config.pooling}"
-            f"-k{args.k}-t{args.temperature}-seed{args.seed}-{digest(json.dumps(what))[:6]}")
+    name = (f"written-{dataset}-{split}-{len(problems)}-{llm_label(config, args.llm)}-layer{config.layer}"
+            f"-{config.pooling}-k{args.k}-t{args.temperature}-seed{args.seed}-{digest(json.dumps(what))[:6]}")
     folder = Path("out/latents") / name
     if not (folder / "manifest.json").is_file():
         llm = load_llm(args.llm or config.llm, args.device, layer=config.layer, pooling=config.pooling)

@@ -577,7 +577,7 @@ class Plan(Asked):
 
     question: str = ""
     steps: tuple[str, ...] = ()  # one text a step
-    at: int = 0  # the 1-based step before which something is missing; 0: find it
+    at: int = 0  # the 1-based step before which something is missing; 0: find it, from step 2 on
     slots: int = 1  # steps to insert, at most
     decode: Literal["speaker", "llm"] = "speaker"  # who puts the predicted step into words
     speaker: str = ""  # the Speaker's run folder; empty: RUN-speak

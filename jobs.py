@@ -347,7 +347,7 @@ class SpeakJob(WorldJob):
 
 
 def spoken(texts: list[list[int]], eos: int, device, reads: list[list[int]] | None = None) -> dict:
-    """Texts (token ids), after what is read -> what of a batch of Speaker.forward is no context, and its counts."""
+    """idx, targets, is_text and counts of a batch of Speaker.forward: texts (token ids), each after what is read."""
     heads = [[*r, eos] if r else [] for r in reads or [[]] * len(texts)]
     rows = [[*r, *t] for r, t in zip(heads, texts, strict=True)]
     idx, n = pad_rows([[eos, *row] for row in rows], eos, device), sum(len(row) + 1 for row in rows)

@@ -86,7 +86,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(n_embd, n_embd, bias=False)
 
     def keys(self, source, kept=None):
-        """Keys and values [B, nh, T, hs] of source [B, T, C]."""
+        """Keys and values [B, nh, T, hs] of source [B, T, C], or [N, C] at `kept`."""
         kv = spread(self.kv(source), kept)
         return kv.view(*kv.shape[:2], 2, self.n_head, -1).permute(2, 0, 3, 1, 4).unbind(0)
 
@@ -155,7 +155,8 @@ class Transformer(nn.Module):
 
         positions: int [B or 1, T], 0 … T-1 by default. attn_allowed: bool [B or 1, T, T_keys]. context [B, T_ctx, C]
         or its `context_keys`, with context_allowed [B, T_ctx], for cross-attention. caches: see `new_caches`.
-        is_real bool [B, T]: where it is given the others are left out, and what comes out there is meaningless.
+        is_real bool [B, T]: where it is given the others are left out of all but attention, whose mask must bar them;
+        what comes out there is meaningless.
         """
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]
@@ -753,12 +754,13 @@ class RJEPA(Model):
             self.jepa.update_target(momentum)
 
     def flops_per_token(self, T: float) -> float:
-        """Forward and backward of adapters, predictor and (three fifths are visible) encoder, the target's forward."""
+        """Forward and backward of what is trained, the encoder on what is visible, and the target encoder's forward."""
         cfg = self.config
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         encoder = sum(p.numel() for p in self.jepa.target_encoder.parameters())
         attention = 16 * cfg.n_layer * cfg.n_embd + 12 * cfg.predictor_n_layer * cfg.predictor_n_embd
-        return 6 * (trained - 0.4 * encoder) + 2 * encoder + attention * T
+        hidden = 0.0 if cfg.adapters_only else 0.4  # of the latents, by the presets' masks
+        return 6 * (trained - hidden * encoder) + 2 * encoder + attention * T
 
 
 def mean_error(z_pred, z_target, is_target, counts):

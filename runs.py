@@ -214,10 +214,13 @@ def is_run(folder) -> bool:
     return path.is_file() and '"job"' in path.read_text()
 
 
-def llm_label(config) -> str:
-    """What a cache made with an R-JEPA's LLM is called after: its name, prompt and, for a run, its present weights."""
-    name = "".join(c if c.isalnum() or c in "-." else "-" for c in config.llm)
-    more = [x for x in (config.prompt, weights_digest(config.llm) if is_run(config.llm) else "") if x]
+def llm_label(config, folder: str = "") -> str:
+    """What a cache made with an R-JEPA's LLM is called after: its name, prompt and, for a run, its present weights.
+
+    folder: where it lies, if not under its name.
+    """
+    name, folder = "".join(c if c.isalnum() or c in "-." else "-" for c in config.llm), folder or config.llm
+    more = [x for x in (config.prompt, weights_digest(folder) if is_run(folder) else "") if x]
     return f"{name}-{digest(json.dumps(more))[:6]}" if more else name
 
 
