@@ -213,9 +213,6 @@ def step_retrieval(model, rows: list[dict], seed: int, n_candidates: int = 100) 
     return {"n": len(rows), "candidates": n_candidates, **rank_figures(ranks)}
 
 
-TRIES = 8  # how often a Speaker may say a step, as infer.py plan lets it
-
-
 def last_number(text: str):
     found = data.NUMBER.findall(text)
     return data.number(found[-1]) if found else None
@@ -299,8 +296,8 @@ def evaluate_plan(run: str, args) -> dict:
         return infer.say(speaker, tokenizer, z, allowed, offsets, reads, speak_config.block_size, tries)
 
     texts = {"speaker": say(z_pred, allowed, reads), "speaker_shuffled": say(z_pred.roll(1, 0), allowed, reads),
-             "speaker_tries": say(z_pred, allowed, reads, TRIES),
-             "speaker_tries_shuffled": say(z_pred.roll(1, 0), allowed, reads, TRIES),
+             "speaker_tries": say(z_pred, allowed, reads, infer.TRIES),
+             "speaker_tries_shuffled": say(z_pred.roll(1, 0), allowed, reads, infer.TRIES),
              "speaker_alone": say(z_pred, alone), "speaker_true": say(z_true, allowed, reads),
              "llm_before": infer.next_lines(llm, [(c["question"], c["steps"][: k - 1])
                                                   for c, k in zip(chains[:n], holes, strict=False)], 64)}

@@ -350,6 +350,9 @@ def next_lines(llm: LLM, chains: list[tuple[str, list[str]]], max_new_tokens: in
     return [chain["steps"][0] if chain["steps"] else "" for (chain,) in found]
 
 
+TRIES = 8  # texts that a Speaker may try for a step
+
+
 def say(speaker, tokenizer, context, allowed, offsets=None, reads=None, max_new_tokens: int = 64,
         tries: int = 1) -> list[str]:
     """What a Speaker says of each context: greedily, and where the arithmetic does not hold, sampled again.
@@ -379,7 +382,7 @@ def say(speaker, tokenizer, context, allowed, offsets=None, reads=None, max_new_
 
 def plan(model, llm: LLM, question: str, steps: list[str], decode: str = "speaker", speaker=None, tokenizer=None,
          memory=None, at: int = 0, slots: int = 1, quantile: float = 0.9, max_new_tokens: int = 64,
-         tries: int = 8) -> dict:
+         tries: int = TRIES) -> dict:
     """Finds where steps are missing, fills up to `slots` of them, says whether the chain now holds together.
 
     at: the 1-based step before which to insert; 0: where `find_gap` says. decode: `speaker` (from the predicted latent)
@@ -584,7 +587,7 @@ class Plan(Asked):
     memory: str = ""  # where near verified steps come from: a folder of latents, memory.py's file; empty: the run's own
     quantile: float = 0.9  # a gap is a next-step energy above this quantile of verified steps' energies
     max_new_tokens: int = 64
-    tries: int = 8  # the Speaker says a step again, this often at most in all, while its arithmetic does not hold
+    tries: int = TRIES  # the Speaker says a step again, so often at most in all, while its arithmetic does not hold
     llm: str = ""  # where the run's LLM lies, if not under the name it was trained with
 
     def __post_init__(self):
