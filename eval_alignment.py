@@ -227,8 +227,8 @@ def evaluate_plan(run: str, args) -> dict:
     the mean training latent of the position, and the prediction from the steps before alone (next_step).
     `decoded`: share of texts whose equations hold, whose last number is the true step's, and both. The Speaker says
     the predicted latent (and another chain's, `shuffled`; without its surroundings, `alone`; with those before the gap
-    alone, `before`, unless it reads what follows; the true latent instead, `true`; with infer.say's `tries`), the LLM
-    goes on from the steps before (`llm_before`).
+    alone, `before`, unless it reads what follows; the true latent instead, `true`; with as many `tries` as
+    infer.py gives), the LLM goes on from the steps before (`llm_before`, and with `tries`).
     `gaps`: infer.find_gap on chains with and without the gap. `given_away`: what the Speaker recovers of a step from
     its target latent alone, which was encoded with the whole chain in view; and from another's (`shuffled`).
     """
@@ -288,6 +288,7 @@ def evaluate_plan(run: str, args) -> dict:
     alone[:, 0] = True
     reads = [data.read_around(speak_config, tokenizer, c["question"], c["steps"][: k - 1], c["steps"][k:])
              for c, k in zip(chains[:n], holes, strict=False)]
+    before = [(c["question"], c["steps"][: k - 1]) for c, k in zip(chains[:n], holes, strict=False)]
     z_pred = context[:, 0]
 
     def say(z, allowed, reads=None, tries=1):
@@ -299,9 +300,8 @@ def evaluate_plan(run: str, args) -> dict:
              "speaker_tries": say(z_pred, allowed, reads, infer.TRIES),
              "speaker_tries_shuffled": say(z_pred.roll(1, 0), allowed, reads, infer.TRIES),
              "speaker_alone": say(z_pred, alone), "speaker_true": say(z_true, allowed, reads),
-             "llm_before": infer.next_lines(llm, [(c["question"], c["steps"][: k - 1])
-                                                  for c, k in zip(chains[:n], holes, strict=False)], 64)}
-
+             "llm_before": infer.next_lines(llm, before, 64), "llm_before_tries": infer.until_it_holds(
+                 lambda rows, *how: infer.next_lines(llm, [before[i] for i in rows], 64, (), *how), n)}
     if speak_config.reads != "all":
         texts["speaker_before"] = say(ahead, allowed & (offsets <= 0), reads)
 

@@ -330,8 +330,9 @@ def nearest_steps(model, memory: tuple[torch.Tensor, list[str]], z_pred: torch.T
     return [{"text": text, "cos": value} for text, value in found.items()]
 
 
-def next_lines(llm: LLM, chains: list[tuple[str, list[str]]], max_new_tokens: int, hints: list[str] = ()) -> list[str]:
-    """What the LLM writes, greedily, as the step after each chain (question, steps).
+def next_lines(llm: LLM, chains: list[tuple[str, list[str]]], max_new_tokens: int, hints: list[str] = (),
+               temperature: float = 0.0, seed: int = 1) -> list[str]:
+    """What the LLM writes, greedily at temperature 0, as the step after each chain (question, steps).
 
     hints, steps of other solutions, stand before the question where the LLM takes a prompt.
     """
@@ -343,7 +344,7 @@ def next_lines(llm: LLM, chains: list[tuple[str, list[str]]], max_new_tokens: in
     try:
         for start in range(0, len(chains), 64):
             questions, started = zip(*chains[start : start + 64], strict=True)
-            found += generate(llm, questions, 1, 0.0, 1.0, 1, max_new_tokens, started=started, one_step=True)
+            found += generate(llm, questions, 1, temperature, 1.0, seed, max_new_tokens, started=started, one_step=True)
     finally:
         if llm.prompt != prompt:
             llm.set_prompt(prompt)
@@ -353,31 +354,33 @@ def next_lines(llm: LLM, chains: list[tuple[str, list[str]]], max_new_tokens: in
 TRIES = 8  # texts that a Speaker may try for a step
 
 
-def say(speaker, tokenizer, context, allowed, offsets=None, reads=None, max_new_tokens: int = 64,
-        tries: int = 1) -> list[str]:
-    """What a Speaker says of each context: greedily, and where the arithmetic does not hold, sampled again.
+def until_it_holds(write, n: int, tries: int = TRIES) -> list[str]:
+    """Steps of n chains by write(rows, temperature, seed): greedily, and where the arithmetic does not hold, sampled.
 
     Of `tries` texts the first one that the gate finds no fault with (it does not know the answer), else the greedy one.
     """
-    reads = reads or [[]] * len(context)
-
-    def texts_of(rows, **how):
-        part = (None if x is None else x[rows] for x in (context, allowed, offsets))
-        found = speaker.generate(*part, max_new_tokens, prompts=[reads[i] for i in rows], **how)
-        return [" ".join(tokenizer.decode(ids).split()) for ids in found]
-
-    def holds(text):
-        return bool(text) and verify.check_step(text).is_valid
-
-    wrong = list(range(len(context)))
-    texts = texts_of(wrong)
-    for seed in range(1, tries):
-        wrong = [i for i in wrong if not holds(texts[i])]
+    wrong, texts = list(range(n)), [""] * n
+    for seed in range(max(1, tries)):
+        for i, text in zip(wrong, write(wrong, 0.7 if seed else 0.0, seed), strict=True):
+            text = " ".join(text.split())
+            texts[i] = text if seed == 0 or text and verify.check_step(text).is_valid else texts[i]
+        wrong = [i for i in wrong if not texts[i] or not verify.check_step(texts[i]).is_valid]
         if not wrong:
             break
-        for i, text in zip(wrong, texts_of(wrong, temperature=0.7, seed=seed), strict=True):
-            texts[i] = text if holds(text) else texts[i]
     return texts
+
+
+def say(speaker, tokenizer, context, allowed, offsets=None, reads=None, max_new_tokens: int = 64,
+        tries: int = 1) -> list[str]:
+    """What a Speaker says of each context, after what it reads; see `until_it_holds`."""
+    reads = reads or [[]] * len(context)
+
+    def write(rows, temperature, seed):
+        part = (None if x is None else x[rows] for x in (context, allowed, offsets))
+        found = speaker.generate(*part, max_new_tokens, temperature, seed, [reads[i] for i in rows])
+        return map(tokenizer.decode, found)
+
+    return until_it_holds(write, len(context), tries)
 
 
 def plan(model, llm: LLM, question: str, steps: list[str], decode: str = "speaker", speaker=None, tokenizer=None,
@@ -387,7 +390,7 @@ def plan(model, llm: LLM, question: str, steps: list[str], decode: str = "speake
 
     at: the 1-based step before which to insert; 0: where `find_gap` says. decode: `speaker` (from the predicted latent)
     or `llm` (prompted with question, steps so far and the nearest verified steps of `memory`, a `load_memory`). tries:
-    see `say`.
+    of the Speaker, see `until_it_holds`.
     -> {"steps", "filled": [{"step", "text", "nearest", "valid", "reason"}], "gap", "threshold", "next_step_energies",
     "energy_before", "energy_after", "decode"}.
     """
