@@ -361,12 +361,16 @@ def until_it_holds(write, n: int, tries: int = TRIES) -> list[str]:
     """
     wrong, texts = list(range(n)), [""] * n
     for seed in range(max(1, tries)):
-        for i, text in zip(wrong, write(wrong, 0.7 if seed else 0.0, seed), strict=True):
-            text = " ".join(text.split())
-            texts[i] = text if seed == 0 or text and verify.check_step(text).is_valid else texts[i]
-        wrong = [i for i in wrong if not texts[i] or not verify.check_step(texts[i]).is_valid]
         if not wrong:
             break
+        rows, wrong = wrong, []
+        for i, text in zip(rows, write(rows, 0.7 if seed else 0.0, seed), strict=True):
+            text = " ".join(text.split())
+            holds = text != "" and verify.check_step(text).is_valid
+            if holds or seed == 0:
+                texts[i] = text
+            if not holds:
+                wrong.append(i)
     return texts
 
 

@@ -266,7 +266,10 @@ class JEPA(nn.Module):
         self.predictor = predictor
 
     def encode(self, encoder, x, positions, visible, segment=None):
-        """Bidirectional encoding of the visible positions [B, S] alone -> [B, S, C], meaningless at the others."""
+        """Bidirectional encoding of the visible positions [B, S] alone -> [B, S, C], meaningless at the others.
+
+        segment: see `may_attend`.
+        """
         return encoder(x, positions, may_attend(visible, segment), is_real=visible)
 
     def predict(self, x, positions, is_visible, is_target):
@@ -563,19 +566,19 @@ class NanoJEPA(Model):
         Greedy at temperature 0, else sampled from a generator of its own. What the answer is conditioned on follows
         from config.answer_context: nothing, the predicted latent, or the question.
         """
-        self.eval()
         device, B = self.embed.weight.device, len(questions)
         rows = self.check_rows([question_row(q, self.pred_id) for q in questions], "question", 2)
-        if self.config.answer_context == "question":
-            lengths = torch.tensor([len(r) for r in rows], device=device)
-            x = self.embed(pad_rows(rows, self.eos_id, device))
-        else:
-            lengths = torch.ones(B, dtype=torch.long, device=device)
-            x = self.embed(torch.full((B, 1), self.eos_id, device=device))
-            if self.prefix is not None:
-                x = self.prefix(self.predict_latent(rows))[:, None]
-        return write(self.transformer, self.embed, self.eos_id, x, lengths, max_new_tokens, self.config.block_size,
-                     temperature, seed)
+        with self.evaluating():
+            if self.config.answer_context == "question":
+                lengths = torch.tensor([len(r) for r in rows], device=device)
+                x = self.embed(pad_rows(rows, self.eos_id, device))
+            else:
+                lengths = torch.ones(B, dtype=torch.long, device=device)
+                x = self.embed(torch.full((B, 1), self.eos_id, device=device))
+                if self.prefix is not None:
+                    x = self.prefix(self.predict_latent(rows))[:, None]
+            return write(self.transformer, self.embed, self.eos_id, x, lengths, max_new_tokens, self.config.block_size,
+                         temperature, seed)
 
     def update_target(self, momentum: float):
         if self.target_model is not None:
@@ -852,12 +855,12 @@ class Speaker(Model):
     def generate(self, context, context_allowed, offsets=None, max_new_tokens: int = 64, temperature: float = 0.0,
                  seed: int = 0, prompts: list[list[int]] | None = None) -> list[list[int]]:
         """Token ids of one text a row, without [EOS], after what it reads (`prompts`); KV cache. Greedy, or sampled."""
-        self.eval()
         rows = [[self.eos_id, *p, self.eos_id] if p else [self.eos_id] for p in prompts or [[]] * len(context)]
-        context = self.transformer.context_keys(self.prepare(context, offsets))
-        return write(self.transformer, self.embed, self.eos_id, self.embed(pad_rows(rows, 0, context_allowed.device)),
-                     torch.tensor([len(row) for row in rows], device=context_allowed.device), max_new_tokens,
-                     temperature=temperature, seed=seed, context=context, context_allowed=context_allowed)
+        idx, lengths = pad_rows(rows, 0, context.device), torch.tensor([len(r) for r in rows], device=context.device)
+        with self.evaluating():
+            context = self.transformer.context_keys(self.prepare(context, offsets))
+            return write(self.transformer, self.embed, self.eos_id, self.embed(idx), lengths, max_new_tokens,
+                         temperature=temperature, seed=seed, context=context, context_allowed=context_allowed)
 
 
 # ----------------------------------------------------------------------------- T-JEPA
@@ -1017,14 +1020,14 @@ class SpeakingTJEPA(Model):
     @torch.no_grad()
     def generate(self, questions: list[list[int]], max_new_tokens: int, temperature: float = 0.0, seed: int = 0):
         """Responses to questions (token ids) -> list of token lists, up to [EOS]; see Speaker.generate."""
-        self.eval()
         for i, q in enumerate(questions):
             if not 0 < len(q) <= self.config.block_size:
                 raise ValueError(f"question {i} has {len(q)} tokens; the model reads 1 to block_size="
                                  f"{self.config.block_size}")
         idx = pad_rows(questions, 0, self.text_encoder.embed.weight.device)
         allowed = real_tokens(questions, idx.device)
-        return self.speaker.generate(self.read(idx, allowed), allowed, None, max_new_tokens, temperature, seed)
+        with self.evaluating():
+            return self.speaker.generate(self.read(idx, allowed), allowed, None, max_new_tokens, temperature, seed)
 
     def flops_per_token(self, T: float) -> float:
         """Of the Speaker alone: questions are counted as no tokens."""

@@ -2428,6 +2428,7 @@ def test_a_speaker_learns_to_say_what_its_context_holds(reading):
         optimizer.step()
     assert net.generate(keys, batch["context_allowed"], max_new_tokens=6, prompts=reads) == texts
     assert net.generate(keys[:1], batch["context_allowed"][:1], max_new_tokens=6, prompts=reads[:1]) == texts[:1]
+    assert net.training  # as it was
 
 
 def test_what_an_llm_that_was_trained_again_has_made_is_not_taken_for_the_new_ones(tmp_path):
@@ -2481,7 +2482,8 @@ def test_evaluation_of_plan_and_nudge(world, monkeypatch, tmp_path):
     args = tyro.cli(eval_alignment.Args, args=[rjepa, "--plan", "--decode_limit", "5", *problems])
     found = eval_alignment.evaluate_plan(rjepa, args)
     assert found["n"] >= 20 and set(found["retrieval"]) == {"plan", "next_step", "copy", "neighbours", "position"}
-    assert {"llm_before", "speaker", "speaker_true", "speaker_shuffled"} < set(found["decoded"])
+    assert {"llm_before", "llm_before_tries", "speaker", "speaker_true", "speaker_shuffled", "speaker_tries",
+            "speaker_tries_shuffled"} < set(found["decoded"])
     assert found["decoded"]["llm_before"]["n"] == 5
     assert 0 <= found["gaps"]["precision"] <= 1
     json.dumps(found, allow_nan=False)
