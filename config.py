@@ -213,6 +213,7 @@ class SpeakConfig(RunConfig):
     reads: Literal["nothing", "before", "all"] = "all"  # beside the latents, as text: question and which other steps
     read_size: int = 512  # tokens of that text at most, its last ones
     read_weight: float = 0.2  # of these tokens in the loss; those that are said count 1
+    use_z: bool = True  # off: the control that never sees a latent and goes by what it reads (with alone_share 0)
     context_dim: int = 0  # width of the latents; the run stores it
     predicted_share: float = 0.5  # share of the examples that speak from the predicted latent, the rest from the true
     alone_share: float = 0.25  # share of the batches that see the latent alone, without question and other steps
@@ -302,6 +303,7 @@ class AnswerConfig(TextConfig):
 
     read_weight: ClassVar[float] = 0.0  # nothing is read but what the encoder thinks
     offsets: ClassVar[bool] = False
+    use_z: ClassVar[bool] = True
 
     # init_from: a run whose encoder reads the questions, or `random`: one of the shape below
     train_encoder: bool = False  # the encoder learns too; with `random`: end to end

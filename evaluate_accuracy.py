@@ -83,6 +83,8 @@ class Args(eval_alignment.Problems):
         check(self, "alphas", bool(self.alphas), "needs one value at least")
         positive(self, "k max_new_tokens batch_size temperature")
 
+FAULTY = 1e-6  # what the vote of a candidate weighs in which the gate finds an equation that does not hold
+
 
 def interval(right: np.ndarray, seed: int, draws: int = 2000) -> list[float]:
     """95 % interval of a mean over problems, right: float [n]. Wilson's for right and wrong, else a bootstrap."""
@@ -170,6 +172,10 @@ def evaluate_run(run: str, args) -> dict:
         lengths = -np.array([[len(t) for t in row] for row in texts], dtype=float)
         methods["shortest"] = figures(right[first, lengths.argmax(1)], pairs=pairwise(lengths, right))
         methods["majority"] = figures(right[first, [majority(row) for row in texts]])
+        holds = np.array([[verify.check_steps(data.split_steps(t)).is_valid for t in row] for row in texts])
+        methods["gate"] = figures(right[first, holds.argmax(1)], pairs=pairwise(holds, right))
+        votes = [majority(row, weights) for row, weights in zip(texts, holds + FAULTY, strict=True)]
+        methods["gate_majority"] = figures(right[first, votes])
         methods["oracle"] = figures(right.any(1))
     # controls: the best single answer to everything, in hindsight, and the model's own answers to other questions
     constant = statistics.mode(truths)
@@ -244,7 +250,8 @@ def evaluate_candidates(run: str, args) -> dict:
     is its next-step energy too; `combined` adds the first to the mean logprob. Votes of `majority_energy` weigh as
     much as the chain's coherence, those of `majority_combined` as much as it is likely to be right. The probe and the
     weights of `combined` are fitted on the labels of other questions; `contrast` sees no label. `ensemble` adds up the
-    energies of the runs given.
+    energies of the runs given. `gate` is any candidate whose equations hold, `gate_X` is X among those (among all,
+    where none is left): the gate does not know the answer.
     """
     model, config = infer.load_world_model(run, args.device)
     folder = candidate_folder(config, args)
@@ -297,18 +304,22 @@ def evaluate_candidates(run: str, args) -> dict:
         scores["ensemble"] = sum(s / s[usable].std() for s in together)
         scores["combined_ensemble"] = fitted(np.stack((logprob, scores["ensemble"]), 1), C=1.0)
 
+    answers = [r["steps"][-1] if r["steps"] else "" for r in rows]
+    holds = usable & [verify.check_steps(r["steps"]).is_valid for r in rows]
+    gated = {"gate": np.zeros(len(rows))} | {f"gate_{name}": scores[name] for name in ("logprob", "energy", "combined")}
+    scores |= {name: np.where(holds, s, s - 1 / FAULTY) for name, s in gated.items()}
     sources = [[rows[i]["source"] for i in m] for m in members]
     truth = [right[m] for m in members]
     by_source = {s: float(np.mean([right[i] for i in range(len(rows)) if rows[i]["source"] == s]))
                  for s in {r["source"] for r in rows}}
     random, oracle = float(np.mean([t.mean() for t in truth])), float(np.mean([t.any() for t in truth]))
     picks = {name: np.array([m[s[m].argmax()] for m in members]) for name, s in scores.items()}
-    answers = [rows[i]["steps"][-1] if rows[i]["steps"] else "" for i in range(len(rows))]
     coherence = np.array([float(model.coherence(e["leave_one_out"].to(model.quantiles.device)).mean())
                           if len(e["leave_one_out"]) else 0.0 for e in found])
-    likely = 1 / (1 + np.exp(-scores["combined"]))
-    for name, weights in (("majority", np.ones(len(rows))), ("majority_energy", coherence + 1e-6),
-                          ("majority_combined", likely)):
+    votes = {"majority": np.ones(len(rows)), "majority_energy": coherence + 1e-6,
+             "majority_combined": 1 / (1 + np.exp(-scores["combined"]))}
+    votes |= {f"gate_{name}": np.where(holds, weights, FAULTY * weights) for name, weights in votes.items()}
+    for name, weights in votes.items():
         picks[name] = np.array([m[majority([answers[i] for i in m], weights[m])] for m in members])
 
     figures = functools.partial(method_figures, random=random, oracle=oracle, seed=args.seed)
@@ -499,8 +510,8 @@ def evaluate_llm(name: str, args) -> dict:
 
 
 @plain_errors()
-def main():
-    args = tyro.cli(Args)
+def main(argv=None):
+    args = tyro.cli(Args, args=argv)
     config = load_config(args.run)[1] if is_run(args.run) or Path(args.run, "log.jsonl").is_file() else None
     kind = benchmarks.BENCHMARKS[args.dataset].kind if args.dataset in benchmarks.BENCHMARKS else "number"
     asks_llm = config is None or kind != "number"

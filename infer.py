@@ -179,22 +179,23 @@ def fit_weights(model, rows: list[dict], seed: int = 1, folds: int = 5) -> dict:
             "random": float(np.mean([right[m].mean() for m in members])), "logprob": accuracy(logprob)}
 
 
-def rerank(model, chains: list[dict], alpha: float, beta: float) -> list[dict]:
+def rerank(model, chains: list[dict], alpha: float, beta: float, gate: bool = False) -> list[dict]:
     """Chains of llm.generate -> the same, best first, each with its number, energy, score, answer and arithmetic.
 
     score = alpha * mean logprob + beta * (-energy). `arithmetic` is the gate's word on the steps' equations, without
-    knowing the answer: "" where they all hold, else why not.
+    knowing the answer: "" where they all hold, else why not. gate: those it finds fault with come after all others.
     """
     ranked = []
     for i, (chain, found) in enumerate(zip(chains, energies(model, [c["h"] for c in chains]), strict=True), 1):
         energy = chain_energy(found) if chain["steps"] else None
-        wrong = [v.reason for s in chain["steps"] if not (v := verify.check_step(s)).is_valid]
+        verdict = verify.check_steps(chain["steps"])
         answer = verify.extract_answer(chain["steps"][-1]) if chain["steps"] else None
         ranked.append({"candidate": i, "steps": chain["steps"], "answer": answer, "logprob": chain["logprob"],
                        "energy": energy,
                        "score": None if energy is None else alpha * chain["logprob"] - beta * energy,
-                       "arithmetic": wrong[0] if wrong else ""})
-    return sorted(ranked, key=lambda c: -float("inf") if c["score"] is None else c["score"], reverse=True)
+                       "arithmetic": "" if verdict.is_valid else verdict.reason})
+    return sorted(ranked, reverse=True, key=lambda c: (
+        c["score"] is not None, not (gate and c["arithmetic"]), c["score"] or 0.0))
 
 
 def fitted_weights(run: str) -> dict | None:
@@ -527,6 +528,7 @@ class Rerank(Writing):
     k: int = 4  # candidates
     alpha: float | None = None  # weight of the mean logprob; empty: as fitted
     beta: float | None = None  # weight of the energy; empty: as fitted
+    gate: bool = False  # candidates with an equation that does not hold come after all others
     fit: str = ""  # a jsonl file of labelled candidates, or a folder of their latents: fits alpha and beta for the run
 
     def __post_init__(self):
@@ -557,7 +559,7 @@ def run_rerank(args: Rerank) -> dict:
         weights = {k: fitted[k] if v is None else v for k, v in weights.items()}
     model, _, llm = args.load()
     chains = generate(llm, [args.question], args.k, args.temperature, args.top_p, args.seed, args.max_new_tokens)[0]
-    return {"question": args.question, **weights, "candidates": rerank(model, chains, **weights)}
+    return {"question": args.question, **weights, "candidates": rerank(model, chains, **weights, gate=args.gate)}
 
 
 @dataclass

@@ -338,7 +338,8 @@ class Demo:
         voters = sorted(done, key=lambda c: c["candidate"])
         picks = {"majority": voters[majority(["\n".join(c["steps"]) for c in voters])],
                  "logprob": max(done, key=lambda c: c["logprob"]),
-                 "JEPA": min(done, key=lambda c: c["energy"]), "score": done[0]}  # fmt: skip
+                 "JEPA": min(done, key=lambda c: c["energy"]), "score": done[0],
+                 "gate": next((c for c in done if not c["arithmetic"]), done[0])}  # fmt: skip
         cards = []
         for c in rows:
             chosen = [chip(f"{name}’s pick", "pick") for name, pick in picks.items() if pick is c]
@@ -351,7 +352,7 @@ class Demo:
                              class_="card chosen" if c is done[0] else "card"))
         formula = f"score = {weights['alpha']:.3g} × mean logprob − {weights['beta']:.3g} × energy"
         about = tag("p", f"Best first: {formula}. JEPA alone picks the lowest energy, the majority the answer that "
-                         "most candidates end in.")
+                         "most candidates end in, the gate the best score among those whose equations hold.")
         yield tag("div", about, tag("div", *cards, class_="cards")), {
             "run": run, "question": question, "steps": done[0]["steps"], **weights, **options, "candidates": rows,
             "picks": {name: pick["candidate"] for name, pick in picks.items()}}  # fmt: skip

@@ -442,8 +442,8 @@ def judge(steps: list[str], truth: str | None, answer: str | None) -> verify.Ver
     """The gate's verdict. Without the truth never valid: "unverified", or what is wrong with a step's arithmetic."""
     if truth is not None:
         return verify.validate({"answer": truth}, {"steps": steps, "answer": answer})
-    wrong = (v for v in map(verify.check_step, steps) if not v.is_valid)
-    return next(wrong, verify.Verdict(False, "unverified" if steps else "no_steps"))
+    verdict = verify.check_steps(steps)
+    return verify.Verdict(False, "unverified" if steps else "no_steps") if verdict.is_valid else verdict
 
 
 # ----------------------------------------------------------------------------- command line

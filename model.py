@@ -826,7 +826,7 @@ class Speaker(Model):
 
     def prepare(self, context, offsets=None):
         """Context [B, T_ctx, context_dim] -> what cross-attention reads, [B, T_ctx, C]."""
-        x = F.layer_norm(self.project(context), (self.config.n_embd,))
+        x = F.layer_norm(self.project(context * self.config.use_z), (self.config.n_embd,))
         if offsets is not None:
             x = x + self.offset(offsets.clamp(-self.MAX_OFFSET, self.MAX_OFFSET) + self.MAX_OFFSET)
         return x

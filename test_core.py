@@ -2254,7 +2254,7 @@ def test_plan_and_rerank_commands(world, capsys, tmp_path):
     lines = []
     for p in problems:
         gold = data.make_chain(p)
-        wrong = {"steps": gold["steps"][:-1] + ["#### 12345"], "is_correct": False, "source": "b"}
+        wrong = {"steps": ["2+2 = 5", *gold["steps"][1:-1], "#### 12345"], "is_correct": False, "source": "b"}
         right = {"steps": gold["steps"], "is_correct": True, "source": "a"}
         lines.append({"id": p["id"], "question": p["question"], "answer": gold["answer"], "candidates": [wrong, right]})
     candidates.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -2267,6 +2267,14 @@ def test_plan_and_rerank_commands(world, capsys, tmp_path):
     assert len(found["candidates"]) == 3 and found["alpha"] == fitted["alpha"]
     scores = [c["score"] for c in found["candidates"] if c["score"] is not None]
     assert scores == sorted(scores, reverse=True)
+    chains = [{"steps": steps, "logprob": logprob, "h": torch.randn(1 + len(steps), config.dim)}
+              for steps, logprob in ((["2+2 = 5", "#### 5"], 0.0), ([], -9.0), (["2+2 = 4", "#### 4"], -1.0))]
+    by_gate = [[c["candidate"] for c in infer.rerank(model, chains, 100.0, 0.0, gate)] for gate in (False, True)]
+    assert by_gate == [[1, 3, 2], [3, 1, 2]]  # the gate overrules the score; without steps there is nothing to rank
+    evaluate_accuracy.main([rjepa, "--latents", str(folder), "--device", "cpu"])
+    methods = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["methods"]
+    assert methods["random"]["accuracy"] == 0.5 and methods["shortest"]["accuracy"] < 1  # no labels, no lengths:
+    assert all(methods[name]["accuracy"] == 1 for name in methods if name.startswith("gate")) and "gate" in methods
 
 
 def test_a_published_run_is_used_as_the_run_is(world, tmp_path):

@@ -167,8 +167,8 @@ def test_rerank_streams_and_ranks(demo):
     assert [c["steps"] for c in result["candidates"]] == [c["steps"] for c in expected]
     assert [c["score"] for c in result["candidates"]] == pytest.approx([c["score"] for c in expected], abs=1e-4)
     assert result["picks"]["logprob"] == 1 + max(range(3), key=lambda i: chains[i]["logprob"])
-    assert set(result["picks"]) == {"majority", "logprob", "JEPA", "score"} and all(r is None for _, _, r in early)
-    assert picture.count("’s pick") == 4
+    assert set(result["picks"]) == {"majority", "logprob", "JEPA", "score", "gate"}
+    assert all(r is None for _, _, r in early) and picture.count("’s pick") == 5
 
 
 @needs_models

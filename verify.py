@@ -329,6 +329,14 @@ def check_step(text):
     return Verdict(True, "ok")
 
 
+def check_steps(steps):
+    """Verdict on the arithmetic of a chain: of its first step that is not "ok"; the detail begins with its number."""
+    for number, step in enumerate(steps, 1):
+        if not (verdict := check_step(step)).is_valid:
+            return Verdict(False, verdict.reason, f"step {number}: {verdict.detail}")
+    return Verdict(True, "ok")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # LaTeX answers
 
@@ -486,10 +494,7 @@ def _validate_number(problem, steps, stated):
             return Verdict(False, "no_answer", f"no number in {answer or steps[-1]!r}")
         if not check_answer(answer, truth):
             return Verdict(False, "wrong_answer", f"{answer} instead of {extract_answer(truth) or truth}")
-    for number, step in enumerate(steps, 1):
-        if not (verdict := check_step(step)).is_valid:
-            return Verdict(False, verdict.reason, f"step {number}: {verdict.detail}")
-    return Verdict(True, "ok")
+    return check_steps(steps)
 
 
 def _validate_math(problem, steps, stated):
