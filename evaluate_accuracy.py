@@ -12,7 +12,9 @@ verify.check_answer says so, that is by value (18 = 18.00 = $18); text without `
 reported apart as `strict`. The other kinds of problems are judged as benchmarks.py says.
 """
 
+import collections
 import functools
+import itertools
 import json
 import math
 import statistics
@@ -60,7 +62,7 @@ class Args(eval_alignment.Problems):
     shots: int = 0  # solved examples before a question, where the data set has a split for them (MMLU: 5 is usual)
     chat: bool = False  # what the LLM writes, it writes as a chat's answer, by its tokenizer's template
     allow_unsafe_code: bool = False  # run generated programs without the sandbox, if there is none
-    k: int = 1  # candidates per problem: 1 is greedy, more are sampled
+    k: int = 1  # candidates a problem: 1 is greedy, more are sampled; of those given, the first k, 1: all
     temperature: float = 0.8  # of the samples
     top_p: float = 0.95  # of an R-JEPA's LLM
     max_new_tokens: int = 0  # of an answer; 0: what the data set needs
@@ -258,6 +260,9 @@ def evaluate_candidates(run: str, args) -> dict:
     rows, manifest = latents.load_latents(folder)
     latents.check_same_llm(config, manifest, f"{run} and {folder}")
     rows = latents.first_problems(rows, args.limit)
+    if args.k > 1:
+        number = collections.defaultdict(itertools.count)
+        rows = [r for r in rows if next(number[r["problem_id"]]) < args.k]
     # a tie goes to the first of a question's candidates: their order in the file must not decide
     rows = [rows[i] for i in np.random.default_rng(args.seed).permutation(len(rows))]
     if any(r["logprobs"] is None for r in rows):

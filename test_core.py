@@ -2273,6 +2273,8 @@ def test_plan_and_rerank_commands(world, capsys, tmp_path):
     assert by_gate == [[1, 3, 2], [3, 1, 2]]  # the gate overrules the score; without steps there is nothing to rank
     evaluate_accuracy.main([rjepa, "--latents", str(folder), "--device", "cpu"])
     methods = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["methods"]
+    with pytest.raises(SystemExit, match="two questions"):
+        evaluate_accuracy.main([rjepa, "--latents", str(folder), "--device", "cpu", "--limit", "1", "--k", "2"])
     assert methods["random"]["accuracy"] == 0.5 and methods["shortest"]["accuracy"] < 1  # no labels, no lengths:
     assert all(methods[name]["accuracy"] == 1 for name in methods if name.startswith("gate")) and "gate" in methods
 
