@@ -388,7 +388,12 @@ def plot_energies(run: Path, model, rows: list[dict], found: list[dict]):
 
 
 def evaluate_step_errors(run: str, args) -> dict:
-    """How often the step with the highest energy is the first wrong one -> {"top1", its controls, "n"}."""
+    """How often infer.suspect names the first wrong step -> {"top1", "ci95", what else could name it, "n"}.
+
+    By the highest leave-one-out energy, next-step energy, or difference of both; by the gate alone, where it finds a
+    false equation (`top1_gate`; `top1_gate_random`: else any step); by the lowest logprob; the last step; the best
+    position for all, in hindsight (`top1_constant`). `top1_untrained`: as `top1`, by the energies of new weights.
+    """
     model, config = infer.load_world_model(run, args.device)
     folder = args.latents or extract.latents_of_file(config, "step_errors", args.step_errors, device=args.device,
                                                      limit=args.limit, llm=args.llm)
@@ -399,16 +404,24 @@ def evaluate_step_errors(run: str, args) -> dict:
     latents.check_same_llm(config, manifest, f"{run} and {folder}")
     if not rows:
         raise ValueError(f"{args.step_errors}: no chain with a first wrong step")
-    found, hits = infer.energies(model, [r["h"] for r in rows]), {}
-    for row, e in zip(rows, found, strict=True):
+    torch.manual_seed(args.seed)
+    untrained, h, hits = build_model(config).to(model.h_mean.device), [r["h"] for r in rows], {}
+    untrained.fit_standardize(torch.cat(h))
+    for row, e, control in zip(rows, infer.energies(model, h), infer.energies(untrained, h), strict=True):
         loo, ahead, truth = e["leave_one_out"], e["next_step"], row["wrong_step"] - 1
-        guesses = {"top1": loo, "top1_next_step": ahead, "top1_difference": ahead - loo,
+        is_false = [not verify.check_step(s).is_valid for s in row["steps"]]
+        guesses = {"top1_leave_one_out": loo, "top1_next_step": ahead, "top1_difference": ahead - loo,
                    "top1_logprob": -torch.tensor(row["logprobs"][1:]), "top1_last": torch.arange(len(loo))}
-        for name, values in guesses.items():
-            hits.setdefault(name, []).append(int(values.argmax()) == truth)
+        named = {k: infer.suspect(row["steps"], v) - 1 for k, v in (("top1", e), ("top1_untrained", control))}
+        named |= {k: int(v.argmax()) for k, v in guesses.items()}
+        for name, step in named.items():
+            hits.setdefault(name, []).append(step == truth)
+        hits.setdefault("top1_gate", []).append(any(is_false) and is_false.index(True) == truth)
+        hits.setdefault("top1_gate_random", []).append(hits["top1_gate"][-1] if any(is_false) else 1 / len(loo))
         hits.setdefault("top1_random", []).append(1 / len(loo))
-    return {k: float(np.mean(v)) for k, v in hits.items()} | {"ci95": list(wilson(float(np.mean(hits["top1"])),
-                                                                                  len(rows))), "n": len(rows)}
+    hits["top1_constant"] = np.bincount([r["wrong_step"] for r in rows]).max() / len(rows)
+    found = {k: float(np.mean(v)) for k, v in hits.items()}
+    return found | {"ci95": list(wilson(found["top1"], len(rows))), "n": len(rows)}
 
 
 # ----------------------------------------------------------------------------- T-JEPA
@@ -544,8 +557,8 @@ def print_figures(result: dict, name: str = ""):
 
 
 @plain_errors()
-def main():
-    args = tyro.cli(Args)
+def main(argv=None):
+    args = tyro.cli(Args, args=argv)
     config = load_config(args.run)[1]
     is_rjepa = isinstance(config, RJEPAConfig)
     if args.teacher and (not isinstance(config, TextConfig) or isinstance(config, AnswerConfig)):

@@ -75,11 +75,23 @@ def energies(model, chains: list[torch.Tensor], batch_size: int = 64) -> list[di
     return out
 
 
+def suspect(steps: list[str], found: dict[str, torch.Tensor]) -> int:
+    """Which step (1-based) is likely to be the first wrong one, by the gate and the energies of `energies`.
+
+    The first that states a false equation; else the one whose next-step energy is furthest above its leave-one-out
+    energy: what stands before does not lead to it, what follows goes along with it.
+    """
+    for number, step in enumerate(steps, 1):
+        if not verify.check_step(step).is_valid:
+            return number
+    return int((found["next_step"] - found["leave_one_out"]).argmax()) + 1
+
+
 def score(model, llm: LLM, question: str, steps: list[str]) -> dict:
     """Energies and coherence of a chain and of its steps.
 
-    -> {"energy", "energy_max", "energy_last", "next_step_energy", "coherence", "suspect" (1-based: the step of the
-    highest leave-one-out energy), "steps": [{"text", "energy", "next_step_energy", "coherence"}]}
+    -> {"energy", "energy_max", "energy_last", "next_step_energy", "coherence", "suspect" (see there), "steps":
+    [{"text", "energy", "next_step_energy", "coherence"}]}
     """
     if not steps or not all(unit.strip() for unit in (question, *steps)):
         raise ValueError("score needs a question and at least one step, none of them empty")
@@ -90,7 +102,7 @@ def score(model, llm: LLM, question: str, steps: list[str]) -> dict:
             for t, a, b, c in zip(steps, loo, ahead, coherence, strict=True)]
     return {"energy": float(loo.mean()), "energy_max": float(loo.max()), "energy_last": float(loo[-1]),
             "next_step_energy": float(ahead.mean()), "coherence": float(coherence.mean()),
-            "suspect": int(loo.argmax()) + 1, "steps": rows}
+            "suspect": suspect(steps, e), "steps": rows}
 
 
 # ----------------------------------------------------------------------------- RERANK

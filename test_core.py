@@ -2279,6 +2279,26 @@ def test_plan_and_rerank_commands(world, capsys, tmp_path):
     assert all(methods[name]["accuracy"] == 1 for name in methods if name.startswith("gate")) and "gate" in methods
 
 
+def test_the_suspect_is_what_the_gate_rejects_else_what_only_the_steps_after_it_support(world, tmp_path, capsys):
+    base, rjepa, _, _ = world
+    found = {"leave_one_out": torch.tensor([0.5, 0.1, 0.4]), "next_step": torch.tensor([0.6, 0.5, 0.7])}
+    assert infer.suspect(["3+4 = 7", "7+1 = 8", "#### 8"], found) == 2  # 0.4 more from what stands before it
+    assert infer.suspect(["3+4 = 7", "7+1 = 8", "8+1 = 10"], found) == 3
+    model, config = infer.load_world_model(rjepa, "cpu")
+    scored = infer.score(model, infer.llm_of(config, device="cpu"), QUESTION, ["2+2 = 4", "2+2 = 5"])
+    assert scored["suspect"] == 2
+    path = tmp_path / "errors.jsonl"
+    rows = [(["2+2 = 5", "5+4 = 9", "#### 9"], 1), (["2+2 = 4", "4+4 = 9", "#### 9"], 2)]
+    write_jsonl(path, [{"id": str(i), "question": QUESTION, "steps": steps, "is_correct": False, "first_error_step": k}
+                       for i, (steps, k) in enumerate(2 * rows)])
+    extract.main(["--step_errors", str(path), "--llm", str(base / "llm"), "--pooling", "both", "--logprobs",
+                  "--out", str(tmp_path / "latents"), "--device", "cpu"])  # fmt: skip
+    eval_alignment.main([rjepa, "--step_errors", str(path), "--latents", str(tmp_path / "latents"), "--device", "cpu"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["top1"] == result["top1_gate"] == 1 and result["top1_random"] == pytest.approx(1 / 3)
+    assert result["top1_last"] == 0 and {"top1_leave_one_out", "top1_difference", "top1_logprob"} <= set(result)
+
+
 def test_a_published_run_is_used_as_the_run_is(world, tmp_path):
     _, rjepa, _, _ = world
     folder = str(tmp_path / "small")
