@@ -623,10 +623,11 @@ def build(demo: Demo) -> gr.Blocks:
                 answer = gr.Textbox(demo.examples[first][2], label="Right answer, where it is known", interactive=False)
             with gr.Column(scale=5, min_width=320), gr.Tabs():
                 with gr.Tab("Score"):
-                    gr.HTML(tag("p", "How coherent is each step, and which one is suspect?"))
+                    gr.HTML(tag("p", "How coherent is each step, and which one is suspect: the first false equation, "
+                                     "else the step that those after it support and those before it do not?"))
                     button("Score the steps", demo.score, [world, question, steps])
                 with gr.Tab("Rerank"):
-                    gr.HTML(tag("p", "The LLM writes K candidates. Which does a vote pick, which the world model?"))
+                    gr.HTML(tag("p", "The LLM writes K candidates. Which does a vote pick, the world model, the gate?"))
                     with gr.Row():
                         k = slider("candidates K", "k", 4)
                         alpha, beta = (gr.Number(0, label=f"{name} (both 0: as fitted)", min_width=140)
