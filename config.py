@@ -213,7 +213,7 @@ class SpeakConfig(RunConfig):
     reads: Literal["nothing", "before", "all"] = "all"  # beside the latents, as text: question and which other steps
     read_size: int = 512  # tokens of that text at most, its last ones
     read_weight: float = 0.2  # of these tokens in the loss; those that are said count 1
-    use_z: bool = True  # off: the control that never sees a latent and goes by what it reads (with alone_share 0)
+    use_z: bool = True  # off: the control that goes by what it reads alone, with alone_share 0
     context_dim: int = 0  # width of the latents; the run stores it
     predicted_share: float = 0.5  # share of the examples that speak from the predicted latent, the rest from the true
     alone_share: float = 0.25  # share of the batches that see the latent alone, without question and other steps
@@ -224,6 +224,8 @@ class SpeakConfig(RunConfig):
         positive(self, "n_layer n_head n_embd block_size read_size")
         check(self, "n_head", self.n_embd % (2 * self.n_head) == 0, f"must divide n_embd={self.n_embd} into even parts")
         shares(self, "dropout predicted_share alone_share read_weight")
+        check(self, "use_z", self.use_z or (self.reads != "nothing" and self.alone_share == 0),
+              "off leaves nothing to go by unless it reads (--reads all or before) and always does (--alone_share 0)")
 
 
 @dataclass

@@ -390,9 +390,8 @@ def plot_energies(run: Path, model, rows: list[dict], found: list[dict]):
 def evaluate_step_errors(run: str, args) -> dict:
     """How often infer.suspect names the first wrong step -> {"top1", "ci95", what else could name it, "n"}.
 
-    By the highest leave-one-out energy, next-step energy, or difference of both; by the gate alone, where it finds a
-    false equation (`top1_gate`; `top1_gate_random`: else any step); by the lowest logprob; the last step; the best
-    position for all, in hindsight (`top1_constant`). `top1_untrained`: as `top1`, by the energies of new weights.
+    By the highest leave-one-out energy, next-step energy, or difference of both (`untrained`: of new weights); by the
+    lowest logprob; the last step; the middle one; any. `gate`: by a false equation alone, `gate_X`: else as X says.
     """
     model, config = infer.load_world_model(run, args.device)
     folder = args.latents or extract.latents_of_file(config, "step_errors", args.step_errors, device=args.device,
@@ -411,15 +410,16 @@ def evaluate_step_errors(run: str, args) -> dict:
         loo, ahead, truth = e["leave_one_out"], e["next_step"], row["wrong_step"] - 1
         is_false = [not verify.check_step(s).is_valid for s in row["steps"]]
         guesses = {"top1_leave_one_out": loo, "top1_next_step": ahead, "top1_difference": ahead - loo,
+                   "top1_untrained": control["next_step"] - control["leave_one_out"],
                    "top1_logprob": -torch.tensor(row["logprobs"][1:]), "top1_last": torch.arange(len(loo))}
-        named = {k: infer.suspect(row["steps"], v) - 1 for k, v in (("top1", e), ("top1_untrained", control))}
-        named |= {k: int(v.argmax()) for k, v in guesses.items()}
-        for name, step in named.items():
-            hits.setdefault(name, []).append(step == truth)
-        hits.setdefault("top1_gate", []).append(any(is_false) and is_false.index(True) == truth)
-        hits.setdefault("top1_gate_random", []).append(hits["top1_gate"][-1] if any(is_false) else 1 / len(loo))
-        hits.setdefault("top1_random", []).append(1 / len(loo))
-    hits["top1_constant"] = np.bincount([r["wrong_step"] for r in rows]).max() / len(rows)
+        right = {name: float(int(values.argmax()) == truth) for name, values in guesses.items()}
+        right |= {"top1_middle": float((len(loo) - 1) // 2 == truth), "top1_random": 1 / len(loo)}
+        gate = float(is_false.index(True) == truth) if any(is_false) else None
+        for name in ("middle", "random", "untrained"):
+            right[f"top1_gate_{name}"] = right[f"top1_{name}"] if gate is None else gate
+        right |= {"top1": float(infer.suspect(row["steps"], e)[0] - 1 == truth), "top1_gate": gate or 0.0}
+        for name, value in right.items():
+            hits.setdefault(name, []).append(value)
     found = {k: float(np.mean(v)) for k, v in hits.items()}
     return found | {"ci95": list(wilson(found["top1"], len(rows))), "n": len(rows)}
 

@@ -62,7 +62,7 @@ class Args(eval_alignment.Problems):
     shots: int = 0  # solved examples before a question, where the data set has a split for them (MMLU: 5 is usual)
     chat: bool = False  # what the LLM writes, it writes as a chat's answer, by its tokenizer's template
     allow_unsafe_code: bool = False  # run generated programs without the sandbox, if there is none
-    k: int = 1  # candidates a problem: 1 is greedy, more are sampled; of those given, the first k, 1: all
+    k: int = 1  # candidates a problem: 1 is greedy, more are sampled; of those given, the first k of a file, 1: all
     temperature: float = 0.8  # of the samples
     top_p: float = 0.95  # of an R-JEPA's LLM
     max_new_tokens: int = 0  # of an answer; 0: what the data set needs
@@ -84,8 +84,6 @@ class Args(eval_alignment.Problems):
         check(self, "folds", self.folds >= 2, "must be at least 2")
         check(self, "alphas", bool(self.alphas), "needs one value at least")
         positive(self, "k max_new_tokens batch_size temperature")
-
-FAULTY = 1e-6  # what the vote of a candidate weighs in which the gate finds an equation that does not hold
 
 
 def interval(right: np.ndarray, seed: int, draws: int = 2000) -> list[float]:
@@ -125,6 +123,11 @@ def majority(texts: list[str], weights=None) -> int:
         return 0
     winner = max(votes, key=votes.get)
     return max((i for i, value in enumerate(values) if value == winner), key=lambda i: weights[i])
+
+
+def holds_together(steps: list[str]) -> bool:
+    """Does the gate find no false equation in a chain, without knowing the answer? A chain needs steps for that."""
+    return bool(steps) and verify.check_steps(steps).is_valid
 
 
 def pairwise(scores: np.ndarray, right: np.ndarray) -> float | None:
@@ -174,9 +177,10 @@ def evaluate_run(run: str, args) -> dict:
         lengths = -np.array([[len(t) for t in row] for row in texts], dtype=float)
         methods["shortest"] = figures(right[first, lengths.argmax(1)], pairs=pairwise(lengths, right))
         methods["majority"] = figures(right[first, [majority(row) for row in texts]])
-        holds = np.array([[verify.check_steps(data.split_steps(t)).is_valid for t in row] for row in texts])
-        methods["gate"] = figures(right[first, holds.argmax(1)], pairs=pairwise(holds, right))
-        votes = [majority(row, weights) for row, weights in zip(texts, holds + FAULTY, strict=True)]
+        holds = np.array([[holds_together(data.split_steps(t)) for t in row] for row in texts])
+        left = [np.flatnonzero(ok) if ok.any() else np.arange(args.k) for ok in holds]
+        methods["gate"] = figures([r[i].mean() for r, i in zip(right, left, strict=True)], pairs=pairwise(holds, right))
+        votes = [i[majority([row[j] for j in i])] for row, i in zip(texts, left, strict=True)]
         methods["gate_majority"] = figures(right[first, votes])
         methods["oracle"] = figures(right.any(1))
     # controls: the best single answer to everything, in hindsight, and the model's own answers to other questions
@@ -263,6 +267,8 @@ def evaluate_candidates(run: str, args) -> dict:
     if args.k > 1:
         number = collections.defaultdict(itertools.count)
         rows = [r for r in rows if next(number[r["problem_id"]]) < args.k]
+        if (most := max(next(n) for n in number.values())) < args.k:
+            raise ValueError(f"--k {args.k}: {folder} holds {most} candidates a question at most")
     # a tie goes to the first of a question's candidates: their order in the file must not decide
     rows = [rows[i] for i in np.random.default_rng(args.seed).permutation(len(rows))]
     if any(r["logprobs"] is None for r in rows):
@@ -310,9 +316,10 @@ def evaluate_candidates(run: str, args) -> dict:
         scores["combined_ensemble"] = fitted(np.stack((logprob, scores["ensemble"]), 1), C=1.0)
 
     answers = [r["steps"][-1] if r["steps"] else "" for r in rows]
-    holds = usable & [verify.check_steps(r["steps"]).is_valid for r in rows]
-    gated = {"gate": np.zeros(len(rows))} | {f"gate_{name}": scores[name] for name in ("logprob", "energy", "combined")}
-    scores |= {name: np.where(holds, s, s - 1 / FAULTY) for name, s in gated.items()}
+    holds = np.array([holds_together(r["steps"]) for r in rows])
+    left = [m[holds[m]] if holds[m].any() else m for m in members]
+    for name in ("logprob", "energy", "energy_next_step", "combined"):
+        scores[f"gate_{name}"] = np.where(holds, scores[name], scores[name] - 1e6)
     sources = [[rows[i]["source"] for i in m] for m in members]
     truth = [right[m] for m in members]
     by_source = {s: float(np.mean([right[i] for i in range(len(rows)) if rows[i]["source"] == s]))
@@ -323,12 +330,12 @@ def evaluate_candidates(run: str, args) -> dict:
                           if len(e["leave_one_out"]) else 0.0 for e in found])
     votes = {"majority": np.ones(len(rows)), "majority_energy": coherence + 1e-6,
              "majority_combined": 1 / (1 + np.exp(-scores["combined"]))}
-    votes |= {f"gate_{name}": np.where(holds, weights, FAULTY * weights) for name, weights in votes.items()}
-    for name, weights in votes.items():
-        picks[name] = np.array([m[majority([answers[i] for i in m], weights[m])] for m in members])
+    for prefix, groups in (("", members), ("gate_", left)):
+        for name, weights in votes.items():
+            picks[prefix + name] = np.array([m[majority([answers[i] for i in m], weights[m])] for m in groups])
 
     figures = functools.partial(method_figures, random=random, oracle=oracle, seed=args.seed)
-    methods = {"random": figures([t.mean() for t in truth])}
+    methods = {"random": figures([t.mean() for t in truth]), "gate": figures([right[m].mean() for m in left])}
     for name, picked in picks.items():
         pairs = balanced_pairwise([scores[name][m] for m in members], truth, sources) if name in scores else None
         alone = float(np.mean([by_source[rows[i]["source"]] for i in picked]))

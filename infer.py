@@ -75,34 +75,36 @@ def energies(model, chains: list[torch.Tensor], batch_size: int = 64) -> list[di
     return out
 
 
-def suspect(steps: list[str], found: dict[str, torch.Tensor]) -> int:
-    """Which step (1-based) is likely to be the first wrong one, by the gate and the energies of `energies`.
+def suspect(steps: list[str], found: dict[str, torch.Tensor]) -> tuple[int, str]:
+    """Which step (1-based) is likely to be the first wrong one, by the gate and the energies of `energies`, and why.
 
-    The first that states a false equation; else the one whose next-step energy is furthest above its leave-one-out
-    energy: what stands before does not lead to it, what follows goes along with it.
+    The first that states a false equation ("equation"); else ("energies") the one whose next-step energy is furthest
+    above its leave-one-out energy: the steps before do not lead to it, those after go along with it. The last step has
+    none after it, so energies name it only where no other has such a difference.
     """
     for number, step in enumerate(steps, 1):
         if not verify.check_step(step).is_valid:
-            return number
-    return int((found["next_step"] - found["leave_one_out"]).argmax()) + 1
+            return number, "equation"
+    return int((found["next_step"] - found["leave_one_out"]).argmax()) + 1, "energies"
 
 
 def score(model, llm: LLM, question: str, steps: list[str]) -> dict:
     """Energies and coherence of a chain and of its steps.
 
-    -> {"energy", "energy_max", "energy_last", "next_step_energy", "coherence", "suspect" (see there), "steps":
-    [{"text", "energy", "next_step_energy", "coherence"}]}
+    -> {"energy", "energy_max", "energy_last", "next_step_energy", "coherence", "suspect" and "suspect_by" (see
+    `suspect`), "steps": [{"text", "energy", "next_step_energy", "coherence"}]}
     """
     if not steps or not all(unit.strip() for unit in (question, *steps)):
         raise ValueError("score needs a question and at least one step, none of them empty")
     e = energies(model, [llm.step_latents(question, steps)])[0]
     loo, ahead = e["leave_one_out"], e["next_step"]
     coherence = model.coherence(loo.to(model.quantiles.device)).cpu()
+    number, by = suspect(steps, e)
     rows = [{"text": t, "energy": float(a), "next_step_energy": float(b), "coherence": float(c)}
             for t, a, b, c in zip(steps, loo, ahead, coherence, strict=True)]
     return {"energy": float(loo.mean()), "energy_max": float(loo.max()), "energy_last": float(loo[-1]),
             "next_step_energy": float(ahead.mean()), "coherence": float(coherence.mean()),
-            "suspect": suspect(steps, e), "steps": rows}
+            "suspect": number, "suspect_by": by, "steps": rows}
 
 
 # ----------------------------------------------------------------------------- RERANK
@@ -571,7 +573,8 @@ def run_rerank(args: Rerank) -> dict:
         weights = {k: fitted[k] if v is None else v for k, v in weights.items()}
     model, _, llm = args.load()
     chains = generate(llm, [args.question], args.k, args.temperature, args.top_p, args.seed, args.max_new_tokens)[0]
-    return {"question": args.question, **weights, "candidates": rerank(model, chains, **weights, gate=args.gate)}
+    weights["gate"] = args.gate
+    return {"question": args.question, **weights, "candidates": rerank(model, chains, **weights)}
 
 
 @dataclass
@@ -714,7 +717,7 @@ def main(argv=None):
         result["interaction"] = log_answer(argv[0], args, result)
     if argv[0] == "score" and "steps" in result:
         for i, s in enumerate(result["steps"], 1):
-            mark = " <- suspect" if i == result["suspect"] else ""
+            mark = f" <- suspect, by its {result['suspect_by']}" if i == result["suspect"] else ""
             print(f"{i:3}  energy {s['energy']:.3f}  next {s['next_step_energy']:.3f}  coherence {s['coherence']:.2f}  "
                   f"{s['text'][:80]}{mark}")
     for c in result.get("candidates", []):

@@ -295,7 +295,7 @@ class Demo:
             kind, sign = ("high", "●") if c >= 0.25 else ("middle", "◆") if c >= 0.05 else ("low", "▲")
             notes = [arithmetic(step["text"])]
             if i == found["suspect"]:
-                notes.append(chip("suspected", "suspect"))
+                notes.append(chip(f"suspected by its {found['suspect_by']}", "suspect"))
             if i == known:
                 notes.append(chip("known to be wrong", "wrong"))
             rows.append(tag("div", tag("b", f"{sign} {i}"), tag("span", step["text"], class_="grow"), *notes,
@@ -627,7 +627,7 @@ def build(demo: Demo) -> gr.Blocks:
                                      "else the step that those after it support and those before it do not?"))
                     button("Score the steps", demo.score, [world, question, steps])
                 with gr.Tab("Rerank"):
-                    gr.HTML(tag("p", "The LLM writes K candidates. Which does a vote pick, the world model, the gate?"))
+                    gr.HTML(tag("p", "The LLM writes K candidates. Which does a vote, the world model, the gate pick?"))
                     with gr.Row():
                         k = slider("candidates K", "k", 4)
                         alpha, beta = (gr.Number(0, label=f"{name} (both 0: as fitted)", min_width=140)

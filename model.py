@@ -825,7 +825,10 @@ class Speaker(Model):
         init_weights(self, config.n_layer)
 
     def prepare(self, context, offsets=None):
-        """Context [B, T_ctx, context_dim] -> what cross-attention reads, [B, T_ctx, C]."""
+        """Context [B, T_ctx, context_dim] -> what cross-attention reads, [B, T_ctx, C].
+
+        Without use_z no latent reaches it, but how many there are and their offsets do.
+        """
         x = F.layer_norm(self.project(context * self.config.use_z), (self.config.n_embd,))
         if offsets is not None:
             x = x + self.offset(offsets.clamp(-self.MAX_OFFSET, self.MAX_OFFSET) + self.MAX_OFFSET)

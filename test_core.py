@@ -2256,13 +2256,14 @@ def test_plan_and_rerank_commands(world, capsys, tmp_path):
         gold = data.make_chain(p)
         wrong = {"steps": ["2+2 = 5", *gold["steps"][1:-1], "#### 12345"], "is_correct": False, "source": "b"}
         right = {"steps": gold["steps"], "is_correct": True, "source": "a"}
-        lines.append({"id": p["id"], "question": p["question"], "answer": gold["answer"], "candidates": [wrong, right]})
+        lines.append({"id": p["id"], "question": p["question"], "answer": gold["answer"],
+                      "candidates": [wrong, right, right]})
     candidates.write_text("".join(json.dumps(line) + "\n" for line in lines))
     folder = tmp_path / "latents"
     extract.main(["--candidates", str(candidates), "--llm", str(base / "llm"), "--pooling", "both", "--logprobs",
                   "--out", str(folder), "--device", "cpu"])  # fmt: skip
     fitted = infer_main(capsys, "rerank", rjepa, "--fit", str(folder))
-    assert fitted["n"] == 12 and fitted["random"] == 0.5 and 0 <= fitted["accuracy"] <= 1
+    assert fitted["n"] == 12 and fitted["random"] == pytest.approx(2 / 3) and 0 <= fitted["accuracy"] <= 1
     found = infer_main(capsys, "rerank", rjepa, "--question", QUESTION, "--k", "3", "--max_new_tokens", "40")
     assert len(found["candidates"]) == 3 and found["alpha"] == fitted["alpha"]
     scores = [c["score"] for c in found["candidates"] if c["score"] is not None]
@@ -2271,22 +2272,22 @@ def test_plan_and_rerank_commands(world, capsys, tmp_path):
               for steps, logprob in ((["2+2 = 5", "#### 5"], 0.0), ([], -9.0), (["2+2 = 4", "#### 4"], -1.0))]
     by_gate = [[c["candidate"] for c in infer.rerank(model, chains, 100.0, 0.0, gate)] for gate in (False, True)]
     assert by_gate == [[1, 3, 2], [3, 1, 2]]  # the gate overrules the score; without steps there is nothing to rank
-    evaluate_accuracy.main([rjepa, "--latents", str(folder), "--device", "cpu"])
+    evaluate_accuracy.main([rjepa, "--latents", str(folder), "--device", "cpu", "--k", "2"])  # one of the right ones
     methods = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["methods"]
-    with pytest.raises(SystemExit, match="two questions"):
-        evaluate_accuracy.main([rjepa, "--latents", str(folder), "--device", "cpu", "--limit", "1", "--k", "2"])
-    assert methods["random"]["accuracy"] == 0.5 and methods["shortest"]["accuracy"] < 1  # no labels, no lengths:
+    with pytest.raises(SystemExit, match="--k 4: .* holds 3 candidates"):
+        evaluate_accuracy.main([rjepa, "--latents", str(folder), "--device", "cpu", "--k", "4"])
+    assert methods["random"]["accuracy"] == 0.5  # the gate sees neither labels nor answers, and finds them:
     assert all(methods[name]["accuracy"] == 1 for name in methods if name.startswith("gate")) and "gate" in methods
 
 
 def test_the_suspect_is_what_the_gate_rejects_else_what_only_the_steps_after_it_support(world, tmp_path, capsys):
     base, rjepa, _, _ = world
     found = {"leave_one_out": torch.tensor([0.5, 0.1, 0.4]), "next_step": torch.tensor([0.6, 0.5, 0.7])}
-    assert infer.suspect(["3+4 = 7", "7+1 = 8", "#### 8"], found) == 2  # 0.4 more from what stands before it
-    assert infer.suspect(["3+4 = 7", "7+1 = 8", "8+1 = 10"], found) == 3
+    assert infer.suspect(["3+4 = 7", "7+1 = 8", "#### 8"], found) == (2, "energies")
+    assert infer.suspect(["3+4 = 7", "7+1 = 8", "8+1 = 10"], found) == (3, "equation")
     model, config = infer.load_world_model(rjepa, "cpu")
     scored = infer.score(model, infer.llm_of(config, device="cpu"), QUESTION, ["2+2 = 4", "2+2 = 5"])
-    assert scored["suspect"] == 2
+    assert (scored["suspect"], scored["suspect_by"]) == (2, "equation")
     path = tmp_path / "errors.jsonl"
     rows = [(["2+2 = 5", "5+4 = 9", "#### 9"], 1), (["2+2 = 4", "4+4 = 9", "#### 9"], 2)]
     write_jsonl(path, [{"id": str(i), "question": QUESTION, "steps": steps, "is_correct": False, "first_error_step": k}
@@ -2296,7 +2297,8 @@ def test_the_suspect_is_what_the_gate_rejects_else_what_only_the_steps_after_it_
     eval_alignment.main([rjepa, "--step_errors", str(path), "--latents", str(tmp_path / "latents"), "--device", "cpu"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["top1"] == result["top1_gate"] == 1 and result["top1_random"] == pytest.approx(1 / 3)
-    assert result["top1_last"] == 0 and {"top1_leave_one_out", "top1_difference", "top1_logprob"} <= set(result)
+    assert result["top1_last"] == 0 and result["top1_middle"] == 0.5 and result["top1_gate_middle"] == 1
+    assert {"top1_leave_one_out", "top1_difference", "top1_logprob", "top1_untrained"} <= set(result)
 
 
 def test_a_published_run_is_used_as_the_run_is(world, tmp_path):
@@ -2459,6 +2461,17 @@ def test_a_speaker_learns_to_say_what_its_context_holds(reading):
     assert net.generate(keys, batch["context_allowed"], max_new_tokens=6, prompts=reads) == texts
     assert net.generate(keys[:1], batch["context_allowed"][:1], max_new_tokens=6, prompts=reads[:1]) == texts[:1]
     assert net.training  # as it was
+
+
+def test_the_control_without_latents_never_sees_one():
+    with pytest.raises(ValueError, match="use_z.*--alone_share 0"):
+        cfg.SpeakConfig(use_z=False)
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "context_dim": 8, "vocab_size": 12}
+    for use_z in (True, False):
+        net = m.Speaker(cfg.SpeakConfig(**shape, use_z=use_z, alone_share=0.0)).eval()
+        batch = jobs.spoken([[1, 2], [3]], 10, "cpu", [[4], [5, 6]]) | {"context_allowed": torch.ones(2, 3).bool()}
+        a, b = (net.losses(batch | {"context": torch.randn(2, 3, 8)}) for _ in range(2))
+        assert torch.equal(a, b) != use_z
 
 
 def test_what_an_llm_that_was_trained_again_has_made_is_not_taken_for_the_new_ones(tmp_path):
