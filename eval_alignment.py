@@ -33,7 +33,7 @@ import infer
 import jobs
 import latents
 import verify
-from config import AnswerConfig, RJEPAConfig, TextConfig, TJEPAConfig, not_negative, plain_errors, positive, shares
+from config import AnswerConfig, RJEPAConfig, TextConfig, TJEPAConfig, not_negative, plain_errors, shares
 from model import TextEncoder, alignment, latent_figures, wilson
 from runs import (
     build_model,
@@ -72,14 +72,14 @@ class Args(Problems):
     step_errors: str = ""  # R-JEPA: a jsonl file of chains with the first wrong step known
     plan: bool = False  # R-JEPA: PLAN on the problems' own solutions with a middle step taken out
     quantile: float = 0.9  # PLAN: a gap is a next-step energy above this quantile of verified steps' energies
-    decode_limit: int = 500  # PLAN: chains whose missing step is put into words
+    decode_limit: int = 500  # PLAN: chains whose missing step is put into words; 0: of none, which needs no Speaker
     speaker: str = ""  # PLAN: the Speaker's run folder; empty: RUN-speak
     teacher: str = ""  # T-JEPA: a run whose outputs a linear map of this run's is fitted to
 
     def __post_init__(self):
         super().__post_init__()
         shares(self, "quantile")
-        positive(self, "decode_limit")
+        not_negative(self, "decode_limit")
 
 
 def held_out(args, config) -> list[dict]:
@@ -239,8 +239,9 @@ def evaluate_plan(run: str, args) -> dict:
     if len(chains) < 2:
         raise ValueError(f"{len(chains)} of {len(problems)} solutions have three steps and more: raise --limit, or "
                          "take another data set")
-    speaker, speak_config, folder = infer.load_beside(run, args.speaker, "speak", args.device)
-    tokenizer = load_tokenizer(folder, speak_config)
+    if args.decode_limit:
+        speaker, speak_config, folder = infer.load_beside(run, args.speaker, "speak", args.device)
+        tokenizer = load_tokenizer(folder, speak_config)
     rng = np.random.default_rng(args.seed)
     holes = [int(rng.integers(2, len(c["steps"]))) for c in chains]
     whole = llm.read_chains([(c["question"], c["steps"]) for c in chains])
@@ -278,6 +279,9 @@ def evaluate_plan(run: str, args) -> dict:
     gaps = {"recall": flagged / len(chains), "false_alarms": false / len(chains),
             "precision": flagged / max(1, flagged + false),
             "located": float(np.mean([g == k for g, k in zip(found[0], holes, strict=True)]))}
+    result = {"n": len(chains), "retrieval": retrieval, "gaps": gaps}
+    if not args.decode_limit:
+        return result
 
     n = min(args.decode_limit, len(chains))
     context, allowed, offsets, ahead, slots = (t[:n] for t in (context, allowed, offsets, ahead, slots))
@@ -323,7 +327,7 @@ def evaluate_plan(run: str, args) -> dict:
         right = float((holds & number).mean())
         decoded[name] = {"n": n, "holds": float(holds.mean()), "number": float(number.mean()), "right": right,
                          "ci95": list(wilson(right, n))}
-    return {"n": len(chains), "retrieval": retrieval, "gaps": gaps, "decoded": decoded, "given_away": given_away}
+    return result | {"decoded": decoded, "given_away": given_away}
 
 
 @torch.no_grad()
@@ -408,16 +412,16 @@ def evaluate_step_errors(run: str, args) -> dict:
     untrained.fit_standardize(torch.cat(h))
     for row, e, control in zip(rows, infer.energies(model, h), infer.energies(untrained, h), strict=True):
         loo, ahead, truth = e["leave_one_out"], e["next_step"], row["wrong_step"] - 1
-        is_false = [not verify.check_step(s).is_valid for s in row["steps"]]
+        number, by = infer.suspect(row["steps"], e)
         guesses = {"top1_leave_one_out": loo, "top1_next_step": ahead, "top1_difference": ahead - loo,
                    "top1_untrained": control["next_step"] - control["leave_one_out"],
                    "top1_logprob": -torch.tensor(row["logprobs"][1:]), "top1_last": torch.arange(len(loo))}
         right = {name: float(int(values.argmax()) == truth) for name, values in guesses.items()}
         right |= {"top1_middle": float((len(loo) - 1) // 2 == truth), "top1_random": 1 / len(loo)}
-        gate = float(is_false.index(True) == truth) if any(is_false) else None
+        right["top1"] = float(number - 1 == truth)
         for name in ("middle", "random", "untrained"):
-            right[f"top1_gate_{name}"] = right[f"top1_{name}"] if gate is None else gate
-        right |= {"top1": float(infer.suspect(row["steps"], e)[0] - 1 == truth), "top1_gate": gate or 0.0}
+            right[f"top1_gate_{name}"] = right["top1" if by == "equation" else f"top1_{name}"]
+        right["top1_gate"] = right["top1"] * (by == "equation")
         for name, value in right.items():
             hits.setdefault(name, []).append(value)
     found = {k: float(np.mean(v)) for k, v in hits.items()}

@@ -2524,6 +2524,8 @@ def test_evaluation_of_plan_and_nudge(world, monkeypatch, tmp_path):
     problems = ["--dataset", "synthetic", "--limit", "60", "--device", "cpu"]
     args = tyro.cli(eval_alignment.Args, args=[rjepa, "--plan", "--decode_limit", "5", *problems])
     found = eval_alignment.evaluate_plan(rjepa, args)
+    args.decode_limit, args.speaker = 0, "nowhere"
+    assert eval_alignment.evaluate_plan(rjepa, args) == {key: found[key] for key in ("n", "retrieval", "gaps")}
     assert found["n"] >= 20 and set(found["retrieval"]) == {"plan", "next_step", "copy", "neighbours", "position"}
     assert {"llm_before", "llm_before_tries", "speaker", "speaker_true", "speaker_shuffled", "speaker_tries",
             "speaker_tries_shuffled"} < set(found["decoded"])
