@@ -272,6 +272,9 @@ class TJEPAConfig(DocumentConfig):
     standardize_target: bool = True  # per dimension, over the batch; off: as published, which collapses (LOG.md)
     lambda_variance: float = 0.1  # hinge on the std of every dimension of the context encoder's output
     lambda_covariance: float = 0.01  # sum of a dimension's squared covariances with the others
+    document_share: float = 0.0  # behind a projection head, of a dimension's variance, between documents; 0: no head
+    lambda_document: float = 5.0  # squared distance from that share
+    lambda_decorrelation: float = 0.01  # squared correlations between documents and within them
 
     def __post_init__(self):
         super().__post_init__()
@@ -279,8 +282,8 @@ class TJEPAConfig(DocumentConfig):
         check(self, "predictor_n_embd", self.predictor_n_embd % (2 * self.n_head) == 0,
               f"must be a multiple of 2 x {self.n_head}")
         check(self, "mask_min", 0 < self.mask_min <= self.mask_max < 1, "needs 0 < mask_min <= mask_max < 1")
-        shares(self, "paragraph_share")
-        not_negative(self, "lambda_variance lambda_covariance")
+        shares(self, "paragraph_share document_share")
+        not_negative(self, "lambda_variance lambda_covariance lambda_document lambda_decorrelation")
 
 
 @dataclass
@@ -330,7 +333,8 @@ NETWORK = {
     NanoJEPAConfig: """tokenizer vocab_size block_size n_layer n_head n_embd answer_context pooling standardize_target
                        target_encoder""".split(),
     RJEPAConfig: """n_layer n_head n_embd predictor_n_layer predictor_n_embd target_positions""".split(),
-    TJEPAConfig: """tokenizer vocab_size n_layer n_head n_embd predictor_n_layer predictor_n_embd""".split(),
+    TJEPAConfig: """tokenizer vocab_size n_layer n_head n_embd predictor_n_layer predictor_n_embd
+                   document_share""".split(),
 }
 
 
@@ -358,6 +362,10 @@ def shares(config, names: str):
 RJEPA_SMALL = RJEPAConfig(
     layer=22, pooling="mean", dropout=0.2, lambda_margin=1.0, lambda_variance=0.1, ema_start=0.98, ema_end=0.999,
     batch_size=128, epochs=4.0, weight_decay=0.05, eval_every=200, save_every=200,
+)  # fmt: skip
+TJEPA_SMALL = TJEPAConfig(
+    tokenizer="bpe", vocab_size=2048, block_size=256, n_layer=4, n_head=4, n_embd=256, predictor_n_layer=2,
+    predictor_n_embd=128, batch_size=16, epochs=2.0, weight_decay=0.05, eval_every=250, save_every=500,
 )  # fmt: skip
 PRESETS = {
     # any machine, no download, minutes: what `python train.py` runs
@@ -406,9 +414,10 @@ PRESETS = {
     # T-JEPA: about 100 M parameters that are trained, GPT-2 BPE; meant for one GPU with 12 GB
     "tjepa": TJEPAConfig(batch_size=16, grad_accum=2, lr=6e-4, epochs=40.0, weight_decay=0.05),
     # the same for a CPU
-    "tjepa-small": TJEPAConfig(
-        tokenizer="bpe", vocab_size=2048, block_size=256, n_layer=4, n_head=4, n_embd=256, predictor_n_layer=2,
-        predictor_n_embd=128, batch_size=16, epochs=2.0, weight_decay=0.05, eval_every=250, save_every=500,
+    "tjepa-small": TJEPA_SMALL,
+    # the same with what is predicted behind a head, where 60 % of it is which document a token is of (RESULTS.md)
+    "tjepa-document": dataclasses.replace(
+        TJEPA_SMALL, document_share=0.6, lambda_variance=1.0, lambda_covariance=0.0, ema_start=0.98, ema_end=0.998,
     ),
     # a student of half the width learns its outputs; then a Speaker learns to answer questions through either
     "tjepa-distill": DistillConfig(

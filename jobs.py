@@ -390,17 +390,21 @@ def span_figures(model, documents: list[dict], device) -> dict:
     """model.latent_figures of a TJEPA on documents under fixed masks, in the space that it is trained in.
 
     `copy` is the target of the visible token that is nearest to a hidden one. target_std and
-    target_raw_effective_rank are taken before standardising, which would hide a collapse.
+    target_raw_effective_rank are taken before standardising, which would hide a collapse; encoder_effective_rank is of
+    what the encoder makes of the hidden tokens when it sees them, before a head.
     """
-    found = [[], [], []]
+    found = [[], [], [], []]
     for batch in map(strip, data.packed(documents, model.config, device)):
         is_target, z = batch["is_target"], model.targets(batch["idx"], batch["positions"], batch["segment"])
         found[0].append(model.predict(**batch).cpu())
         found[1].append(z[is_target].cpu())
         at = nearest_visible(is_target.cpu().numpy(), batch["segment"].cpu().numpy())
         found[2].append(z[is_target.nonzero()[:, 0], torch.from_numpy(at).to(z.device)].cpu())
-    z_pred, z_target, z_copy = (torch.cat(z) for z in found)
-    raw = {"target_std": float(z_target.std(0).mean()), "target_raw_effective_rank": effective_rank(z_target)}
+        seen = model.encode(batch["idx"], batch["segment"] >= 0, batch["positions"], batch["segment"])
+        found[3].append(seen[is_target].float().cpu())
+    z_pred, z_target, z_copy, z_seen = (torch.cat(z) for z in found)
+    raw = {"target_std": float(z_target.std(0).mean()), "target_raw_effective_rank": effective_rank(z_target),
+           "encoder_effective_rank": effective_rank(z_seen)}
     if model.config.standardize_target:  # as in training, by these very tokens
         mean, std = z_target.mean(0), z_target.std(0, correction=0).clamp_min(1e-3)
         z_target, z_copy = (z_target - mean) / std, (z_copy - mean) / std

@@ -278,9 +278,9 @@ class JEPA(nn.Module):
         return self.predictor(z_context, positions, is_visible, is_target)
 
     @torch.no_grad()
-    def targets(self, x, positions, is_real, segment=None):
+    def targets(self, x, positions, is_real):
         """Target latents [B, S, C] fp32 of every position, layer-normed without learned scale, detached."""
-        z = self.encode(self.target_encoder, x, positions, is_real, segment)
+        z = self.encode(self.target_encoder, x, positions, is_real)
         return F.layer_norm(z.float(), z.shape[-1:])
 
     def update_target(self, momentum: float):
@@ -901,6 +901,9 @@ class TJEPA(Model):
     Spans are whole sentences to paragraphs, and their tokens are absent from the context encoder's input: what is
     visible is gathered and encoded alone. MSE to the layer-normed targets of the EMA encoder (I-JEPA; for text after
     data2vec, Baevski et al. 2022). Several documents lie packed in a row and never see each other.
+
+    With config.document_share the latents that are predicted lie behind a projection head, which is left behind when
+    the encoder is used (as in SimCLR and VICReg), and this share of their variance is held between documents.
     """
 
     def __init__(self, config):
@@ -910,6 +913,8 @@ class TJEPA(Model):
         self.embed, self.embed_target = encoder.embed, frozen_copy(encoder.embed)
         predictor = Predictor(C, config.predictor_n_layer, config.n_head, config.predictor_n_embd)
         self.jepa = JEPA(encoder.transformer, predictor)
+        self.head = MLP(C) if config.document_share else nn.Identity()
+        self.head_target = frozen_copy(self.head)
 
     def encoder_weights(self) -> dict:
         """The weights of a TextEncoder: the EMA encoder's, which is what is evaluated, frozen and distilled."""
@@ -917,14 +922,16 @@ class TJEPA(Model):
         return {f"{name}.{k}": v for name, part in parts for k, v in part.state_dict().items()}
 
     @torch.no_grad()
-    def encode(self, idx, is_real):
-        """idx [B, T], is_real bool [B, T] -> what the (EMA) encoder makes of every token, [B, T, C]."""
-        positions = torch.arange(idx.shape[1], device=idx.device)[None]
-        return self.jepa.encode(self.jepa.target_encoder, self.embed_target(idx), positions, is_real)
+    def encode(self, idx, is_real, positions=None, segment=None):
+        """idx [B, T], is_real bool [B, T] (and of packed rows positions, segment [B, T]) -> what the (EMA) encoder
+        makes of every token, [B, T, C]."""
+        return self.jepa.encode(self.jepa.target_encoder, self.embed_target(idx), positions, is_real, segment)
 
+    @torch.no_grad()
     def targets(self, idx, positions, segment):
         """Layer-normed target latents [B, T, C] fp32 of every token."""
-        return self.jepa.targets(self.embed_target(idx), positions, segment >= 0, segment)
+        z = self.head_target(self.encode(idx, segment >= 0, positions, segment))
+        return F.layer_norm(z.float(), z.shape[-1:])
 
     def see(self, idx, positions, segment, is_target):
         """(what the context encoder makes of the visible tokens [B, T, C], visible [B, T]); it runs on them alone."""
@@ -943,33 +950,60 @@ class TJEPA(Model):
         """idx, positions, segment (-1: padding) int [B, T], is_target bool [B, T] -> {"loss" and its named parts}.
 
         mse of the hidden tokens' latents, standardised over the batch where config says so; against collapse,
-        variance and covariance (VICReg, Bardes et al. 2022, eq. 1, 4) of what the context encoder makes of the others.
+        variance and covariance (VICReg, Bardes et al. 2022, eq. 1, 4) of what the context encoder makes of the others,
+        and with config.document_share what `document_terms` says of it.
         """
-        seen = z_context, visible = self.see(**batch)
+        cfg, seen = self.config, self.see(**batch)
+        z_context, visible = seen
         z_pred = self.predict(**batch, seen=seen)
         z_target = self.targets(batch["idx"], batch["positions"], batch["segment"])[batch["is_target"]]
-        if self.config.standardize_target:
+        if cfg.standardize_target:
             z_target = (z_target - z_target.mean(0)) / z_target.std(0, correction=0).clamp_min(1e-3)
         with torch.autocast(z_context.device.type, enabled=False):
-            z = z_context[visible].float()
-            cov = (z - z.mean(0)).T @ (z - z.mean(0)) / len(z)  # (C, C)
-            parts = {"mse": F.mse_loss(z_pred, z_target),
-                     "variance": F.relu(1 - cov.diagonal().add(1e-4).sqrt()).mean(),
-                     "covariance": (cov.square().sum() - cov.diagonal().square().sum()) / len(cov)}
-        cfg = self.config
-        regularizer = cfg.lambda_variance * parts["variance"] + cfg.lambda_covariance * parts["covariance"]
-        return {"loss": parts["mse"] + regularizer, **parts}
+            z = self.head(z_context[visible].float())
+            z = z - z.mean(0)
+            cov = z.T @ z / len(z)  # (C, C)
+            std = cov.diagonal().add(1e-4).sqrt()
+            parts = {"mse": F.mse_loss(z_pred, z_target), "variance": F.relu(1 - std).mean(),
+                     "covariance": off_diagonal(cov)}
+            if cfg.document_share:
+                row = torch.arange(len(visible), device=z.device)[:, None] * visible.shape[1]
+                parts |= document_terms(z / std, (batch["segment"] + row)[visible], cfg.document_share)
+        return {"loss": sum(getattr(cfg, f"lambda_{k}", 1.0) * v for k, v in parts.items()), **parts}
 
     def update_target(self, momentum: float):
         update_target(self.embed_target, self.embed, momentum)
+        update_target(self.head_target, self.head, momentum)
         self.jepa.update_target(momentum)
 
     def flops_per_token(self, T: float) -> float:
         """Forward and backward of the predictor and, on the half that is visible, the encoder; the target's forward."""
-        cfg, encoder = self.config, sum(p.numel() for p in self.jepa.context_encoder.parameters())
+        cfg = self.config
+        encoder = sum(p.numel() for part in (self.jepa.context_encoder, self.head) for p in part.parameters())
         predictor = sum(p.numel() for p in self.jepa.predictor.parameters())
         attention = 7 * cfg.n_layer * cfg.n_embd + 12 * cfg.predictor_n_layer * cfg.predictor_n_embd
         return 3 * encoder + 2 * encoder + 6 * predictor + attention * T
+
+
+def off_diagonal(cov):
+    """Sum of the squares off the diagonal of a matrix [C, C], a dimension."""
+    return (cov.square().sum() - cov.diagonal().square().sum()) / len(cov)
+
+
+def document_terms(z, document, share: float) -> dict:
+    """What holds latents apart within documents and between them: z [N, C] standardised per dimension, document [N].
+
+    document: squared distance from `share` of the share of a dimension's variance that lies between documents (0: every
+    token for itself, 1: a document is one vector). decorrelation: `off_diagonal` of the correlations of the documents'
+    means and of those of what is left of a token without its document's mean: scale cannot lower it.
+    """
+    _, document, count = document.unique(return_inverse=True, return_counts=True)
+    mean = z.new_zeros(len(count), z.shape[1]).index_add(0, document, z) / count[:, None]
+    between, within = mean[document], z - mean[document]
+    std = [x.square().mean(0).clamp_min(1e-4).sqrt() for x in (between, within)]
+    correlations = [(x / s).T @ (x / s) / len(z) for x, s in zip((between, within), std, strict=True)]
+    return {"document": (std[0].square() - share).square().mean(),
+            "decorrelation": sum(off_diagonal(c) for c in correlations)}
 
 
 class DistilledEncoder(Model):
