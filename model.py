@@ -972,8 +972,8 @@ class TJEPA(Model):
         return {"loss": sum(getattr(cfg, f"lambda_{k}", 1.0) * v for k, v in parts.items()), **parts}
 
     def update_target(self, momentum: float):
-        update_target(self.embed_target, self.embed, momentum)
-        update_target(self.head_target, self.head, momentum)
+        targets, online = (self.embed_target, self.head_target), (self.embed, self.head)
+        update_target(nn.ModuleList(targets), nn.ModuleList(online), momentum)
         self.jepa.update_target(momentum)
 
     def flops_per_token(self, T: float) -> float:

@@ -590,7 +590,8 @@ def test_a_problem_longer_than_the_block_is_named():
 # ----------------------------------------------------------------------------- config, training
 
 
-LOSS_WEIGHTS = {f"lambda_{k}" for k in "variance infonce own reconstruction".split()}  # RJEPA.forward: by name
+LOSS_WEIGHTS = {f"lambda_{k}" for k in  # of RJEPA.forward and TJEPA.forward, by name
+                "variance infonce own reconstruction covariance document decorrelation".split()}
 
 
 def test_every_config_field_is_read_somewhere():
@@ -2703,6 +2704,40 @@ def test_tjepa_losses_equal_hand_values():
     assert torch.isclose(plain(batch)["mse"], F.mse_loss(z_pred, z))
 
 
+def test_document_terms_equal_hand_values():
+    """Dimension 0 is which document a token is of, 1 differs within documents alone, 2 is half of each."""
+    z = torch.tensor([[1.0, 1, 2**0.5], [1, -1, 0], [-1, 1, 0], [-1, -1, -(2**0.5)]])
+    found = m.document_terms(z, torch.tensor([7, 7, 3, 3]), 0.5)
+    assert torch.isclose(found["document"], torch.tensor((0.25 + 0.25 + 0.0) / 3), rtol=1e-3)
+    # between: 0 and 2 are one, 1 is nothing; within: 1 and 2 are one, 0 is nothing
+    assert torch.isclose(found["decorrelation"], torch.tensor(2 / 3 + 2 / 3))
+    scaled = m.document_terms(z * torch.tensor([0.5, 1, 2]), torch.tensor([7, 7, 3, 3]), 0.5)
+    assert torch.isclose(found["decorrelation"], scaled["decorrelation"])
+
+
+def test_documents_in_the_loss_are_those_of_the_rows_and_the_head_stays_behind():
+    config = text_config(vocab_size=258, document_share=0.4, lambda_document=3.0, lambda_decorrelation=0.5)
+    torch.manual_seed(0)
+    model = m.TJEPA(config)
+    batch = packed_batch(config, [documents()[:3], documents()[3:5]])
+    losses, (seen, visible) = model(batch), model.see(**batch)
+    z = model.head(seen[visible])
+    z = (z - z.mean(0)) / (z.var(0, correction=0) + 1e-4).sqrt()
+    document = torch.cat([batch["segment"][0][visible[0]], batch["segment"][1][visible[1]] + 3])  # 0 to 4
+    for name, value in m.document_terms(z, document, 0.4).items():
+        torch.testing.assert_close(losses[name], value)
+    assert torch.isclose(losses["loss"], losses["mse"] + 0.1 * losses["variance"] + 0.01 * losses["covariance"]
+                         + 3 * losses["document"] + 0.5 * losses["decorrelation"])
+    losses["loss"].backward()
+    assert model.head.fc.weight.grad.any() and not model.head_target.fc.weight.requires_grad
+    before = model.head_target.fc.weight.clone()
+    with torch.no_grad():
+        model.head.fc.weight += 1
+    model.update_target(0.75)
+    torch.testing.assert_close(model.head_target.fc.weight, before + 0.25)
+    m.TextEncoder(258, 2, 2, 32).load_state_dict(model.encoder_weights())  # strict: no head in it
+
+
 def test_the_neighbour_of_a_hidden_token_is_visible_and_of_its_document():
     is_target = np.array([[0, 1, 1, 0, 1, 1, 0, 0]], dtype=bool)
     segment = np.array([[0, 0, 0, 0, 1, 1, 1, -1]])
@@ -2775,7 +2810,8 @@ def test_probes_read_what_is_in_the_thoughts_and_nothing_else():
 
 
 @pytest.mark.parametrize("kind, fields", [
-    (cfg.TJEPAConfig, {}), (cfg.DistillConfig, {"teacher": "tjepa", "n_embd": 16}),
+    (cfg.TJEPAConfig, {}), (cfg.TJEPAConfig, {"document_share": 0.5}),
+    (cfg.DistillConfig, {"teacher": "tjepa", "n_embd": 16}),
     (cfg.AnswerConfig, {"init_from": "tjepa"}), (cfg.AnswerConfig, {"init_from": "random", "train_encoder": True}),
 ])
 def test_tjepa_runs_resume_to_the_same_weights(thinkers, tmp_path, monkeypatch, kind, fields):
