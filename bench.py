@@ -46,6 +46,7 @@ import resource
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -573,14 +574,18 @@ def run(args, name: str) -> dict:
 
 def main(argv=None):
     args, results, skipped = tyro.cli(Args, args=argv), {}, {}
-    every = args.name == "all"
-    fresh = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
+    every, spawn = args.name == "all", multiprocessing.get_context("spawn")
     try:
         bench = Bench(args)
         for name in get_args(NAMES)[1:-1] if every else [args.name]:
-            try:  # of several, each in a process of its own: memory that others have freed is faster than fresh one
-                results[name] = r = fresh.submit(run, args, name).result() if every else run(args, name)
-            except (ValueError, OSError, torch.OutOfMemoryError) as error:
+            try:
+                if every:  # in a process of its own: memory that others have freed is faster than fresh one
+                    with ProcessPoolExecutor(1, spawn) as fresh:
+                        r = fresh.submit(run, args, name).result()
+                else:
+                    r = run(args, name)
+                results[name] = r
+            except (ValueError, OSError, torch.OutOfMemoryError, BrokenProcessPool) as error:
                 if not every:
                     raise
                 skipped[name] = str(error).splitlines()[0]

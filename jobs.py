@@ -389,26 +389,30 @@ class DocumentJob(Job):
 def span_figures(model, documents: list[dict], device) -> dict:
     """model.latent_figures of a TJEPA on documents under fixed masks, in the space that it is trained in.
 
-    `copy` is the target of the visible token that is nearest to a hidden one. target_std and
-    target_raw_effective_rank are taken before standardising, which would hide a collapse; encoder_effective_rank is of
-    what the encoder makes of the hidden tokens when it sees them, before a head.
+    `copy` is the target of the visible token that is nearest to a hidden one; document_mean the mean of what the target
+    encoder makes of a document's visible tokens, seeing these alone. target_std and target_raw_effective_rank are taken
+    before standardising, which would hide a collapse; encoder_effective_rank before the head.
     """
-    found = [[], [], [], []]
+    found = {name: [] for name in ("pred", "target", "copy", "document_mean", "encoder")}
     for batch in map(strip, data.packed(documents, model.config, device)):
-        is_target, z = batch["is_target"], model.targets(batch["idx"], batch["positions"], batch["segment"])
-        found[0].append(model.predict(**batch).cpu())
-        found[1].append(z[is_target].cpu())
-        at = nearest_visible(is_target.cpu().numpy(), batch["segment"].cpu().numpy())
-        found[2].append(z[is_target.nonzero()[:, 0], torch.from_numpy(at).to(z.device)].cpu())
-        seen = model.encode(batch["idx"], batch["segment"] >= 0, batch["positions"], batch["segment"])
-        found[3].append(seen[is_target].float().cpu())
-    z_pred, z_target, z_copy, z_seen = (torch.cat(z) for z in found)
-    raw = {"target_std": float(z_target.std(0).mean()), "target_raw_effective_rank": effective_rank(z_target),
-           "encoder_effective_rank": effective_rank(z_seen)}
+        is_target, segment, where = batch["is_target"], batch["segment"], (batch["positions"], batch["segment"])
+        encoded, visible = model.encode(batch["idx"], segment >= 0, *where), (segment >= 0) & ~is_target
+        z, z_visible = model.project(encoded), model.project(model.encode(batch["idx"], visible, *where))
+        belongs = ((segment[:, :, None] == segment[:, None, :]) & visible[:, None, :]).float()  # (B, T, T)
+        mean = belongs @ torch.where(visible[..., None], z_visible, 0.0) / belongs.sum(-1, keepdim=True).clamp_min(1)
+        at = nearest_visible(is_target.cpu().numpy(), segment.cpu().numpy())
+        nearest = z[is_target.nonzero()[:, 0], torch.from_numpy(at).to(z.device)]
+        for name, part in (("pred", model.predict(**batch)), ("target", z[is_target]), ("copy", nearest),
+                           ("document_mean", mean[is_target]), ("encoder", encoded[is_target].float())):
+            found[name].append(part.cpu())
+    z = {name: torch.cat(parts) for name, parts in found.items()}
+    raw = {"target_std": float(z["target"].std(0).mean()), "target_raw_effective_rank": effective_rank(z["target"]),
+           "encoder_effective_rank": effective_rank(z["encoder"])}
     if model.config.standardize_target:  # as in training, by these very tokens
-        mean, std = z_target.mean(0), z_target.std(0, correction=0).clamp_min(1e-3)
-        z_target, z_copy = (z_target - mean) / std, (z_copy - mean) / std
-    return latent_figures(z_pred, z_target, z_copy, error="mse") | raw
+        mean, std = z["target"].mean(0), z["target"].std(0, correction=0).clamp_min(1e-3)
+        z |= {name: (z[name] - mean) / std for name in ("target", "copy", "document_mean")}
+    raw["mse_document_mean"] = float((z["document_mean"] - z["target"]).square().mean())
+    return latent_figures(z["pred"], z["target"], z["copy"], error="mse") | raw
 
 
 def nearest_visible(is_target: np.ndarray, segment: np.ndarray) -> np.ndarray:

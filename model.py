@@ -902,8 +902,9 @@ class TJEPA(Model):
     visible is gathered and encoded alone. MSE to the layer-normed targets of the EMA encoder (I-JEPA; for text after
     data2vec, Baevski et al. 2022). Several documents lie packed in a row and never see each other.
 
-    With config.document_share the latents that are predicted lie behind a projection head, which is left behind when
-    the encoder is used (as in SimCLR and VICReg), and this share of their variance is held between documents.
+    With config.head the targets lie behind a projection head, which is left behind when the encoder is used (as
+    SimCLR's and VICReg's are; unlike theirs only what prevents collapse trains it: the predictor reads the encoder and
+    predicts what the head's EMA copy makes of the target). config.document_share: see `document_terms`.
     """
 
     def __init__(self, config):
@@ -913,7 +914,7 @@ class TJEPA(Model):
         self.embed, self.embed_target = encoder.embed, frozen_copy(encoder.embed)
         predictor = Predictor(C, config.predictor_n_layer, config.n_head, config.predictor_n_embd)
         self.jepa = JEPA(encoder.transformer, predictor)
-        self.head = MLP(C) if config.document_share else nn.Identity()
+        self.head = MLP(C) if config.head else nn.Identity()  # in no residual stream: PyTorch's initialisation
         self.head_target = frozen_copy(self.head)
 
     def encoder_weights(self) -> dict:
@@ -928,10 +929,13 @@ class TJEPA(Model):
         return self.jepa.encode(self.jepa.target_encoder, self.embed_target(idx), positions, is_real, segment)
 
     @torch.no_grad()
+    def project(self, z):
+        """Layer-normed target latents [..., C] fp32 of what `encode` returns: behind the head, where there is one."""
+        return F.layer_norm(self.head_target(z).float(), z.shape[-1:])
+
     def targets(self, idx, positions, segment):
         """Layer-normed target latents [B, T, C] fp32 of every token."""
-        z = self.head_target(self.encode(idx, segment >= 0, positions, segment))
-        return F.layer_norm(z.float(), z.shape[-1:])
+        return self.project(self.encode(idx, segment >= 0, positions, segment))
 
     def see(self, idx, positions, segment, is_target):
         """(what the context encoder makes of the visible tokens [B, T, C], visible [B, T]); it runs on them alone."""
@@ -950,8 +954,8 @@ class TJEPA(Model):
         """idx, positions, segment (-1: padding) int [B, T], is_target bool [B, T] -> {"loss" and its named parts}.
 
         mse of the hidden tokens' latents, standardised over the batch where config says so; against collapse,
-        variance and covariance (VICReg, Bardes et al. 2022, eq. 1, 4) of what the context encoder makes of the others,
-        and with config.document_share what `document_terms` says of it.
+        variance and covariance (VICReg, Bardes et al. 2022, eq. 1, 4) of what the context encoder (and the head, where
+        there is one) makes of the others, and with config.document_share its `document_terms`.
         """
         cfg, seen = self.config, self.see(**batch)
         z_context, visible = seen
@@ -969,7 +973,8 @@ class TJEPA(Model):
             if cfg.document_share:
                 row = torch.arange(len(visible), device=z.device)[:, None] * visible.shape[1]
                 parts |= document_terms(z / std, (batch["segment"] + row)[visible], cfg.document_share)
-        return {"loss": sum(getattr(cfg, f"lambda_{k}", 1.0) * v for k, v in parts.items()), **parts}
+        loss = parts["mse"] + sum(getattr(cfg, f"lambda_{k}") * v for k, v in parts.items() if k != "mse")
+        return {"loss": loss, **parts}
 
     def update_target(self, momentum: float):
         targets, online = (self.embed_target, self.head_target), (self.embed, self.head)
@@ -995,13 +1000,16 @@ def document_terms(z, document, share: float) -> dict:
 
     document: squared distance from `share` of the share of a dimension's variance that lies between documents (0: every
     token for itself, 1: a document is one vector). decorrelation: `off_diagonal` of the correlations of the documents'
-    means and of those of what is left of a token without its document's mean: scale cannot lower it.
+    means and of those of what is left of a token without its document's mean: scale cannot lower it. Of D documents
+    that of the means is about C / D at the least: it makes a batch's documents orthogonal, so a larger batch is another
+    loss, and with one document both say nothing.
     """
-    _, document, count = document.unique(return_inverse=True, return_counts=True)
-    mean = z.new_zeros(len(count), z.shape[1]).index_add(0, document, z) / count[:, None]
-    between, within = mean[document], z - mean[document]
-    std = [x.square().mean(0).clamp_min(1e-4).sqrt() for x in (between, within)]
-    correlations = [(x / s).T @ (x / s) / len(z) for x, s in zip((between, within), std, strict=True)]
+    belongs = F.one_hot(document.unique(return_inverse=True)[1]).to(z)  # (N, D)
+    between = belongs @ (belongs.T @ z / belongs.sum(0)[:, None])
+    correlations, std = [], []
+    for part in (between, z - between):
+        std.append(part.square().mean(0).clamp_min(1e-4).sqrt())
+        correlations.append((part / std[-1]).T @ (part / std[-1]) / len(z))
     return {"document": (std[0].square() - share).square().mean(),
             "decorrelation": sum(off_diagonal(c) for c in correlations)}
 

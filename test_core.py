@@ -2716,7 +2716,7 @@ def test_document_terms_equal_hand_values():
 
 
 def test_documents_in_the_loss_are_those_of_the_rows_and_the_head_stays_behind():
-    config = text_config(vocab_size=258, document_share=0.4, lambda_document=3.0, lambda_decorrelation=0.5)
+    config = text_config(vocab_size=258, head=True, document_share=0.4, lambda_document=3.0, lambda_decorrelation=0.5)
     torch.manual_seed(0)
     model = m.TJEPA(config)
     batch = packed_batch(config, [documents()[:3], documents()[3:5]])
@@ -2742,6 +2742,25 @@ def test_the_neighbour_of_a_hidden_token_is_visible_and_of_its_document():
     is_target = np.array([[0, 1, 1, 0, 1, 1, 0, 0]], dtype=bool)
     segment = np.array([[0, 0, 0, 0, 1, 1, 1, -1]])
     assert jobs.nearest_visible(is_target, segment).tolist() == [0, 3, 6, 6]
+
+
+def test_the_document_mean_is_of_visible_tokens_alone():
+    torch.manual_seed(0)
+    model, parts = m.TJEPA(text_config(vocab_size=258, head=True, document_share=0.5)).eval(), documents()
+    means, targets = [], []
+    for batch in map(jobs.strip, data.packed(parts, model.config, "cpu")):
+        z = model.targets(batch["idx"], batch["positions"], batch["segment"])
+        for row, segment in enumerate(batch["segment"]):
+            for number in range(int(segment.max()) + 1):
+                here, hidden = segment == number, batch["is_target"][row]
+                idx, positions = (batch[k][row, here & ~hidden][None] for k in ("idx", "positions"))
+                seen = model.project(model.encode(idx, torch.ones_like(idx, dtype=torch.bool), positions))[0].mean(0)
+                means += [seen] * int((here & hidden).sum())
+                targets.append(z[row, here & hidden])
+    means, targets = torch.stack(means), torch.cat(targets)
+    expected = ((means - targets) / targets.std(0, correction=0).clamp_min(1e-3)).square().mean()
+    found = jobs.span_figures(model, parts, "cpu")
+    assert found["mse_document_mean"] == pytest.approx(float(expected), rel=1e-4) and found["n"] == len(targets)
 
 
 @pytest.fixture(scope="module")
@@ -2810,7 +2829,7 @@ def test_probes_read_what_is_in_the_thoughts_and_nothing_else():
 
 
 @pytest.mark.parametrize("kind, fields", [
-    (cfg.TJEPAConfig, {}), (cfg.TJEPAConfig, {"document_share": 0.5}),
+    (cfg.TJEPAConfig, {}), (cfg.TJEPAConfig, {"head": True, "document_share": 0.5}),
     (cfg.DistillConfig, {"teacher": "tjepa", "n_embd": 16}),
     (cfg.AnswerConfig, {"init_from": "tjepa"}), (cfg.AnswerConfig, {"init_from": "random", "train_encoder": True}),
 ])
@@ -2956,6 +2975,9 @@ def test_bench_reports_ours_plain_and_ratio(capsys, monkeypatch, tmp_path):
     traces = json.loads(capsys.readouterr().out.splitlines()[-1])["bench"]["attention"]["trace"]
     assert set(traces) == {"ours", "plain"}
     assert all(json.loads(Path(path).read_text())["traceEvents"] for path in traces.values())
+    monkeypatch.setattr(bench, "get_args", lambda names: ("all", "attention", "scaling"))
+    bench.main([*fast, "--preset", "rjepa"])  # of `all`, each in a process of its own
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["bench"]["attention"]["ratio"] > 0
     for argv, message in ((["--memory_gb", "24"], "caps the memory of a CUDA GPU"), (["--tokens", "10"], "makes 0 pr"),
                           (["--preset", "rjepa-small"], "needs one of the kind of nanojepa-small")):
         with pytest.raises(SystemExit, match=message):
