@@ -902,9 +902,8 @@ class TJEPA(Model):
     visible is gathered and encoded alone. MSE to the layer-normed targets of the EMA encoder (I-JEPA; for text after
     data2vec, Baevski et al. 2022). Several documents lie packed in a row and never see each other.
 
-    With config.head the targets lie behind a projection head, which is left behind when the encoder is used (as
-    SimCLR's and VICReg's are; unlike theirs only what prevents collapse trains it: the predictor reads the encoder and
-    predicts what the head's EMA copy makes of the target). config.document_share: see `document_terms`.
+    With config.head predictions and targets go through a projection head, the targets through its EMA copy, which is
+    left behind when the encoder is used (as in SimCLR and VICReg). config.document_share: see `document_terms`.
     """
 
     def __init__(self, config):
@@ -948,7 +947,7 @@ class TJEPA(Model):
     def predict(self, idx, positions, segment, is_target, seen=None):
         """z_pred [N, C] fp32 of the N hidden tokens; seen: what `see` has returned already."""
         z_context, visible = seen or self.see(idx, positions, segment, is_target)
-        return self.jepa.predictor(z_context, positions, visible, is_target, segment).float()
+        return self.head(self.jepa.predictor(z_context, positions, visible, is_target, segment)).float()
 
     def forward(self, batch: dict) -> dict:
         """idx, positions, segment (-1: padding) int [B, T], is_target bool [B, T] -> {"loss" and its named parts}.

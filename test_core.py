@@ -2721,6 +2721,8 @@ def test_documents_in_the_loss_are_those_of_the_rows_and_the_head_stays_behind()
     model = m.TJEPA(config)
     batch = packed_batch(config, [documents()[:3], documents()[3:5]])
     losses, (seen, visible) = model(batch), model.see(**batch)
+    z = model.jepa.predictor(seen, batch["positions"], visible, batch["is_target"], batch["segment"])
+    assert torch.equal(model.predict(**batch), model.head(z))
     z = model.head(seen[visible])
     z = (z - z.mean(0)) / (z.var(0, correction=0) + 1e-4).sqrt()
     document = torch.cat([batch["segment"][0][visible[0]], batch["segment"][1][visible[1]] + 3])  # 0 to 4

@@ -246,9 +246,9 @@ def relative_l1(val: dict) -> float:
 
 
 def short(figures: dict) -> str:
-    names = """lm_loss lm_loss_shuffled lm_loss_predicted mse mse_predict_mean mse_copy cos ce ce_llm ce_shuffled
-               jepa_loss l1 l1_predict_mean l1_copy infonce own margin cos_matched cos_mismatched retrieval_top1
-               effective_rank""".split()
+    names = """lm_loss lm_loss_shuffled lm_loss_predicted mse mse_predict_mean mse_copy mse_document_mean cos ce ce_llm
+               ce_shuffled jepa_loss l1 l1_predict_mean l1_copy infonce own margin cos_matched cos_mismatched
+               retrieval_top1 effective_rank""".split()
     return " ".join(f"{k} {figures[k]:.3f}" for k in names if k in figures)
 
 
