@@ -422,7 +422,8 @@ def save_plots(folder: Path):
         ("jepa_loss_curve.png", "jepa_loss", "1 - cos(pred, answer)", {"predict_mean_loss": "best constant"}),
         ("l1_curve.png", "l1", "L1 of hidden steps", {"l1_predict_mean": "constant", "l1_copy": "copy a neighbour"}),
         ("mse_curve.png", "mse", "squared error of hidden tokens",
-         {"mse_predict_mean": "constant", "mse_copy": "copy a neighbour"}),
+         {"mse_predict_mean": "constant", "mse_copy": "copy a neighbour",
+          "mse_document_mean": "mean of the visible tokens"}),
         ("rank_curve.png", "effective_rank", "effective rank", {"target_effective_rank": "targets"}),
     ]
     for name, key, title, controls in plots:
