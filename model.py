@@ -981,12 +981,11 @@ class TJEPA(Model):
         self.jepa.update_target(momentum)
 
     def flops_per_token(self, T: float) -> float:
-        """Forward and backward of the predictor and, on the half that is visible, the encoder; the target's forward."""
-        cfg = self.config
-        encoder = sum(p.numel() for part in (self.jepa.context_encoder, self.head) for p in part.parameters())
-        predictor = sum(p.numel() for p in self.jepa.predictor.parameters())
+        """Forward and backward of the predictor, a head and, on the visible half, the encoder; the targets' forward."""
+        cfg, parts = self.config, (self.jepa.context_encoder, self.jepa.predictor, self.head)
+        encoder, predictor, head = (sum(p.numel() for p in part.parameters()) for part in parts)
         attention = 7 * cfg.n_layer * cfg.n_embd + 12 * cfg.predictor_n_layer * cfg.predictor_n_embd
-        return 3 * encoder + 2 * encoder + 6 * predictor + attention * T
+        return 3 * encoder + 2 * encoder + 6 * predictor + 8 * head + attention * T
 
 
 def off_diagonal(cov):
