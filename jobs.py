@@ -399,11 +399,11 @@ def span_figures(model, documents: list[dict], device) -> dict:
         encoded, visible = model.encode(batch["idx"], segment >= 0, *where), (segment >= 0) & ~is_target
         z, z_visible = model.project(encoded), model.project(model.encode(batch["idx"], visible, *where))
         belongs = ((segment[:, :, None] == segment[:, None, :]) & visible[:, None, :]).float()  # (B, T, T)
-        mean = belongs @ torch.where(visible[..., None], z_visible, 0.0) / belongs.sum(-1, keepdim=True).clamp_min(1)
+        own = belongs @ torch.where(visible[..., None], z_visible, 0.0) / belongs.sum(-1, keepdim=True).clamp_min(1)
         at = nearest_visible(is_target.cpu().numpy(), segment.cpu().numpy())
         nearest = z[is_target.nonzero()[:, 0], torch.from_numpy(at).to(z.device)]
         for name, part in (("pred", model.predict(**batch)), ("target", z[is_target]), ("copy", nearest),
-                           ("document_mean", mean[is_target]), ("encoder", encoded[is_target].float())):
+                           ("document_mean", own[is_target]), ("encoder", encoded[is_target].float())):
             found[name].append(part.cpu())
     z = {name: torch.cat(parts) for name, parts in found.items()}
     raw = {"target_std": float(z["target"].std(0).mean()), "target_raw_effective_rank": effective_rank(z["target"]),
