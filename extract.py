@@ -39,7 +39,7 @@ import latents
 import verify
 from config import check, not_negative, plain_errors, positive
 from llm import LLM, batches_by_length, generate, load_llm, shot_messages
-from runs import add_up, digest, is_restart, llm_label, lock, pick_device, processes, say, write_atomic
+from runs import add_up, digest, is_restart, leave, llm_label, lock, pick_device, processes, say, write_atomic
 
 # ----------------------------------------------------------------------------- the folder
 
@@ -461,6 +461,7 @@ def main(argv=None):
         result = run(args)
     if rank == 0:
         print(json.dumps(result))
+    leave()
 
 
 if __name__ == "__main__":

@@ -94,6 +94,16 @@ def processes(device: str):
         dist.destroy_process_group()
 
 
+def leave():
+    """Ends a process of torchrun whose work is done, at once; every `main` that uses `processes` ends with it.
+
+    While Python shuts down, a thread of gloo that still frees a tensor of a collective would abort the process.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(0)
+
+
 def is_restart() -> bool:
     """Whether torchrun (--max-restarts) or Slurm (--requeue) has started this job before."""
     return any(int(os.environ.get(name, 0)) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))

@@ -39,6 +39,7 @@ from runs import (
     digest,
     inherit,
     is_restart,
+    leave,
     lock,
     open_run,
     pick_compile,
@@ -271,6 +272,7 @@ def main():
     result = train(preset, dataclasses.replace(config))
     if int(os.environ.get("RANK", 0)) == 0:
         print(json.dumps(result, allow_nan=False))
+    leave()
 
 
 if __name__ == "__main__":
