@@ -96,18 +96,20 @@ class Args:
     data_dir: str = ""  # GSM8K folder; empty: synthetic problems
     preset: str = ""  # whose network, where the comparison is of its kind; empty: nanojepa-small, rjepa-small
     tokens: int = 0  # tokens a batch of nanoJEPA; 0: the preset's number of problems
+    batch_size: int = 0  # chains a batch of R-JEPA, rows of T-JEPA; 0: the preset's
+    llm: str = "smollm2"  # what `extract` and `shared_prefill` are measured with: as in extract.py
     repeats: int = 3  # rounds
     seconds: float = 2.0  # per side and round, at least
     profile: bool = False  # write a trace of one call of each side instead
     plot: str = "assets/scaling.png"  # where `scaling` draws
-    memory_gb: float = 0.0  # use no more of the GPU's memory; 0: all of it
+    memory_gb: float = 0.0  # each side uses no more of the GPU's memory; 0: all of it
     device: str = "auto"
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     compile: cfg.PICK = "auto"  # of training steps, as in train.py
 
     def __post_init__(self):
         cfg.positive(self, "repeats seconds")
-        cfg.not_negative(self, "tokens memory_gb")
+        cfg.not_negative(self, "tokens batch_size memory_gb")
         cfg.check(self, "profile", not (self.profile and self.name == "scaling"), "scaling has no trace")
 
 
@@ -115,8 +117,10 @@ class Step:
     """One step of training at each call, as train.py does it, on batch_of(0), batch_of(1), … -> its real tokens."""
 
     def __init__(self, bench, config, batch_of, loss=lambda model, batch: model(batch)["loss"], all_slots=False):
-        self.bench, self.batch_of, self.loss, self.index, self.tokens, self.rows = bench, batch_of, loss, 0, 0, 0
+        self.bench, self.batch_of, self.loss, self.tokens, self.rows = bench, batch_of, loss, 0, 0
+        bench.cap_memory()
         held = torch.cuda.memory_allocated() if bench.on_gpu else 0
+        self.index, self.batch = 0, batch_of(0)
         torch.manual_seed(0)
         self.model = build_model(config).to(bench.device)
         self.optimizer = configure_optimizers(self.model, config)
@@ -132,8 +136,8 @@ class Step:
         self.peak = (torch.cuda.max_memory_allocated() - held) / 2**30 if bench.on_gpu else None
 
     def __call__(self) -> int:
-        batch = self.batch_of(self.index)
-        self.index, self.tokens = self.index + 1, self.tokens + batch["n_tokens"]
+        batch, self.index = self.batch, self.index + 1
+        self.tokens += batch["n_tokens"]
         self.rows += sum(len(batch[k]) for k in ("idx", "answer_idx", "h") if k in batch)
         with autocast(self.bench.device, self.bench.dtype):
             loss = self.loss(self.model, strip(batch))
@@ -142,6 +146,7 @@ class Step:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.model.update_target(0.996)
+        self.batch = self.batch_of(self.index)  # made while a GPU is still busy
         return batch["n_tokens"]
 
     def figures(self, rate: float) -> dict:
@@ -157,12 +162,18 @@ class Bench:
         self.dtype, self.on_gpu = pick_dtype(args.dtype, self.device), self.device.startswith("cuda")
         self.device_name = torch.cuda.get_device_name(self.device) if self.on_gpu else self.device
         self.compile = {"auto": self.on_gpu, "on": True, "off": False}[args.compile]
-        if args.memory_gb:
-            if not self.on_gpu:
-                raise ValueError(f"--memory_gb {args.memory_gb}: caps the memory of a CUDA GPU, this is {self.device}")
+        if args.memory_gb and not self.on_gpu:
+            raise ValueError(f"--memory_gb {args.memory_gb}: caps the memory of a CUDA GPU, this is {self.device}")
+        self.cap_memory()
+
+    def cap_memory(self):
+        """From now on this process takes --memory_gb at most beside what it holds already."""
+        if self.args.memory_gb:
+            torch.cuda.empty_cache()
             there = torch.cuda.get_device_properties(self.device).total_memory / 2**30
-            cfg.check(args, "memory_gb", args.memory_gb <= there, f"this GPU has {there:.0f}")
-            torch.cuda.set_per_process_memory_fraction(args.memory_gb / there)
+            wanted = self.args.memory_gb + torch.cuda.memory_reserved() / 2**30
+            cfg.check(self.args, "memory_gb", wanted <= there, f"with what is held {wanted:.0f} of {there:.0f}")
+            torch.cuda.set_per_process_memory_fraction(wanted / there)
 
     def pick(self, default: str):
         """The config of --preset; with `all`, the default's where that is of another kind."""
@@ -200,7 +211,7 @@ class Bench:
 
     @cached_property
     def llm(self):
-        return load_llm("smollm2", self.device, self.args.dtype)
+        return load_llm(self.args.llm, self.device, self.args.dtype)
 
     @cached_property
     def world(self):
@@ -307,7 +318,7 @@ class Bench:
 
     def rjepa_step(self):
         config, rng = self.pick("rjepa-small"), np.random.default_rng(0)
-        config.dim = config.dim or 576
+        config.dim, config.batch_size = config.dim or 576, self.args.batch_size or config.batch_size
         pool, chains, n = torch.randn(8192, config.dim).bfloat16(), [], config.batch_size
         for p in self.problems:
             rows = 1 + len(data.split_steps(p["answer"]))
@@ -395,10 +406,10 @@ class Bench:
 
         llm, folder, wanted = self.llm, self.llm.model.name_or_path, (self.llm.layer_index(-2), "last")
         coded = [llm.encode(p["question"], data.split_steps(p["answer"])) for p in self.problems[:512]]
-        batches = list(batches_by_length([len(ids) for ids, _ in coded], 4096))
+        batches = list(batches_by_length([len(ids) for ids, _ in coded], llm.token_budget))
         quartiles = [coded[i] for at in (len(batches) // 4, 3 * len(batches) // 4) for i in batches[at]]
 
-        def ours(llm, coded, token_budget=4096):
+        def ours(llm, coded, token_budget=llm.token_budget):
             return run_shard(llm, coded, range(len(coded)), [wanted], False, token_budget, lambda n: None)[0][wanted]
 
         @torch.no_grad()

@@ -20,7 +20,7 @@ import torch
 import benchmarks
 import verify
 from benchmarks import VAL_EVERY
-from model import answer_row, pad_rows, pool_weights, question_row
+from model import answer_row, pad_rows, pool_weights, question_row, real_tokens
 
 # ----------------------------------------------------------------------------- problems
 
@@ -573,11 +573,15 @@ class Batches:
         # with `question` one row, and the target's; without one (lambda_jepa = 0) the batches stay the same
         return np.stack([q, a] if config.answer_context != "question" else [q + a, t], axis=1)
 
-    def __call__(self, index: int) -> list[dict]:
+    def indices(self, index: int) -> np.ndarray:
+        """Which examples make a batch."""
         epoch, i = divmod(index, self.per_epoch)
         if epoch != self.epoch:
             self.epoch, self.order = epoch, self.shuffle(epoch)
-        return [self.examples[j] for j in self.order[i]]
+        return self.order[i]
+
+    def __call__(self, index: int) -> list[dict]:
+        return [self.examples[j] for j in self.indices(index)]
 
     def shuffle(self, epoch: int) -> np.ndarray:
         """int [per_epoch, batch_size]: which examples make each batch."""
@@ -601,17 +605,9 @@ def collate(examples: list[dict], config, device=None, packed: bool = False) -> 
     eos_id, pred_id = config.vocab_size - 2, config.vocab_size - 1
     questions = [question_row(e["question"], pred_id) for e in examples]
     answers = [answer_row(e["answer"], eos_id) for e in examples]
-    batch = {"pred_at": torch.tensor([len(q) - 1 for q in questions])}
-    on_question = config.token_loss_on == "all"
-
-    def targets_of(row, first, last):
-        """(position, next token) for the positions first … last-1 of a row."""
-        return [(i, row[i + 1]) for i in range(first, last)]
-
-    def losses_of(rows, answer_starts):
-        """Targets of rows that hold a question (its [PRED] is never a target) and, from answer_starts on, an answer."""
-        return [(targets_of(row, 0, len(q) - 2) if on_question else []) + targets_of(row, start, len(row) - 1)
-                for row, q, start in zip(rows, questions, answer_starts, strict=True)]
+    batch, n_question = {}, torch.tensor([len(q) for q in questions])
+    batch["pred_at"] = n_question - 1
+    read = n_question - 2 if config.token_loss_on == "all" else torch.zeros_like(n_question)  # [PRED] is never a target
 
     if packed:
         assert config.answer_context == "isolated" and config.answer_text == config.target_text, "no such reference"
@@ -620,22 +616,15 @@ def collate(examples: list[dict], config, device=None, packed: bool = False) -> 
         batch["segment"] = pad_rows([[0] * q + [1] * a for q, a in lengths], -1)
         batch["positions"] = pad_rows([[*range(q), *range(a)] for q, a in lengths], 0)
         batch["target_pool"] = pool_weights([len(q) for q in questions], answers, config.pooling)
-        losses = losses_of(rows, [len(q) for q in questions])
-    elif config.answer_context == "question":
-        rows = [q + a[1:] for q, a in zip(questions, answers, strict=True)]
-        losses = losses_of(rows, [len(q) - 1 for q in questions])  # [PRED] is followed by the answer
-        rows = [r[:-1] for r in rows]  # nothing follows the last token
+        add_rows(batch, "", rows, eos_id, read, n_question)
+    elif config.answer_context == "question":  # [PRED] is followed by the answer, and nothing follows the last token
+        add_rows(batch, "", [q + a[1:] for q, a in zip(questions, answers, strict=True)], eos_id, read, n_question - 1,
+                 cut=1)
     else:
-        rows = questions
-        losses = losses_of(rows, [len(q) for q in questions])
-        batch["answer_idx"] = pad_rows(answers, eos_id)
-        flatten_targets(batch, "answer_", [targets_of(a, 0, len(a) - 1) for a in answers])
-    batch["idx"] = pad_rows(rows, eos_id)
-    flatten_targets(batch, "", losses)
-    n_filled, n_slots = sum(map(len, rows)), batch["idx"].numel()
-    if "answer_idx" in batch:
-        n_filled, n_slots = n_filled + sum(map(len, answers)), n_slots + batch["answer_idx"].numel()
-    n_tokens = n_filled
+        add_rows(batch, "", questions, eos_id, read, n_question)
+        add_rows(batch, "answer_", answers, eos_id, torch.zeros_like(n_question), torch.zeros_like(n_question))
+    n_tokens = sum(int(v.sum()) for k, v in batch.items() if k.endswith("is_real"))
+    n_filled, n_slots = n_tokens, sum(v.numel() for k, v in batch.items() if k.endswith("is_real"))
 
     own_row = config.answer_context != "isolated" or config.target_text != config.answer_text
     if not packed and config.lambda_jepa > 0:
@@ -645,16 +634,27 @@ def collate(examples: list[dict], config, device=None, packed: bool = False) -> 
             batch["target_idx"] = pad_rows(targets, eos_id)
             n_filled, n_slots = n_filled + sum(map(len, targets)), n_slots + batch["target_idx"].numel()
         batch["target_pool"] = pool_weights([0] * len(targets), targets, config.pooling)
-    batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-    return {**batch, "n_tokens": n_tokens, "n_filled": n_filled, "n_slots": n_slots}
+    return {**move(batch, device), "n_tokens": n_tokens, "n_filled": n_filled, "n_slots": n_slots}
 
 
-def flatten_targets(batch: dict, prefix: str, losses: list[list[tuple[int, int]]]):
-    """Writes PREFIXloss_at and PREFIXtargets: flat positions in PREFIXidx [B, T] and the ids that follow there."""
-    T = batch[prefix + "idx"].shape[1]
-    flat = [(b * T + i, token) for b, row in enumerate(losses) for i, token in row]
-    at, targets = (torch.tensor(x, dtype=torch.long) for x in (zip(*flat, strict=True) if flat else ((), ())))
-    batch[prefix + "loss_at"], batch[prefix + "targets"] = at, targets
+def add_rows(batch: dict, prefix: str, rows: list[list[int]], fill: int, read, written, cut: int = 0):
+    """Adds PREFIXidx and PREFIXis_real [B, T], of rows without their last `cut` tokens, and what is to be predicted:
+    PREFIXloss_at, flat positions in them, and PREFIXtargets, the ids that follow there.
+
+    These are the first read [B] positions of a row, and all from written [B] on that something follows.
+    """
+    idx, is_real = pad_rows(rows, fill), real_tokens(rows)
+    at, T = torch.arange(idx.shape[1] - 1), idx.shape[1] - cut
+    row, at = (((at < read[:, None]) | (at >= written[:, None])) & is_real[:, 1:]).nonzero(as_tuple=True)
+    batch[prefix + "loss_at"], batch[prefix + "targets"] = row * T + at, idx[row, at + 1]
+    batch[prefix + "idx"], batch[prefix + "is_real"] = idx[:, :T].contiguous(), is_real[:, cut:].contiguous()
+
+
+def move(batch: dict, device) -> dict:
+    """The tensors of a batch on the device; to a GPU from pinned memory, so that nobody waits for its work to end."""
+    if torch.device(device or "cpu").type == "cuda":
+        batch = {k: v.pin_memory() for k, v in batch.items()}
+    return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
 
 
 # ----------------------------------------------------------------------------- documents and masked spans (T-JEPA)
@@ -788,8 +788,7 @@ def collate_documents(rows: list[list[dict]], config, rng, device=None) -> dict:
                 is_target[b, here] = torch.from_numpy(draw_spans(d, config, rng).repeat(d["sentences"]))
     batch = {"idx": idx, "positions": positions, "segment": segment, "is_target": is_target}
     n = int((segment >= 0).sum())
-    return {**{k: v.to(device, non_blocking=True) for k, v in batch.items()},
-            "n_tokens": n, "n_filled": n, "n_slots": idx.numel()}  # fmt: skip
+    return {**move(batch, device), "n_tokens": n, "n_filled": n, "n_slots": idx.numel()}
 
 
 def packed(documents: list[dict], config, device, masks: bool = True):

@@ -377,16 +377,16 @@ class Args:
     seed: int = 1  # which synthetic problems, which counterfactuals
     max_problem_steps: int = 8  # of synthetic problems
     shard_size: int = 512  # chains a shard
-    token_budget: int = 4096  # tokens a batch, padding included
+    token_budget: int = 0  # tokens a batch, padding included; 0: 4,096, on a GPU 16,384
     device: str = "auto"
     threads: int = 0  # CPU threads; 0: PyTorch's own choice
     overwrite: bool = False  # start again in a finished or foreign folder (replaces shards, index, manifest)
 
     def __post_init__(self):
-        positive(self, "shard_size token_budget max_new_tokens concurrency")
+        positive(self, "shard_size max_new_tokens concurrency")
         if self.endpoint and not (self.generate and self.endpoint.startswith(("http://", "https://"))):
             raise ValueError(f"--endpoint {self.endpoint}: needs an address with http:// or https://, and --generate K")
-        not_negative(self, "limit seed threads generate max_tokens_total temperature")
+        not_negative(self, "limit seed threads generate token_budget max_tokens_total temperature")
         check(self, "layer", bool(self.layer) and bool(self.pooling), "needs at least one layer and pooling")
         files = [x for x in (self.chains, self.candidates, self.step_errors) if x]
         if len(files) + bool(self.generate) > 1:
@@ -443,8 +443,8 @@ def run(args) -> dict:
         result = extract_written(llm, chains, out, args.dataset, args.generate, args.temperature, args.top_p,
                                  args.seed, args.max_new_tokens, args.overwrite)
     else:
-        result = extract(llm, chains, out, description, wanted, args.logprobs, args.shard_size, args.token_budget,
-                         args.overwrite)
+        result = extract(llm, chains, out, description, wanted, args.logprobs, args.shard_size,
+                         args.token_budget or llm.token_budget, args.overwrite)
     layers = sorted({layer for layer, _ in wanted})
     return {"out": str(out), **result, "dim": llm.latent_dim(args.pooling[0]),
             "layer": layers[0] if len(layers) == 1 else layers}

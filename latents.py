@@ -328,51 +328,72 @@ def with_slots(parts: list[torch.Tensor], slots: list[int], device=None) -> tupl
                         for z, at in zip(parts, slots, strict=True)], device)
 
 
-def collate(chains: list[dict], config, rng, device=None, with_wrong: bool | None = None) -> dict:
+def join(chains: list[dict]) -> tuple[torch.Tensor, np.ndarray]:
+    """Latents "h" and "wrong_h" of chains -> (table [U, D] of all, where each chain's begin in it, int [n, 2]).
+
+    From then on the chains' latents are views of the table. A chain without wrong ones has its own in their place.
+    """
+    parts = [(c, key) for key in ("h", "wrong_h") for c in chains if key in c]
+    table = torch.cat([c[key] for c, key in parts])
+    begins = np.cumsum([0, *(len(c[key]) for c, key in parts)])
+    for (c, key), begin, end in zip(parts, begins, begins[1:], strict=False):
+        c[key] = table[begin:end]
+    starts = np.repeat(begins[: len(chains), None], 2, axis=1)
+    starts[["wrong_h" in c for c in chains], 1] = begins[len(chains) : -1]
+    return table, starts
+
+
+def collate(chains: list[dict], config, rng, device=None, with_wrong: bool | None = None, joined=None) -> dict:
     """Chains with latents "h" (and "wrong_h", "wrong_step") -> the batch that RJEPA.forward documents.
 
     with_wrong: whether it has wrong chains, None: if one of these has. Of several processes all must say the same. A
     counterfactual (which has a wrong_step) is masked as its chain, any other wrong chain by a mask of its own.
+    joined: (table, starts [B, 2]) as `join` makes it, where the table is there already, maybe on the device.
     """
     def order_of(z):
         n = len(z) - 1
-        return torch.from_numpy(np.append(0, 1 + (rng.permutation(n) if config.shuffle_steps else np.arange(n))))
+        return np.append(0, 1 + (rng.permutation(n) if config.shuffle_steps else np.arange(n)))
 
+    table, starts = joined or join([dict(c) for c in chains])
     orders = [order_of(c["h"]) for c in chains]
-    parts = [c["h"][o] for c, o in zip(chains, orders, strict=True)]
-    masks, B = [draw_mask(len(z) - 1, config, rng) for z in parts], len(chains)
+    masks, B = [draw_mask(len(o) - 1, config, rng) for o in orders], len(chains)
     with_wrong = any("wrong_h" in c for c in chains) if with_wrong is None else with_wrong
     pairs = with_wrong and (config.hard_negatives or config.lambda_margin > 0)
-    if pairs:
-        for c, o, mask in zip(chains, orders, masks[:B], strict=True):
-            wrong = c.get("wrong_h", c["h"])
-            if "wrong_h" in c and "wrong_step" not in c:
-                o, mask = order_of(wrong), draw_mask(len(wrong) - 1, config, rng)
-            parts.append(wrong[o])
-            masks.append(mask)
-    h, is_real = pad_latents(parts)
-    is_hidden, is_target = torch.zeros_like(is_real), torch.zeros_like(is_real)
+    for i, c in enumerate(chains) if pairs else ():
+        o, mask = orders[i], masks[i]
+        if "wrong_h" in c and "wrong_step" not in c:
+            o, mask = order_of(c["wrong_h"]), draw_mask(len(c["wrong_h"]) - 1, config, rng)
+        orders.append(o)
+        masks.append(mask)
+    lengths = np.array([len(o) for o in orders])
+    is_real = np.arange(lengths.max()) < lengths[:, None]
+    order, is_hidden, is_target = np.zeros(is_real.shape, dtype=int), np.zeros_like(is_real), np.zeros_like(is_real)
+    order[is_real] = np.concatenate(orders)
     for i, (hidden, asked) in enumerate(masks):
         is_hidden[i, hidden], is_target[i, asked] = True, True
-    both = {"h": h, "is_real": is_real, "is_visible": is_real & ~is_hidden, "is_target": is_target}
+    rows = torch.from_numpy(starts.T.reshape(-1)[: len(orders), None] + order)
+    both = {"is_real": is_real, "is_visible": is_real & ~is_hidden, "is_target": is_target}
+    both = data.move({k: torch.from_numpy(v) for k, v in both.items()}, device)
+    h = table[data.move({"rows": rows}, table.device)["rows"]]
+    h = data.move({"h": h}, device)["h"] if h.device.type == "cpu" else h
+    both["h"] = h.masked_fill_(~both["is_real"][..., None], 0.0).float()
     batch = {k: v[:B] for k, v in both.items()}
     if pairs:
         batch |= {f"wrong_{k}": v[B:] for k, v in both.items()}
-        is_wrong = torch.zeros_like(batch["is_real"])
-        for i, (c, o) in enumerate(zip(chains, orders, strict=True)):
-            is_wrong[i, : len(o)] = o >= c.get("wrong_step", len(o))
-        other = torch.tensor([["wrong_h" in c and "wrong_step" not in c] for c in chains])
-        batch |= {"is_wrong": is_wrong, "right_counts": batch["is_target"] & (is_wrong | other),
-                  "wrong_counts": batch["wrong_is_target"] & (is_wrong | other)}
-    batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-    n = int(is_real[:B].sum())
-    return {**batch, "n_tokens": n, "n_filled": n, "n_slots": batch["is_real"].numel()}
+        wrong_step = np.array([c.get("wrong_step", len(c["h"])) for c in chains])
+        is_wrong = is_real[:B] & (order[:B] >= wrong_step[:, None])
+        other = np.array([["wrong_h" in c and "wrong_step" not in c] for c in chains])
+        more = {"is_wrong": is_wrong, "right_counts": is_target[:B] & (is_wrong | other),
+                "wrong_counts": is_target[B:] & (is_wrong | other)}
+        batch |= data.move({k: torch.from_numpy(v) for k, v in more.items()}, device)
+    n = int(lengths[:B].sum())
+    return {**batch, "n_tokens": n, "n_filled": n, "n_slots": is_real[:B].size}
 
 
 class Batches(data.Batches):
     """Deterministic batches of chains of like length: a pure function of (seed, index)."""
 
-    unit = "chains"
+    unit, table = "chains", None
 
     def measure(self, config) -> np.ndarray:
         self.with_wrong = any("wrong_h" in c for c in self.examples)
@@ -383,8 +404,14 @@ class Batches(data.Batches):
         return super().__call__(index), np.random.default_rng([self.seed, 1, index])
 
     def __call__(self, index: int, device=None) -> dict:
+        if self.table is None:
+            self.table, self.starts = join(self.examples)
+            size = self.table.numel() * self.table.element_size()
+            if torch.device(device or "cpu").type == "cuda" and size < torch.cuda.mem_get_info()[0] / 4:
+                self.table = self.table.to(device)  # a batch is gathered there
         chains, rng = self.chains(index)
-        return collate(chains, self.config, rng, device, self.with_wrong)
+        joined = self.table, self.starts[self.indices(index)]
+        return collate(chains, self.config, rng, device, self.with_wrong, joined)
 
     def shuffle(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng([self.seed, epoch])

@@ -180,6 +180,11 @@ class LLM:
         self.layer, self.pooling = self.layer_index(layer), pooling
         return self
 
+    @property
+    def token_budget(self) -> int:
+        """Tokens a batch that is only read, with padding: a GPU needs more at a time to be busy."""
+        return 4096 if self.device.type == "cpu" else 16_384
+
     def layer_index(self, layer: int) -> int:
         if not -self.n_layer - 1 <= layer <= self.n_layer:
             raise ValueError(f"--layer {layer}: {self.name} has hidden states {-self.n_layer - 1} to {self.n_layer}")
@@ -272,10 +277,10 @@ class LLM:
         return F.embedding_bag(torch.arange(len(at), device=at.device), both, offsets, mode="sum",
                                include_last_offset=True)
 
-    def read_chains(self, chains: list[tuple[str, list[str]]], token_budget: int = 4096) -> list[torch.Tensor]:
+    def read_chains(self, chains: list[tuple[str, list[str]]], token_budget: int = 0) -> list[torch.Tensor]:
         """Latents [1 + S, D] fp32 of chains (question, steps), in batches of like length."""
         coded, out = [self.encode(question, steps) for question, steps in chains], [None] * len(chains)
-        for batch in batches_by_length([len(ids) for ids, _ in coded], token_budget):
+        for batch in batches_by_length([len(ids) for ids, _ in coded], token_budget or self.token_budget):
             rows, spans = zip(*(coded[i] for i in batch), strict=True)
             found, _ = self.latents(rows, spans, [(self.layer, self.pooling)])
             for i, z in zip(batch, found[self.layer, self.pooling], strict=True):
@@ -288,7 +293,7 @@ class LLM:
         return self.read_chains([(question, steps)])[0]
 
     @torch.no_grad()
-    def loglikelihoods(self, pairs: list[tuple[str, str]], token_budget: int = 4096) -> list[tuple[float, int]]:
+    def loglikelihoods(self, pairs: list[tuple[str, str]], token_budget: int = 0) -> list[tuple[float, int]]:
         """(log p(continuation | context), tokens of the continuation) for every pair of texts, in nats.
 
         As in lm-evaluation-harness the two are tokenised as one text, the continuation (to which blanks at the end of
@@ -307,7 +312,7 @@ class LLM:
             coded.append((ids[cut:], begin - cut))
         if n_cut := sum(len(ids) == self.context for ids, _ in coded):
             say(f"{n_cut} of {len(coded)} texts fill the context of {self.name} and may have lost their begin")
-        for batch in batches_by_length([len(ids) for ids, _ in coded], token_budget):
+        for batch in batches_by_length([len(ids) for ids, _ in coded], token_budget or self.token_budget):
             idx = pad_rows([coded[i][0] for i in batch], 0, self.device)
             _, final = self.states(idx, {self.n_layer}, True)
             spans = [[(coded[i][1], len(coded[i][0]))] for i in batch]

@@ -10,12 +10,12 @@ attn_allowed (True = may attend), is_real (True = not padding), is_target (True 
 
 import contextlib
 import copy
+import itertools
 import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------- Transformer
 
@@ -65,6 +65,16 @@ def attend(q, k, v, attn_allowed=None, is_causal=False):
     if attn_allowed is not None:
         scores = scores + torch.zeros_like(attn_allowed, dtype=q.dtype).masked_fill(~attn_allowed, float("-inf"))
     return scores.softmax(-1) @ v
+
+
+def side_by_side(attn_allowed, B: int, T: int, most: int):
+    """How many of B sequences of T lie in one row of at most `most` positions, and attn_allowed [B or 1, T, T] for it.
+
+    Attention's kernels take 64 to 128 positions at a time on a GPU: alone, a chain of five leaves them idle.
+    """
+    g = max(d for d in range(1, most // T + 1) if B % d == 0)
+    own = torch.eye(g, dtype=torch.bool, device=attn_allowed.device)[:, None, :, None]  # (g, 1, g, 1)
+    return g, (attn_allowed.expand(B, T, T).reshape(B // g, g, T, 1, T) & own).view(B // g, g * T, g * T)
 
 
 def spread(x, kept: tuple | None):
@@ -158,8 +168,14 @@ class Transformer(nn.Module):
         is_real bool [B, T]: where it is given the others are left out of all but attention, whose mask must bar them;
         what comes out there is meaningless.
         """
+        B, T, C = x.shape
         if positions is None:
-            positions = torch.arange(x.shape[1], device=x.device)[None]
+            positions = torch.arange(T, device=x.device)[None]
+        most = 128 if x.device.type == "cuda" else 32
+        if attn_allowed is not None and caches is None and context is None and 2 * T <= most:
+            g, attn_allowed = side_by_side(attn_allowed, B, T, most)
+            x, positions = x.reshape(-1, g * T, C), positions.expand(B, T).reshape(-1, g * T)
+            is_real = None if is_real is None else is_real.reshape(-1, g * T)
         cos_sin = rope(positions, self.n_embd // self.n_head)
         attn_allowed = None if attn_allowed is None else attn_allowed[:, None]  # (B, 1, T, T_keys)
         context_allowed = None if context_allowed is None else context_allowed[:, None, None]  # (B, 1, 1, T_ctx)
@@ -173,7 +189,7 @@ class Transformer(nn.Module):
             cache = None if caches is None else caches[i]
             source = context[i] if isinstance(context, list) else context
             x = block(x, cos_sin, attn_allowed, is_causal, source, context_allowed, cache, positions, kept)
-        return spread(self.norm(x), kept)
+        return spread(self.norm(x), kept).view(B, T, C)
 
     def context_keys(self, context) -> list[tuple]:
         """The cross-attention keys and values of a context [B, T_ctx, C], of each block."""
@@ -186,11 +202,13 @@ class Transformer(nn.Module):
 
 
 def compile_blocks(model: nn.Module):
-    """Compiles every block in place. What is around them looks at the data, so that it could not be one graph."""
+    """Compiles every block and the loss in place. What is around them looks at the data: it could not be one graph."""
     torch._dynamo.config.recompile_limit = 64
     for part in model.modules():
         if isinstance(part, Block):
             part.forward = torch.compile(part.forward, dynamic=True)
+        if isinstance(part, NanoJEPA):
+            part.loss_and_gradient = torch.compile(part.loss_and_gradient)  # the vocabulary stays as it is
 
 
 def init_weights(module: nn.Module, n_layer: int):
@@ -327,9 +345,9 @@ def answer_row(answer: list[int], eos_id: int) -> list[int]:
 
 def pad_rows(rows: list[list[int]], fill: int, device=None) -> torch.Tensor:
     """Ragged rows -> int64 [B, T], filled on the right."""
-    out = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.long)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = torch.tensor(row)
+    is_real = real_tokens(rows)
+    out = torch.full(is_real.shape, fill, dtype=torch.long)
+    out[is_real] = torch.tensor(list(itertools.chain.from_iterable(rows)), dtype=torch.long)
     return out.to(device, non_blocking=True)
 
 
@@ -354,12 +372,11 @@ def pool_weights(starts: list[int], rows: list[list[int]], pooling: str) -> torc
 
     `last`: the closing [EOS]; `mean`: every position but the opening [EOS].
     """
-    ends = [start + len(row) for start, row in zip(starts, rows, strict=True)]
-    pool = torch.zeros(len(rows), max(ends))
-    for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        first = end - 1 if pooling == "last" else start + 1
-        pool[i, first:end] = 1 / (end - first)
-    return pool
+    first = torch.tensor(starts)[:, None]
+    end = first + torch.tensor([len(row) for row in rows])[:, None]
+    at = torch.arange(int(end.max()))
+    first = end - 1 if pooling == "last" else first + 1
+    return ((first <= at) & (at < end)) / (end - first)
 
 
 def write(transformer, embed, eos_id: int, x, lengths, max_new_tokens: int, max_tokens: int | None = None,
@@ -427,6 +444,45 @@ class Standardize(nn.Module):
         return (z - self.mean) / self.std
 
 
+def loss_and_gradient(logits, targets):
+    """Summed cross-entropy of logits [M, V] with ids [M], and its gradient with respect to them, in their dtype."""
+    gradient, loss = torch.func.grad_and_value(
+        lambda logits: F.cross_entropy(logits.float(), targets, reduction="sum"))(logits)
+    return loss, gradient
+
+
+class TokenLoss(torch.autograd.Function):
+    """Summed cross-entropy of h [M, C] @ weight [V, C]^T with ids [M]. Its gradients are made while going forward.
+
+    So no logits wait for the backward pass, nor are they made a second time: those of 64 k tokens over GPT-2's
+    vocabulary would take 26 GB. (The idea is that of Liger's fused linear cross-entropy, Hsu et al. 2024.)
+    """
+
+    SLICE = 16_384  # tokens whose logits are there at a time
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, loss_and_gradient):
+        device, total, grads = h.device.type, 0.0, []
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+        with torch.autocast(device, enabled=False):
+            w, grad_w = weight.to(dtype), None
+            for part, ids in zip(h.to(dtype).split(TokenLoss.SLICE), targets.split(TokenLoss.SLICE), strict=True):
+                loss, grad = loss_and_gradient(part @ w.T, ids)
+                total = total + loss
+                if ctx.needs_input_grad[0]:
+                    grads.append((grad @ w).to(h.dtype))
+                    of_part = (grad.T @ part).to(weight.dtype)
+                    grad_w = of_part if grad_w is None else grad_w.add_(of_part)
+        if grads:
+            ctx.save_for_backward(torch.cat(grads), grad_w)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_h, grad_w = ctx.saved_tensors
+        return grad * grad_h, grad * grad_w, None, None
+
+
 class NanoJEPA(Model):
     """Decoder-only Transformer with a latent objective: [PRED] after the question predicts the answer's latent.
 
@@ -447,6 +503,7 @@ class NanoJEPA(Model):
         self.prefix = nn.Linear(config.n_embd, config.n_embd) if config.answer_context == "latent" else None
         self.standardize = Standardize(config.n_embd)
         init_weights(self, config.n_layer)
+        self.loss_and_gradient = loss_and_gradient
         self.target_model = None
         if config.target_encoder == "ema":
             self.target_model = nn.ModuleList([frozen_copy(self.embed), frozen_copy(self.transformer)])
@@ -455,20 +512,10 @@ class NanoJEPA(Model):
         """Trainable parameters; the tied embedding counts once."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
-    SLICE = 16_384  # tokens whose logits are there at a time: 64 k of GPT-2's would take 26 GB
-
     def token_loss(self, h, loss_at, targets):
         """Summed cross-entropy of h [B, T, C] at the flat positions loss_at [M] with the ids targets [M]."""
-
-        def loss(h, targets):
-            logits = F.linear(h, self.embed.weight)  # (M, V): padding costs nothing
-            return F.cross_entropy(logits.float(), targets, reduction="sum")
-
-        h = h.flatten(0, 1)[loss_at]  # (M, C)
-        if len(h) <= self.SLICE:
-            return loss(h, targets)
-        return sum(checkpoint(loss, *part, use_reentrant=False)  # logits are made once more for the backward pass
-                   for part in zip(h.split(self.SLICE), targets.split(self.SLICE), strict=True))
+        h = h.flatten(0, 1).index_select(0, loss_at)  # (M, C): padding costs nothing
+        return TokenLoss.apply(h, self.embed.weight, targets, self.loss_and_gradient)
 
     def answer_latent(self, h, pool):
         """States h [B, T, C] of answer rows, weights pool [B, T] -> standardised latent [B, C], detached."""
@@ -485,9 +532,9 @@ class NanoJEPA(Model):
         """A batch of data.collate -> {"loss", "lm_loss", "jepa_loss", "cos"}: means, scalars.
 
         idx [B, T]: rows that hold the question, [PRED] at pred_at [B], and with answer_context = question the answer
-        after it. answer_idx [B, Ta]: the answer in a row of its own. Each has (answer_)loss_at [M], the flat
-        positions with a token loss, and (answer_)targets [M]. target_idx [B, Tt]: what the target latent is taken
-        from; target_pool: the weights that pool its states. With `segment` and `positions` [B, T] (data.collate with
+        after it. answer_idx [B, Ta]: the answer in a row of its own. Each has (answer_)is_real, (answer_)loss_at [M],
+        the flat positions with a token loss, and (answer_)targets [M]. target_idx [B, Tt]: what the target latent is
+        taken from; target_pool: the weights that pool its states. With `segment` and `positions` (data.collate with
         packed=True) the two views lie in one padded row and a dense mask isolates them: the reference path.
         """
         cfg, at = self.config, torch.arange(len(batch["idx"]), device=batch["idx"].device)
@@ -495,7 +542,7 @@ class NanoJEPA(Model):
         if "segment" in batch:
             h = self.transformer(x, batch["positions"], attn_allowed=attn_allowed(batch["segment"]))
         else:
-            h = self.transformer(x, is_causal=True)
+            h = self.transformer(x, is_causal=True, is_real=batch["is_real"])
         pred = h[at, batch["pred_at"]]  # (B, C)
         total, count = self.token_loss(h, batch["loss_at"], batch["targets"]), len(batch["targets"])
 
@@ -503,7 +550,7 @@ class NanoJEPA(Model):
             x = self.embed(batch["answer_idx"])
             if self.prefix is not None:
                 x = torch.cat((self.prefix(pred)[:, None].to(x.dtype), x[:, 1:]), dim=1)
-            h = self.transformer(x, is_causal=True)
+            h = self.transformer(x, is_causal=True, is_real=batch["answer_is_real"])
             total = total + self.token_loss(h, batch["answer_loss_at"], batch["answer_targets"])
             count = count + len(batch["answer_targets"])
         lm_loss = total / count
@@ -600,6 +647,7 @@ class RJEPA(Model):
     def __init__(self, config):
         super().__init__()
         self.config, D, C = config, config.dim, config.n_embd
+        self.reads_wrong = False  # whether the last batch had wrong chains that the target encoder read
         self.register_buffer("h_mean", torch.zeros(D))
         self.register_buffer("h_std", torch.ones(D))
         # of verified chains: energies of steps by mode (ENERGIES); highest next-step energy after the first step
@@ -651,7 +699,7 @@ class RJEPA(Model):
             """Of the chains and, if both, of the wrong ones after them: one pass through a network takes all."""
             return torch.cat((batch[name], batch[f"wrong_{name}"])) if both else batch[name]
 
-        h_all = self.standardize(rows("h", hard or margin))
+        self.reads_wrong, h_all = hard, self.standardize(rows("h", hard or margin))
         h = h_all[:B]
         z_all = self.targets(h_all if hard else h, rows("is_real", hard), online)  # (B or 2 B, S, C)
         z_all, z_wrong = z_all[:B], z_all[B:].detach()
@@ -757,13 +805,14 @@ class RJEPA(Model):
             self.jepa.update_target(momentum)
 
     def flops_per_token(self, T: float) -> float:
-        """Forward and backward of what is trained, the encoder on what is visible, and the target encoder's forward."""
+        """Forward and backward of what is trained, the encoder on what is visible, and the target encoder's forward, of
+        wrong chains too where the last batch had them. Not the margin's passes."""
         cfg = self.config
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         encoder = sum(p.numel() for p in self.jepa.target_encoder.parameters())
         attention = 16 * cfg.n_layer * cfg.n_embd + 12 * cfg.predictor_n_layer * cfg.predictor_n_embd
         hidden = 0.0 if cfg.adapters_only else 0.4  # of the latents, by the presets' masks
-        return 6 * (trained - hidden * encoder) + 2 * encoder + attention * T
+        return 6 * (trained - hidden * encoder) + 2 * encoder * (1 + self.reads_wrong) + attention * T
 
 
 def mean_error(z_pred, z_target, is_target, counts):

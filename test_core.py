@@ -220,12 +220,34 @@ def test_training_rows_leak_nothing_from_the_answer_into_pred(context):
 
 
 @pytest.mark.parametrize("size", [10**9, 5])
+def test_token_loss_and_its_gradients_are_cross_entropy(size, monkeypatch):
+    """Also where the logits are made in slices, in bf16, and scaled afterwards."""
+    monkeypatch.setattr(m.TokenLoss, "SLICE", size)
+    torch.manual_seed(0)
+    net, h, targets = tiny_model(), torch.randn(2, 9, 32), torch.randint(0, 290, (13,))
+    at = torch.randperm(18)[:13]
+    for dtype, close in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        results = []
+        for loss in (net.token_loss, lambda h, at, targets: F.cross_entropy(
+                F.linear(h.flatten(0, 1)[at], net.embed.weight).float(), targets, reduction="sum")):
+            x, net.embed.weight.grad = h.clone().requires_grad_(), None
+            with runs.autocast("cpu", dtype):
+                total = loss(x, at, targets)
+            (total / 3).backward()
+            results.append((total, x.grad, net.embed.weight.grad))
+            with torch.no_grad(), runs.autocast("cpu", dtype):
+                assert torch.equal(loss(h, at, targets), total.detach())
+        for ours, theirs in zip(*results, strict=True):
+            assert ours.dtype == torch.float32 and (ours - theirs).norm() <= close * theirs.norm()
+
+
+@pytest.mark.parametrize("size", [10**9, 5])
 def test_fast_path_equals_the_reference_mask(size, monkeypatch):
     """Also where the logits are made in slices."""
     rows, results = examples(8), []
     for packed in (False, True):
         net = tiny_model(answer_context="isolated").train()
-        monkeypatch.setattr(net, "SLICE", 10**9 if packed else size)
+        monkeypatch.setattr(m.TokenLoss, "SLICE", 10**9 if packed else size)
         losses = net(tensors(data.collate(rows, net.config, packed=packed)))
         losses["loss"].backward()
         results.append((losses, {k: p.grad for k, p in net.named_parameters()}))
