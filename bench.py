@@ -102,7 +102,7 @@ class Args:
     seconds: float = 2.0  # per side and round, at least
     profile: bool = False  # write a trace of one call of each side instead
     plot: str = "assets/scaling.png"  # where `scaling` draws
-    memory_gb: float = 0.0  # each side uses no more of the GPU's memory; 0: all of it
+    memory_gb: float = 0.0  # ours uses no more of the GPU's memory; 0: all of it
     device: str = "auto"
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     compile: cfg.PICK = "auto"  # of training steps, as in train.py
@@ -118,7 +118,6 @@ class Step:
 
     def __init__(self, bench, config, batch_of, loss=lambda model, batch: model(batch)["loss"], all_slots=False):
         self.bench, self.batch_of, self.loss, self.tokens, self.rows = bench, batch_of, loss, 0, 0
-        bench.cap_memory()
         held = torch.cuda.memory_allocated() if bench.on_gpu else 0
         self.index, self.batch = 0, batch_of(0)
         torch.manual_seed(0)
@@ -134,6 +133,8 @@ class Step:
         for _ in range(20 if bench.on_gpu else 1):  # as many batches as it takes to see a long one
             self()
         self.peak = (torch.cuda.max_memory_allocated() - held) / 2**30 if bench.on_gpu else None
+        if bench.on_gpu:
+            torch.cuda.set_per_process_memory_fraction(1.0)  # the other side may take what it needs
 
     def __call__(self) -> int:
         batch, self.index = self.batch, self.index + 1
@@ -162,18 +163,12 @@ class Bench:
         self.dtype, self.on_gpu = pick_dtype(args.dtype, self.device), self.device.startswith("cuda")
         self.device_name = torch.cuda.get_device_name(self.device) if self.on_gpu else self.device
         self.compile = {"auto": self.on_gpu, "on": True, "off": False}[args.compile]
-        if args.memory_gb and not self.on_gpu:
-            raise ValueError(f"--memory_gb {args.memory_gb}: caps the memory of a CUDA GPU, this is {self.device}")
-        self.cap_memory()
-
-    def cap_memory(self):
-        """From now on this process takes --memory_gb at most beside what it holds already."""
-        if self.args.memory_gb:
-            torch.cuda.empty_cache()
+        if args.memory_gb:
+            if not self.on_gpu:
+                raise ValueError(f"--memory_gb {args.memory_gb}: caps the memory of a CUDA GPU, this is {self.device}")
             there = torch.cuda.get_device_properties(self.device).total_memory / 2**30
-            wanted = self.args.memory_gb + torch.cuda.memory_reserved() / 2**30
-            cfg.check(self.args, "memory_gb", wanted <= there, f"with what is held {wanted:.0f} of {there:.0f}")
-            torch.cuda.set_per_process_memory_fraction(wanted / there)
+            cfg.check(args, "memory_gb", args.memory_gb <= there, f"this GPU has {there:.0f}")
+            torch.cuda.set_per_process_memory_fraction(args.memory_gb / there)
 
     def pick(self, default: str):
         """The config of --preset; with `all`, the default's where that is of another kind."""
