@@ -20,7 +20,7 @@ import torch
 import benchmarks
 import verify
 from benchmarks import VAL_EVERY
-from model import answer_row, pad_rows, pool_weights, question_row, real_tokens
+from model import answer_row, keep, pad_rows, pool_weights, question_row, real_tokens
 
 # ----------------------------------------------------------------------------- problems
 
@@ -623,8 +623,8 @@ def collate(examples: list[dict], config, device=None, packed: bool = False) -> 
     else:
         add_rows(batch, "", questions, eos_id, read, n_question)
         add_rows(batch, "answer_", answers, eos_id, torch.zeros_like(n_question), torch.zeros_like(n_question))
-    n_tokens = sum(int(v.sum()) for k, v in batch.items() if k.endswith("is_real"))
-    n_filled, n_slots = n_tokens, sum(v.numel() for k, v in batch.items() if k.endswith("is_real"))
+    n_tokens = n_filled = sum(batch.pop(f"{prefix}n_tokens") for prefix in ("", "answer_") if f"{prefix}idx" in batch)
+    n_slots = sum(v.numel() for k, v in batch.items() if k.endswith("idx"))
 
     own_row = config.answer_context != "isolated" or config.target_text != config.answer_text
     if not packed and config.lambda_jepa > 0:
@@ -638,8 +638,8 @@ def collate(examples: list[dict], config, device=None, packed: bool = False) -> 
 
 
 def add_rows(batch: dict, prefix: str, rows: list[list[int]], fill: int, read, written, cut: int = 0):
-    """Adds PREFIXidx and PREFIXis_real [B, T], of rows without their last `cut` tokens, and what is to be predicted:
-    PREFIXloss_at, flat positions in them, and PREFIXtargets, the ids that follow there.
+    """Adds PREFIXidx [B, T], rows without their last `cut` tokens, how many those are, PREFIXkept (model.keep) and what
+    is to be predicted: PREFIXloss_at, flat positions in idx, and PREFIXtargets, the ids that follow there.
 
     These are the first read [B] positions of a row, and all from written [B] on that something follows.
     """
@@ -647,7 +647,9 @@ def add_rows(batch: dict, prefix: str, rows: list[list[int]], fill: int, read, w
     at, T = torch.arange(idx.shape[1] - 1), idx.shape[1] - cut
     row, at = (((at < read[:, None]) | (at >= written[:, None])) & is_real[:, 1:]).nonzero(as_tuple=True)
     batch[prefix + "loss_at"], batch[prefix + "targets"] = row * T + at, idx[row, at + 1]
-    batch[prefix + "idx"], batch[prefix + "is_real"] = idx[:, :T].contiguous(), is_real[:, cut:].contiguous()
+    is_real = is_real[:, cut:].contiguous()
+    batch |= {prefix + "idx": idx[:, :T].contiguous(), prefix + "kept": keep(is_real),
+              prefix + "n_tokens": int(is_real.sum())}
 
 
 def move(batch: dict, device) -> dict:

@@ -77,6 +77,13 @@ def side_by_side(attn_allowed, B: int, T: int, most: int):
     return g, (attn_allowed.expand(B, T, T).reshape(B // g, g, T, 1, T) & own).view(B // g, g * T, g * T)
 
 
+def keep(is_real):
+    """is_real bool [B, T] -> the flat positions [N] to be gone on with: the real ones, and a few more to make N a
+    multiple of 64, since kernels are made for every new shape."""
+    n = -(-int(is_real.sum()) // 64) * 64
+    return is_real.flatten().int().argsort(descending=True, stable=True)[:n]
+
+
 def spread(x, kept: tuple | None):
     """Vectors x [N, C] at the N positions `kept` (their flat index [N], and (B, T)) -> [B, T, C], zero elsewhere."""
     if kept is None:
@@ -160,13 +167,13 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(n_embd)
 
     def forward(self, x, positions=None, attn_allowed=None, is_causal=False, context=None, context_allowed=None,
-                caches=None, is_real=None):
+                caches=None, is_real=None, kept=None):
         """x [B, T, C] -> [B, T, C].
 
         positions: int [B or 1, T], 0 … T-1 by default. attn_allowed: bool [B or 1, T, T_keys]. context [B, T_ctx, C]
         or its `context_keys`, with context_allowed [B, T_ctx], for cross-attention. caches: see `new_caches`.
         is_real bool [B, T]: where it is given the others are left out of all but attention, whose mask must bar them;
-        what comes out there is meaningless.
+        what comes out there is meaningless. kept: what `keep` makes of it, where that is known without asking a GPU.
         """
         B, T, C = x.shape
         if positions is None:
@@ -179,11 +186,10 @@ class Transformer(nn.Module):
         cos_sin = rope(positions, self.n_embd // self.n_head)
         attn_allowed = None if attn_allowed is None else attn_allowed[:, None]  # (B, 1, T, T_keys)
         context_allowed = None if context_allowed is None else context_allowed[:, None, None]  # (B, 1, 1, T_ctx)
-        kept = None
         if is_real is not None:
-            n = -(-int(is_real.sum()) // 64) * 64  # a few more: kernels are made for every new shape
-            kept = is_real.flatten().int().argsort(descending=True, stable=True)[:n], is_real.shape
-            x = x.flatten(0, 1)[kept[0]]
+            kept = keep(is_real)
+        if kept is not None:
+            kept, x = (kept, x.shape[:2]), x.flatten(0, 1)[kept]
         x = self.drop(x)
         for i, block in enumerate(self.blocks):
             cache = None if caches is None else caches[i]
@@ -532,17 +538,18 @@ class NanoJEPA(Model):
         """A batch of data.collate -> {"loss", "lm_loss", "jepa_loss", "cos"}: means, scalars.
 
         idx [B, T]: rows that hold the question, [PRED] at pred_at [B], and with answer_context = question the answer
-        after it. answer_idx [B, Ta]: the answer in a row of its own. Each has (answer_)is_real, (answer_)loss_at [M],
-        the flat positions with a token loss, and (answer_)targets [M]. target_idx [B, Tt]: what the target latent is
-        taken from; target_pool: the weights that pool its states. With `segment` and `positions` (data.collate with
-        packed=True) the two views lie in one padded row and a dense mask isolates them: the reference path.
+        after it. answer_idx [B, Ta]: the answer in a row of its own. Each has (answer_)kept (see `keep`),
+        (answer_)loss_at [M], the flat positions with a token loss, and (answer_)targets [M]. target_idx [B, Tt]: what
+        the target latent is taken from; target_pool: the weights that pool its states. With `segment` and `positions`
+        [B, T] (data.collate with packed=True) the two views lie in one padded row and a dense mask isolates them: the
+        reference path.
         """
         cfg, at = self.config, torch.arange(len(batch["idx"]), device=batch["idx"].device)
         x = self.embed(batch["idx"])
         if "segment" in batch:
             h = self.transformer(x, batch["positions"], attn_allowed=attn_allowed(batch["segment"]))
         else:
-            h = self.transformer(x, is_causal=True, is_real=batch["is_real"])
+            h = self.transformer(x, is_causal=True, kept=batch["kept"])
         pred = h[at, batch["pred_at"]]  # (B, C)
         total, count = self.token_loss(h, batch["loss_at"], batch["targets"]), len(batch["targets"])
 
@@ -550,7 +557,7 @@ class NanoJEPA(Model):
             x = self.embed(batch["answer_idx"])
             if self.prefix is not None:
                 x = torch.cat((self.prefix(pred)[:, None].to(x.dtype), x[:, 1:]), dim=1)
-            h = self.transformer(x, is_causal=True, is_real=batch["answer_is_real"])
+            h = self.transformer(x, is_causal=True, kept=batch["answer_kept"])
             total = total + self.token_loss(h, batch["answer_loss_at"], batch["answer_targets"])
             count = count + len(batch["answer_targets"])
         lm_loss = total / count
