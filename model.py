@@ -464,15 +464,16 @@ class TokenLoss(torch.autograd.Function):
     vocabulary would take 26 GB. (The idea is that of Liger's fused linear cross-entropy, Hsu et al. 2024.)
     """
 
-    SLICE = 16_384  # tokens whose logits are there at a time
+    GPU_SLICE, CPU_SLICE = 16_384, 512  # tokens whose logits are there at a time: those of a CPU stay in its cache
 
     @staticmethod
     def forward(ctx, h, weight, targets, loss_and_gradient):
         device, total, grads = h.device.type, 0.0, []
+        size = TokenLoss.CPU_SLICE if device == "cpu" else TokenLoss.GPU_SLICE
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
         with torch.autocast(device, enabled=False):
             w, grad_w = weight.to(dtype), None
-            for part, ids in zip(h.to(dtype).split(TokenLoss.SLICE), targets.split(TokenLoss.SLICE), strict=True):
+            for part, ids in zip(h.to(dtype).split(size), targets.split(size), strict=True):
                 loss, grad = loss_and_gradient(part @ w.T, ids)
                 total = total + loss
                 if ctx.needs_input_grad[0]:

@@ -222,7 +222,7 @@ def test_training_rows_leak_nothing_from_the_answer_into_pred(context):
 @pytest.mark.parametrize("size", [10**9, 5])
 def test_token_loss_and_its_gradients_are_cross_entropy(size, monkeypatch):
     """Also where the logits are made in slices, in bf16, and scaled afterwards."""
-    monkeypatch.setattr(m.TokenLoss, "SLICE", size)
+    monkeypatch.setattr(m.TokenLoss, "CPU_SLICE", size)
     torch.manual_seed(0)
     net, h, targets = tiny_model(), torch.randn(2, 9, 32), torch.randint(0, 290, (13,))
     at = torch.randperm(18)[:13]
@@ -247,7 +247,7 @@ def test_fast_path_equals_the_reference_mask(size, monkeypatch):
     rows, results = examples(8), []
     for packed in (False, True):
         net = tiny_model(answer_context="isolated").train()
-        monkeypatch.setattr(m.TokenLoss, "SLICE", 10**9 if packed else size)
+        monkeypatch.setattr(m.TokenLoss, "CPU_SLICE", 10**9 if packed else size)
         losses = net(tensors(data.collate(rows, net.config, packed=packed)))
         losses["loss"].backward()
         results.append((losses, {k: p.grad for k, p in net.named_parameters()}))
