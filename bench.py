@@ -5,7 +5,7 @@
     python bench.py --profile rjepa_step                # where its time goes: traces for chrome://tracing
     python bench.py scaling                             # how cost grows: a table and a plot
     python bench.py nanojepa_step --preset nanojepa --tokens 65536             # a GPU: MFU and peak memory beside
-    python bench.py rjepa_step --preset rjepa --memory_gb 24                   # does it fit a card of 24 GB?
+    python bench.py rjepa_step --preset rjepa --batch_size 2048 --memory_gb 24 # does it fit a card of 24 GB?
 
 nanojepa_step        isolated views as causal rows, against one dense-masked row in padded batches of random order
 nanojepa_mask        the same, both sides on length-bucketed batches: the mask alone
@@ -22,7 +22,7 @@ attention            model.attend against SDPA at the shape of nanojepa-small, f
 generate             decoding with the KV cache, against recomputing the whole row for every token
 speaker_cache        the Speaker writing 256 tokens, against recomputing all of them for every token (tjepa-speak)
 extract              extract.run_shard, against AutoModelForCausalLM with output_hidden_states on right-padded batches
-                     of 16 in file order: SmolLM2, layer -2, same dtype, same tokens pooled. Ours are two batches, at
+                     of 16 in file order: --llm, layer -2, same dtype, same tokens pooled. Ours are two batches, at
                      the quartiles of length, of those that a shard of 512 chains makes. max_difference: of the two in
                      fp32, over the std of the plain latents
 shared_prefill       4 candidates of 32 tokens from one reading of a 200-token prompt, against 4 generations one after
@@ -33,9 +33,10 @@ nudge_overhead       ms a token under NUDGE's bias, against without (ratio = cos
                      instead. The head has random weights, and alpha is so small that all write the same tokens
 
 A step is all that train.py does in one: collating, forward, backward, clipping, optimizer, EMA. Tokens are real ones,
-never padding; the answer rows that only the latent needs count as cost, not as tokens. On a GPU `mfu` (of real tokens,
-R-JEPA's without the passes of its counterfactuals) and `peak_memory_gb` stand beside, both of ours alone. Where SmolLM2
-cannot be loaded, RERANK and NUDGE are measured with pretrained/student. Of `all`, each has a process of its own.
+never padding; the answer rows that only the latent needs count as cost, not as tokens. The next batch is made while a
+GPU is still busy. On a GPU `mfu` (of real tokens, for R-JEPA with the target encoder's pass over the counterfactuals)
+and `peak_memory_gb` stand beside, both of ours alone. Where SmolLM2 cannot be loaded, RERANK and NUDGE are measured
+with pretrained/student. Of `all`, each has a process of its own.
 """
 
 import dataclasses
@@ -73,6 +74,7 @@ from model import (
     compile_blocks,
     configure_optimizers,
     estimate_mfu,
+    keep,
     pad_rows,
     question_row,
     real_tokens,
@@ -96,13 +98,13 @@ class Args:
     data_dir: str = ""  # GSM8K folder; empty: synthetic problems
     preset: str = ""  # whose network, where the comparison is of its kind; empty: nanojepa-small, rjepa-small
     tokens: int = 0  # tokens a batch of nanoJEPA; 0: the preset's number of problems
-    batch_size: int = 0  # chains a batch of R-JEPA, rows of T-JEPA; 0: the preset's
+    batch_size: int = 0  # chains a batch of R-JEPA; 0: the preset's
     llm: str = "smollm2"  # what `extract` and `shared_prefill` are measured with: as in extract.py
     repeats: int = 3  # rounds
     seconds: float = 2.0  # per side and round, at least
     profile: bool = False  # write a trace of one call of each side instead
     plot: str = "assets/scaling.png"  # where `scaling` draws
-    memory_gb: float = 0.0  # ours uses no more of the GPU's memory; 0: all of it
+    memory_gb: float = 0.0  # of a training step, ours uses no more of the GPU's memory; 0: all of it
     device: str = "auto"
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     compile: cfg.PICK = "auto"  # of training steps, as in train.py
@@ -110,6 +112,9 @@ class Args:
     def __post_init__(self):
         cfg.positive(self, "repeats seconds")
         cfg.not_negative(self, "tokens batch_size memory_gb")
+        for field, kinds in (("tokens", "nanojepa"), ("batch_size", "rjepa"), ("memory_gb", ("nanojepa", "rjepa"))):
+            known = self.name == "all" or self.name.startswith(kinds)
+            cfg.check(self, field, known or not getattr(self, field), f"means nothing to {self.name}")
         cfg.check(self, "profile", not (self.profile and self.name == "scaling"), "scaling has no trace")
 
 
@@ -125,7 +130,8 @@ class Step:
         self.optimizer = configure_optimizers(self.model, config)
         for part in self.model.modules() if all_slots else ():  # padding and hidden positions masked, not left out
             if isinstance(part, Transformer):
-                part.register_forward_pre_hook(lambda _, args, more: (args, more | {"is_real": None}), with_kwargs=True)
+                part.register_forward_pre_hook(
+                    lambda _, args, more: (args, more | {"is_real": None, "kept": None}), with_kwargs=True)
         if bench.compile:
             compile_blocks(self.model)
         if bench.on_gpu:
@@ -212,7 +218,7 @@ class Bench:
     def world(self):
         """(R-JEPA, its LLM): SmolLM2's or, where that cannot be loaded, the student's."""
         try:
-            run, llm = "rjepa-smollm2", self.llm
+            run, llm = "rjepa-smollm2", load_llm("smollm2", self.device, self.args.dtype)
         except (ValueError, OSError) as error:
             say(f"pretrained/student instead of SmolLM2: {str(error).splitlines()[0]}")
             run, llm = "rjepa-student", load_llm(str(PRETRAINED / "student"), self.device)
@@ -281,7 +287,7 @@ class Bench:
 
     def nanojepa_step(self):
         return self.compare(ours=self.nanojepa("isolated", 1.0),
-                            plain=self.nanojepa("isolated", 1.0, packed=True, bucketed=False))
+                            plain=self.nanojepa("isolated", 1.0, packed=True, bucketed=False, all_slots=True))
 
     def nanojepa_mask(self):
         return self.compare(ours=self.nanojepa("isolated", 1.0), plain=self.nanojepa("isolated", 1.0, packed=True))
@@ -292,14 +298,14 @@ class Bench:
     def nanojepa_llm_jepa(self):
         def questions(part):
             rows = [question_row(e["question"], self.config.vocab_size - 1) for e in part]
-            at = torch.tensor([len(row) - 1 for row in rows], device=self.device)
-            return {"question": pad_rows(rows, 0, self.device), "question_at": at}
+            at, kept = torch.tensor([len(row) - 1 for row in rows]), keep(real_tokens(rows))
+            return data.move({"question": pad_rows(rows, 0), "question_at": at, "question_kept": kept}, self.device)
 
         def loss(model, batch):
             """One causal row for the token loss, then question and answer once more for the latents."""
-            lm_loss = model.token_loss(model.transformer(model.embed(batch["idx"]), is_causal=True),
+            lm_loss = model.token_loss(model.transformer(model.embed(batch["idx"]), is_causal=True, kept=batch["kept"]),
                                        batch["loss_at"], batch["targets"]) / len(batch["targets"])
-            h = model.transformer(model.embed(batch["question"]), is_causal=True)
+            h = model.transformer(model.embed(batch["question"]), is_causal=True, kept=batch["question_kept"])
             pred = h[torch.arange(len(h), device=h.device), batch["question_at"]].float()
             target = model.target_latent(batch["target_idx"], batch["target_pool"])
             return lm_loss + 1 - F.cosine_similarity(pred, target, dim=-1).mean()

@@ -616,15 +616,15 @@ def collate(examples: list[dict], config, device=None, packed: bool = False) -> 
         batch["segment"] = pad_rows([[0] * q + [1] * a for q, a in lengths], -1)
         batch["positions"] = pad_rows([[*range(q), *range(a)] for q, a in lengths], 0)
         batch["target_pool"] = pool_weights([len(q) for q in questions], answers, config.pooling)
-        add_rows(batch, "", rows, eos_id, read, n_question)
+        n_tokens = add_rows(batch, "", rows, eos_id, read, n_question)
     elif config.answer_context == "question":  # [PRED] is followed by the answer, and nothing follows the last token
-        add_rows(batch, "", [q + a[1:] for q, a in zip(questions, answers, strict=True)], eos_id, read, n_question - 1,
-                 cut=1)
+        rows = [q + a[1:] for q, a in zip(questions, answers, strict=True)]
+        n_tokens = add_rows(batch, "", rows, eos_id, read, n_question - 1, cut=1)
     else:
-        add_rows(batch, "", questions, eos_id, read, n_question)
-        add_rows(batch, "answer_", answers, eos_id, torch.zeros_like(n_question), torch.zeros_like(n_question))
-    n_tokens = n_filled = sum(batch.pop(f"{prefix}n_tokens") for prefix in ("", "answer_") if f"{prefix}idx" in batch)
-    n_slots = sum(v.numel() for k, v in batch.items() if k.endswith("idx"))
+        n_tokens = add_rows(batch, "", questions, eos_id, read, n_question)
+        none = torch.zeros_like(n_question)
+        n_tokens += add_rows(batch, "answer_", answers, eos_id, none, none)
+    n_filled, n_slots = n_tokens, sum(v.numel() for k, v in batch.items() if k.endswith("idx"))
 
     own_row = config.answer_context != "isolated" or config.target_text != config.answer_text
     if not packed and config.lambda_jepa > 0:
@@ -637,9 +637,9 @@ def collate(examples: list[dict], config, device=None, packed: bool = False) -> 
     return {**move(batch, device), "n_tokens": n_tokens, "n_filled": n_filled, "n_slots": n_slots}
 
 
-def add_rows(batch: dict, prefix: str, rows: list[list[int]], fill: int, read, written, cut: int = 0):
-    """Adds PREFIXidx [B, T], rows without their last `cut` tokens, how many those are, PREFIXkept (model.keep) and what
-    is to be predicted: PREFIXloss_at, flat positions in idx, and PREFIXtargets, the ids that follow there.
+def add_rows(batch: dict, prefix: str, rows: list[list[int]], fill: int, read, written, cut: int = 0) -> int:
+    """Adds PREFIXidx [B, T], rows without their last `cut` tokens, PREFIXkept (model.keep) and what is to be predicted:
+    PREFIXloss_at, flat positions in idx, and PREFIXtargets, the ids that follow there. Returns how many tokens idx has.
 
     These are the first read [B] positions of a row, and all from written [B] on that something follows.
     """
@@ -648,8 +648,8 @@ def add_rows(batch: dict, prefix: str, rows: list[list[int]], fill: int, read, w
     row, at = (((at < read[:, None]) | (at >= written[:, None])) & is_real[:, 1:]).nonzero(as_tuple=True)
     batch[prefix + "loss_at"], batch[prefix + "targets"] = row * T + at, idx[row, at + 1]
     is_real = is_real[:, cut:].contiguous()
-    batch |= {prefix + "idx": idx[:, :T].contiguous(), prefix + "kept": keep(is_real),
-              prefix + "n_tokens": int(is_real.sum())}
+    batch |= {prefix + "idx": idx[:, :T].contiguous(), prefix + "kept": keep(is_real)}
+    return int(is_real.sum())
 
 
 def move(batch: dict, device) -> dict:

@@ -329,17 +329,19 @@ def with_slots(parts: list[torch.Tensor], slots: list[int], device=None) -> tupl
 
 
 def join(chains: list[dict]) -> tuple[torch.Tensor, np.ndarray]:
-    """Latents "h" and "wrong_h" of chains -> (table [U, D] of all, where each chain's begin in it, int [n, 2]).
+    """Latents "h" and "wrong_h" of chains -> (table [U, D] of all, int [n, 2]: where a chain's of either begin in it).
 
-    From then on the chains' latents are views of the table. A chain without wrong ones has its own in their place.
+    From then on they are views of the table. A chain without wrong ones has its own in their place; a wrong chain that
+    several share is there once.
     """
-    parts = [(c, key) for key in ("h", "wrong_h") for c in chains if key in c]
-    table = torch.cat([c[key] for c, key in parts])
-    begins = np.cumsum([0, *(len(c[key]) for c, key in parts)])
-    for (c, key), begin, end in zip(parts, begins, begins[1:], strict=False):
-        c[key] = table[begin:end]
-    starts = np.repeat(begins[: len(chains), None], 2, axis=1)
-    starts[["wrong_h" in c for c in chains], 1] = begins[len(chains) : -1]
+    parts = {id(c[key]): c[key] for key in ("h", "wrong_h") for c in chains if key in c}
+    begins = dict(zip(parts, np.cumsum([0, *map(len, parts.values())]), strict=False))
+    starts = np.array([[begins[id(c.get(key, c["h"]))] for key in ("h", "wrong_h")] for c in chains])
+    table = torch.cat(list(parts.values()))
+    for c, at in zip(chains, starts, strict=True):
+        for key, begin in zip(("h", "wrong_h"), at, strict=True):
+            if key in c:
+                c[key] = table[begin : begin + len(c[key])]
     return table, starts
 
 
@@ -406,9 +408,10 @@ class Batches(data.Batches):
     def __call__(self, index: int, device=None) -> dict:
         if self.table is None:
             self.table, self.starts = join(self.examples)
-            size = self.table.numel() * self.table.element_size()
-            if torch.device(device or "cpu").type == "cuda" and size < torch.cuda.mem_get_info()[0] / 4:
-                self.table = self.table.to(device)  # a batch is gathered there
+            if torch.device(device or "cpu").type == "cuda":
+                size = self.table.numel() * self.table.element_size()
+                if size < torch.cuda.get_device_properties(device).total_memory / 16:
+                    self.table = self.table.to(device)  # a batch is gathered there
         chains, rng = self.chains(index)
         joined = self.table, self.starts[self.indices(index)]
         return collate(chains, self.config, rng, device, self.with_wrong, joined)

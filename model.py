@@ -67,8 +67,12 @@ def attend(q, k, v, attn_allowed=None, is_causal=False):
     return scores.softmax(-1) @ v
 
 
+ROW = {"cuda": 128, "cpu": 32}  # positions of a row in which short sequences lie side by side
+
+
 def side_by_side(attn_allowed, B: int, T: int, most: int):
-    """How many of B sequences of T lie in one row of at most `most` positions, and attn_allowed [B or 1, T, T] for it.
+    """-> (g, how many of B sequences of T lie in a row of at most `most` positions; the mask [B / g, g T, g T] of such
+    rows, from attn_allowed [B or 1, T, T] of each alone). g divides B: where B has no small factors it may be 1.
 
     Attention's kernels take 64 to 128 positions at a time on a GPU: alone, a chain of five leaves them idle.
     """
@@ -178,7 +182,7 @@ class Transformer(nn.Module):
         B, T, C = x.shape
         if positions is None:
             positions = torch.arange(T, device=x.device)[None]
-        most = 128 if x.device.type == "cuda" else 32
+        most = ROW.get(x.device.type, 0)
         if attn_allowed is not None and caches is None and context is None and 2 * T <= most:
             g, attn_allowed = side_by_side(attn_allowed, B, T, most)
             x, positions = x.reshape(-1, g * T, C), positions.expand(B, T).reshape(-1, g * T)
@@ -186,6 +190,7 @@ class Transformer(nn.Module):
         cos_sin = rope(positions, self.n_embd // self.n_head)
         attn_allowed = None if attn_allowed is None else attn_allowed[:, None]  # (B, 1, T, T_keys)
         context_allowed = None if context_allowed is None else context_allowed[:, None, None]  # (B, 1, 1, T_ctx)
+        assert is_real is None or kept is None, "kept follows from is_real"
         if is_real is not None:
             kept = keep(is_real)
         if kept is not None:
@@ -214,7 +219,19 @@ def compile_blocks(model: nn.Module):
         if isinstance(part, Block):
             part.forward = torch.compile(part.forward, dynamic=True)
         if isinstance(part, NanoJEPA):
-            part.loss_and_gradient = torch.compile(part.loss_and_gradient)  # the vocabulary stays as it is
+            part.loss_and_gradient = compiled_loss()
+
+
+def compiled_loss():
+    """`loss_and_gradient`, compiled for a fixed vocabulary and, from the first call on, for any number of tokens."""
+    compiled = torch.compile(loss_and_gradient)
+
+    def call(logits, targets):
+        for x in (logits, targets):
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+        return compiled(logits, targets)
+
+    return call
 
 
 def init_weights(module: nn.Module, n_layer: int):
@@ -464,19 +481,22 @@ class TokenLoss(torch.autograd.Function):
     vocabulary would take 26 GB. (The idea is that of Liger's fused linear cross-entropy, Hsu et al. 2024.)
     """
 
-    GPU_SLICE, CPU_SLICE = 16_384, 512  # tokens whose logits are there at a time: those of a CPU stay in its cache
+    @staticmethod
+    def slice_size(n_words: int, device: str) -> int:
+        """Tokens whose logits are there at a time: on a CPU those of a small vocabulary stay in its cache."""
+        return max(512, (2**20 if device == "cpu" else 2**29) // n_words)
 
     @staticmethod
     def forward(ctx, h, weight, targets, loss_and_gradient):
         device, total, grads = h.device.type, 0.0, []
-        size = TokenLoss.CPU_SLICE if device == "cpu" else TokenLoss.GPU_SLICE
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+        size = TokenLoss.slice_size(len(weight), device)
         with torch.autocast(device, enabled=False):
             w, grad_w = weight.to(dtype), None
             for part, ids in zip(h.to(dtype).split(size), targets.split(size), strict=True):
                 loss, grad = loss_and_gradient(part @ w.T, ids)
                 total = total + loss
-                if ctx.needs_input_grad[0]:
+                if any(ctx.needs_input_grad[:2]):
                     grads.append((grad @ w).to(h.dtype))
                     of_part = (grad.T @ part).to(weight.dtype)
                     grad_w = of_part if grad_w is None else grad_w.add_(of_part)
@@ -485,6 +505,7 @@ class TokenLoss(torch.autograd.Function):
         return total
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         grad_h, grad_w = ctx.saved_tensors
         return grad * grad_h, grad * grad_w, None, None
@@ -548,7 +569,7 @@ class NanoJEPA(Model):
         cfg, at = self.config, torch.arange(len(batch["idx"]), device=batch["idx"].device)
         x = self.embed(batch["idx"])
         if "segment" in batch:
-            h = self.transformer(x, batch["positions"], attn_allowed=attn_allowed(batch["segment"]))
+            h = self.transformer(x, batch["positions"], attn_allowed(batch["segment"]), kept=batch["kept"])
         else:
             h = self.transformer(x, is_causal=True, kept=batch["kept"])
         pred = h[at, batch["pred_at"]]  # (B, C)
@@ -749,6 +770,8 @@ class RJEPA(Model):
             raise ValueError(f"mode '{mode}': must be one of {', '.join(self.ENERGIES)}")
         if h.shape[-1] != self.config.dim:
             raise ValueError(f"latents of width {h.shape[-1]}; this run reads {self.config.dim} ({self.config.llm})")
+        if not torch.isfinite(h).all():
+            raise ValueError(f"latents that are not finite, of {self.config.llm}: try --dtype fp32")
         h, position = self.standardize(h), self.positions(h)
         chain, step = (is_real & (position > 0)).nonzero(as_tuple=True)
         out = []

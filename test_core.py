@@ -222,7 +222,7 @@ def test_training_rows_leak_nothing_from_the_answer_into_pred(context):
 @pytest.mark.parametrize("size", [10**9, 5])
 def test_token_loss_and_its_gradients_are_cross_entropy(size, monkeypatch):
     """Also where the logits are made in slices, in bf16, and scaled afterwards."""
-    monkeypatch.setattr(m.TokenLoss, "CPU_SLICE", size)
+    monkeypatch.setattr(m.TokenLoss, "slice_size", lambda *_: size)
     torch.manual_seed(0)
     net, h, targets = tiny_model(), torch.randn(2, 9, 32), torch.randint(0, 290, (13,))
     at = torch.randperm(18)[:13]
@@ -247,7 +247,7 @@ def test_fast_path_equals_the_reference_mask(size, monkeypatch):
     rows, results = examples(8), []
     for packed in (False, True):
         net = tiny_model(answer_context="isolated").train()
-        monkeypatch.setattr(m.TokenLoss, "CPU_SLICE", 10**9 if packed else size)
+        monkeypatch.setattr(m.TokenLoss, "slice_size", lambda *_, packed=packed: 10**9 if packed else size)
         losses = net(tensors(data.collate(rows, net.config, packed=packed)))
         losses["loss"].backward()
         results.append((losses, {k: p.grad for k, p in net.named_parameters()}))
@@ -1251,6 +1251,38 @@ def latent_chains(n=40, dim=12, seed=0, wrong=True):
             chain |= {"wrong_h": other.bfloat16(), "wrong_step": step}
         chains.append(chain)
     return chains
+
+
+def test_a_batch_holds_the_latents_of_its_chains_and_of_their_wrong_ones():
+    chains, shared = latent_chains(30), torch.randn(7, 12).bfloat16()
+    for c in chains[::3] + chains[1::3]:
+        del c["wrong_h"], c["wrong_step"]
+    for c in chains[1::3]:
+        c["wrong_h"] = shared  # as an LLM wrote it
+    config = rjepa_config(batch_size=8)
+    batches = latents.Batches([dict(c) for c in chains], config)
+    for index in range(2 * batches.per_epoch):
+        batch, part = batches(index), [chains[i] for i in batches.indices(index)]
+        for row, c in enumerate(part):
+            for key, h in (("h", c["h"]), ("wrong_h", c.get("wrong_h", c["h"]))):
+                assert torch.equal(batch[key][row, : len(h)], h.float()) and not batch[key][row, len(h) :].any()
+        alone = latents.collate(part, config, np.random.default_rng([config.seed, 1, index]), None, True)
+        assert all(torch.equal(torch.as_tensor(alone[k]), torch.as_tensor(v)) for k, v in batch.items())
+    assert len(batches.table) == 7 + sum(len(c["h"]) * (2 if "wrong_step" in c else 1) for c in chains)
+
+
+@pytest.mark.parametrize("B, T, g", [(12, 5, 6), (7, 5, 1), (1, 3, 1), (64, 16, 2), (4, 17, 1)])
+def test_sequences_side_by_side_see_what_each_sees_alone(B, T, g, monkeypatch):
+    torch.manual_seed(0)
+    net, x = m.Transformer(2, 2, 16), torch.randn(B, T, 16)
+    is_real = torch.arange(T) < torch.randint(1, T + 1, (B, 1))
+    allowed, seen = m.may_attend(is_real), []
+    net.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[2].shape))
+    both = [net(x, None, allowed, is_real=is_real)]
+    monkeypatch.setattr(m, "ROW", {})
+    both.append(net(x, None, allowed, is_real=is_real))
+    assert [tuple(s) for s in seen] == [(B // g, 1, g * T, g * T), (B, 1, T, T)]
+    torch.testing.assert_close(both[0][is_real], both[1][is_real], atol=1e-5, rtol=1e-5)
 
 
 def latents_folder(folder, n=60, split="train", dim=12, name=""):
@@ -2785,6 +2817,8 @@ def test_the_document_mean_is_of_visible_tokens_alone():
     expected = ((means - targets) / targets.std(0, correction=0).clamp_min(1e-3)).square().mean()
     found = jobs.span_figures(model, parts, "cpu")
     assert found["mse_document_mean"] == pytest.approx(float(expected), rel=1e-4) and found["n"] == len(targets)
+    assert found["mse_gain"] == pytest.approx(found["mse_document_mean"] - found["mse"], abs=1e-6)
+    assert found["mse_gain_ci95"][0] <= found["mse_gain"] <= found["mse_gain_ci95"][1]
 
 
 @pytest.fixture(scope="module")
@@ -3011,14 +3045,17 @@ def test_bench_reports_ours_plain_and_ratio(capsys, monkeypatch, tmp_path):
 def test_compiled_blocks_compute_the_same(monkeypatch):
     """Without a compiler: that all shapes, masks and modes go through one compiled function."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    batch, found = latents.collate(latent_chains(12), rjepa_config(), np.random.default_rng(0)), []
+    batch = latents.collate(latent_chains(12), rjepa_config(), np.random.default_rng(0))
+    rows, found = examples(12), ([], [])
     for compiled in (False, True):
         torch.manual_seed(0)
-        net = m.RJEPA(rjepa_config())
-        if compiled:
+        world, writer = m.RJEPA(rjepa_config()), tiny_model(answer_context="isolated").train()
+        for net in (world, writer) if compiled else ():
             m.compile_blocks(net)
-        loss = net(tensors(batch))["loss"]
-        loss.backward()
-        found.append([loss, net.energy(batch["h"], batch["is_real"]).nan_to_num(), net.w_in.weight.grad])
+        losses = [world(tensors(batch))["loss"], *(writer(tensors(data.collate(part, writer.config)))["loss"]
+                                                   for part in (rows, rows[:9]))]
+        sum(losses).backward()
+        energy = world.energy(batch["h"], batch["is_real"]).nan_to_num()
+        found[compiled].extend([*losses, energy, world.w_in.weight.grad, writer.embed.weight.grad])
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two)
