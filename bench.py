@@ -8,7 +8,7 @@
     python bench.py rjepa_step --preset rjepa --batch_size 2048 --memory_gb 24 # does it fit a card of 24 GB?
 
 nanojepa_step        isolated views as causal rows, against one dense-masked row in padded batches of random order
-nanojepa_mask        the same, both sides on length-bucketed batches: the mask alone
+nanojepa_mask        the same, both sides on length-bucketed batches and without padding: the mask alone
 nanojepa_gpt         the same step, against a plain GPT of its shape: question and answer in one causal row, no latent
                      loss; both sides on length-bucketed batches of as many problems
 nanojepa_llm_jepa    the same step, against three forward passes (text, question, answer) as LLM-JEPA first did

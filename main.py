@@ -377,7 +377,8 @@ class Demo:
             for texts in watch.run(llm, question, 1, **options):
                 yield cards([c["steps"] for c in chains] + texts), None
             chains += watch.chains
-        energies = [e["leave_one_out"].tolist() for e in infer.energies(model, [c["h"] for c in chains])]
+        energies = [infer.energies(model, [c["h"]])[0]["leave_one_out"].tolist() if c["steps"] else []
+                    for c in chains]  # one by one: equal chains have equal bits then
         pictures = [curve("energy, the step alone hidden", e, quantiles) if e else "" for e in energies]
         texts = [c["steps"] for c in chains]
         same = texts[0] == texts[1]

@@ -544,7 +544,8 @@ class NanoJEPA(Model):
     def token_loss(self, h, loss_at, targets):
         """Summed cross-entropy of h [B, T, C] at the flat positions loss_at [M] with the ids targets [M]."""
         h = h.flatten(0, 1).index_select(0, loss_at)  # (M, C): padding costs nothing
-        return TokenLoss.apply(h, self.embed.weight, targets, self.loss_and_gradient)
+        weight = self.embed.weight if torch.is_grad_enabled() else self.embed.weight.detach()
+        return TokenLoss.apply(h, weight, targets, self.loss_and_gradient)
 
     def answer_latent(self, h, pool):
         """States h [B, T, C] of answer rows, weights pool [B, T] -> standardised latent [B, C], detached."""
