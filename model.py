@@ -67,18 +67,40 @@ def attend(q, k, v, attn_allowed=None, is_causal=False):
     return scores.softmax(-1) @ v
 
 
-ROW = {"cuda": 128, "cpu": 32}  # positions of a row in which short sequences lie side by side
+ROW = {"cuda": (128, 8), "cpu": (32, 1)}  # slots of a row in which short sequences are packed: at most, a multiple of
 
 
-def side_by_side(attn_allowed, B: int, T: int, most: int):
-    """-> (g, how many of B sequences of T lie in a row of at most `most` positions; the mask [B / g, g T, g T] of such
-    rows, from attn_allowed [B or 1, T, T] of each alone). g divides B: where B has no small factors it may be 1.
+def pack(is_real, most: int, multiple: int = 1):
+    """Lays the real positions of B sequences, is_real bool [B, T], end to end in rows of at most `most`, none cut.
 
-    Attention's kernels take 64 to 128 positions at a time on a GPU: alone, a chain of five leaves them idle.
+    -> (their flat positions [N], their flat slots [N] in the rows, (number of rows R, slots of a row L)). The longest
+    are dealt out first, to and fro over the rows, which fills them evenly. Attention's kernels take 64 to 128 positions
+    at a time on a GPU: alone, a chain of five leaves them idle.
     """
-    g = max(d for d in range(1, most // T + 1) if B % d == 0)
-    own = torch.eye(g, dtype=torch.bool, device=attn_allowed.device)[:, None, :, None]  # (g, 1, g, 1)
-    return g, (attn_allowed.expand(B, T, T).reshape(B // g, g, T, 1, T) & own).view(B // g, g * T, g * T)
+    device, is_real = is_real.device, is_real.cpu()
+    lengths, order = is_real.sum(1).sort(descending=True, stable=True)
+    for R in itertools.count(max(1, -(-int(lengths.sum()) // most))):
+        rounds = F.pad(lengths, (0, -len(lengths) % R)).view(-1, R)
+        rounds[1::2] = rounds[1::2].flip(1)  # fro
+        fullest = int(rounds.sum(0).max())
+        if fullest <= most:
+            break
+    L = -(-fullest // multiple) * multiple
+    start = rounds.cumsum(0) - rounds + L * torch.arange(R)
+    start[1::2] = start[1::2].flip(1)
+    start = torch.empty_like(order).index_copy_(0, order, start.flatten()[: len(order)])  # (B,)
+    slots = (start[:, None] + is_real.cumsum(1) - 1)[is_real]
+    return is_real.flatten().nonzero()[:, 0].to(device), slots.to(device), (R, L)
+
+
+def packed_mask(attn_allowed, kept, slots, shape):
+    """The mask [R, L, L] of the rows of `pack`, from attn_allowed [B or 1, T, T] of each sequence alone."""
+    T = attn_allowed.shape[-1]
+    at = kept.new_full((2, shape[0] * shape[1]), -1)  # sequence and position of every slot; -1: nothing there
+    at[:, slots] = torch.stack((kept // T, kept % T))
+    (b, t), own = at.view(2, *shape), torch.eye(shape[1], dtype=torch.bool, device=kept.device)
+    allowed = attn_allowed[b[:, :, None] % len(attn_allowed), t[:, :, None], t[:, None]]
+    return allowed & (b[:, :, None] == b[:, None]) | own
 
 
 def keep(is_real):
@@ -182,12 +204,15 @@ class Transformer(nn.Module):
         B, T, C = x.shape
         if positions is None:
             positions = torch.arange(T, device=x.device)[None]
-        most = ROW.get(x.device.type, 0)
+        (most, multiple), whole = ROW.get(x.device.type, (0, 1)), None
         # in training alone: otherwise a result would depend, in its last bits, on what else is in the batch
-        if self.training and attn_allowed is not None and caches is None and context is None and 2 * T <= most:
-            g, attn_allowed = side_by_side(attn_allowed, B, T, most)
-            x, positions = x.reshape(-1, g * T, C), positions.expand(B, T).reshape(-1, g * T)
-            is_real = None if is_real is None else is_real.reshape(-1, g * T)
+        if self.training and is_real is not None and caches is None and context is None and 2 * T <= most:
+            index, slots, shape = pack(is_real, most, multiple)
+            whole, is_real = (index, (B, T)), None
+            x = spread(x.flatten(0, 1)[index], (slots, shape))
+            positions = positions.expand(B, T).flatten()
+            positions = positions.new_zeros(shape[0] * shape[1]).index_copy(0, slots, positions[index]).view(shape)
+            attn_allowed = packed_mask(attn_allowed, index, slots, shape)
         cos_sin = rope(positions, self.n_embd // self.n_head)
         attn_allowed = None if attn_allowed is None else attn_allowed[:, None]  # (B, 1, T, T_keys)
         context_allowed = None if context_allowed is None else context_allowed[:, None, None]  # (B, 1, 1, T_ctx)
@@ -201,6 +226,8 @@ class Transformer(nn.Module):
             cache = None if caches is None else caches[i]
             source = context[i] if isinstance(context, list) else context
             x = block(x, cos_sin, attn_allowed, is_causal, source, context_allowed, cache, positions, kept)
+        if whole is not None:
+            return spread(self.norm(x).flatten(0, 1)[slots], whole)
         return spread(self.norm(x), kept).view(B, T, C)
 
     def context_keys(self, context) -> list[tuple]:
