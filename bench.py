@@ -29,8 +29,9 @@ shared_prefill       4 candidates of 32 tokens from one reading of a 200-token p
                      the other; `batched`: a batch of 4 copies of the prompt instead
 rerank_overhead      seconds to write 4 candidates and score them, against writing alone (ratio = cost); the latents
                      that RERANK reads are taken while writing, on both sides
-nudge_overhead       ms a token under NUDGE's bias, against without (ratio = cost); `hidden`: a pull on the hidden state
-                     instead. The head has random weights, and alpha is so small that all write the same tokens
+nudge_overhead       ms a token under NUDGE's bias, against without (ratio = cost), in four answers one after the
+                     other; `hidden`: a pull on the hidden state instead. The head has random weights, and alpha is
+                     so small that all write the same tokens
 
 A step is all that train.py does in one: collating, forward, backward, clipping, optimizer, EMA. Tokens are real ones,
 never padding; the answer rows that only the latent needs count as cost, not as tokens. The next batch is made while a
@@ -62,23 +63,10 @@ import config as cfg
 import data
 import infer
 import latents
+import model as m
 from extract import run_shard
-from jobs import strip
+from jobs import n_rows
 from llm import batches_by_length, generate, load_llm, sample
-from model import (
-    Guidance,
-    NanoJEPA,
-    Speaker,
-    Transformer,
-    attend,
-    compile_blocks,
-    configure_optimizers,
-    estimate_mfu,
-    keep,
-    pad_rows,
-    question_row,
-    real_tokens,
-)
 from runs import autocast, build_model, pick_device, pick_dtype, say
 
 NAMES = Literal["all", "nanojepa_step", "nanojepa_mask", "nanojepa_gpt", "nanojepa_llm_jepa", "nanojepa_overhead",
@@ -127,13 +115,13 @@ class Step:
         self.index, self.batch = 0, batch_of(0)
         torch.manual_seed(0)
         self.model = build_model(config).to(bench.device)
-        self.optimizer = configure_optimizers(self.model, config)
+        self.optimizer = m.configure_optimizers(self.model, config)
         for part in self.model.modules() if all_slots else ():  # padding and hidden positions masked, not left out
-            if isinstance(part, Transformer):
+            if isinstance(part, m.Transformer):
                 part.register_forward_pre_hook(
                     lambda _, args, more: (args, more | {"is_real": None, "kept": None}), with_kwargs=True)
         if bench.compile:
-            compile_blocks(self.model)
+            m.compile_blocks(self.model)
         if bench.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         for _ in range(20 if bench.on_gpu else 1):  # as many batches as it takes to see a long one
@@ -145,9 +133,9 @@ class Step:
     def __call__(self) -> int:
         batch, self.index = self.batch, self.index + 1
         self.tokens += batch["n_tokens"]
-        self.rows += sum(len(batch[k]) for k in ("idx", "answer_idx", "h") if k in batch)
+        self.rows += n_rows(batch)
         with autocast(self.bench.device, self.bench.dtype):
-            loss = self.loss(self.model, strip(batch))
+            loss = self.loss(self.model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -157,7 +145,7 @@ class Step:
         return batch["n_tokens"]
 
     def figures(self, rate: float) -> dict:
-        mfu = estimate_mfu(rate * self.model.flops_per_token(self.tokens / self.rows), self.bench.device_name)
+        mfu = m.estimate_mfu(rate * self.model.flops_per_token(self.tokens / self.rows), self.bench.device_name)
         return {"mfu": mfu and round(mfu, 4), "peak_memory_gb": self.peak and round(self.peak, 2)}
 
 
@@ -297,9 +285,9 @@ class Bench:
 
     def nanojepa_llm_jepa(self):
         def questions(part):
-            rows = [question_row(e["question"], self.config.vocab_size - 1) for e in part]
-            at, kept = torch.tensor([len(row) - 1 for row in rows]), keep(real_tokens(rows))
-            return data.move({"question": pad_rows(rows, 0), "question_at": at, "question_kept": kept}, self.device)
+            rows = [m.question_row(e["question"], self.config.vocab_size - 1) for e in part]
+            at, kept = torch.tensor([len(row) - 1 for row in rows]), m.keep(m.real_tokens(rows))
+            return data.move({"question": m.pad_rows(rows, 0), "question_at": at, "question_kept": kept}, self.device)
 
         def loss(model, batch):
             """One causal row for the token loss, then question and answer once more for the latents."""
@@ -357,13 +345,13 @@ class Bench:
             function(q, k, v, is_causal=True).sum().backward()
             return shape[0] * shape[1]
 
-        return self.compare(ours=lambda: run(attend), plain=lambda: run(F.scaled_dot_product_attention))
+        return self.compare(ours=lambda: run(m.attend), plain=lambda: run(F.scaled_dot_product_attention))
 
     @torch.no_grad()
     def generate(self):
         torch.manual_seed(0)
-        model = NanoJEPA(dataclasses.replace(self.config, answer_context="question")).to(self.device).eval()
-        rows = [question_row(self.tokenizer.encode(p["question"]), model.pred_id) for p in self.problems[:16]]
+        model = m.NanoJEPA(dataclasses.replace(self.config, answer_context="question")).to(self.device).eval()
+        rows = [m.question_row(self.tokenizer.encode(p["question"]), model.pred_id) for p in self.problems[:16]]
         length, new = min(map(len, rows)), 100
         idx = torch.tensor([r[:length] for r in rows], device=self.device)
 
@@ -382,7 +370,7 @@ class Bench:
         config = dataclasses.replace(cfg.pick_preset("tjepa-speak"), vocab_size=self.tokenizer.vocab_size,
                                      context_dim=256)
         torch.manual_seed(0)
-        speaker, n = Speaker(config).to(self.device).eval(), 256
+        speaker, n = m.Speaker(config).to(self.device).eval(), 256
         speaker.embed.weight[speaker.eos_id] = 0.0  # never the likeliest: all 256 tokens are written
         context = torch.randn(2, 100, config.context_dim, device=self.device)
         allowed = torch.ones(context.shape[:2], dtype=torch.bool, device=self.device)
@@ -418,7 +406,7 @@ class Bench:
             found = []
             for start in range(0, len(coded), 16):
                 rows, spans = zip(*coded[start : start + 16], strict=True)
-                h = model(pad_rows(rows, 0, self.device), attention_mask=real_tokens(rows, self.device).long(),
+                h = model(m.pad_rows(rows, 0, self.device), attention_mask=m.real_tokens(rows, self.device).long(),
                           output_hidden_states=True).hidden_states[-2]
                 found += [z[[end - 1 for _, end in units]].float().cpu() for z, units in zip(h, spans, strict=True)]
             return found
@@ -469,13 +457,14 @@ class Bench:
         return self.result("s/question", {"ours": ours, "plain": plain})
 
     def nudge_overhead(self):
-        (model, llm), question = self.world, self.problems[0]["question"]
-        guide = Guidance(cfg.GuideConfig(z_dim=model.config.n_embd, h_dim=llm.dim, vocab_size=llm.vocab_size))
+        (model, llm), questions = self.world, [p["question"] for p in self.problems[:4]]
+        guide = m.Guidance(cfg.GuideConfig(z_dim=model.config.n_embd, h_dim=llm.dim, vocab_size=llm.vocab_size))
         torch.nn.init.normal_(guide.out.weight, 0.0, 0.02)
         guide.to(self.device).eval()
 
         def write(nudge=None):
-            return sum(generate(llm, [question], 1, 0.0, max_new_tokens=64, nudge=nudge)[0][0]["n_tokens"])
+            return sum(sum(generate(llm, [q], 1, 0.0, max_new_tokens=64, nudge=nudge)[0][0]["n_tokens"])
+                       for q in questions)
 
         return self.compare("ms/token", ours=lambda: write(infer.Nudge(model, llm, 1e-6, guide)), plain=write,
                             hidden=lambda: write(infer.Nudge(model, llm, 1e-6)))

@@ -214,8 +214,8 @@ def read_hub(name: str, config: str | None, official: str) -> list[dict]:
             f"{hub} could not be loaded from the Hugging Face hub ({type(error).__name__}: {str(error)[:200]}).\n"
             f"  - online: unset HF_HUB_OFFLINE and run again, it is fetched once and cached\n"
             f"  - offline: --data_dir FOLDER with {official}.jsonl (lines with "
-            f"{', '.join(BENCHMARKS[name].fields)})\n"
-            f"  - without any data: --dataset synthetic") from None
+            f"{', '.join(BENCHMARKS[name].fields)})"
+            + "\n  - without any data: --dataset synthetic" * (name == "gsm8k")) from None
 
 
 # ----------------------------------------------------------------------------- as an LLM sees them
@@ -227,12 +227,6 @@ def prompt(bench: Benchmark, problem: dict, examples: list[dict] = ()) -> str:
     solved = "".join(f"{bench.prompt.format(question=e['question'])}{continuations(e)[e.get('label', 0)]}\n\n"
                      for e in examples)
     return before + solved + bench.prompt.format(question=problem["question"])
-
-
-def chat_turn(bench: Benchmark, problem: dict) -> tuple[str, str, tuple[str, ...]]:
-    """What the user says in a chat, how the answer begins, and before what it ends."""
-    turn, begin, stop = bench.chat or (bench.prompt, "", bench.stop)
-    return turn.format(question=problem["question"]), begin, stop
 
 
 def continuations(problem: dict) -> list[str]:

@@ -165,10 +165,10 @@ class RJEPAConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        positive(self, "n_layer n_head n_embd predictor_n_layer predictor_n_embd tau")
+        positive(self, "n_layer n_head n_embd predictor_n_layer predictor_n_embd tau margin")
         for name in ("n_embd", "predictor_n_embd"):
             check(self, name, getattr(self, name) % (2 * self.n_head) == 0, f"must be a multiple of 2 x {self.n_head}")
-        not_negative(self, "lambda_variance lambda_infonce lambda_own lambda_reconstruction lambda_margin margin dim")
+        not_negative(self, "lambda_variance lambda_infonce lambda_own lambda_reconstruction lambda_margin dim")
         check(self, "dropout", 0 <= self.dropout < 1, "must lie in [0, 1)")
         check(self, "mask_min", 0 <= self.mask_min <= self.mask_max <= 1, "needs 0 <= mask_min <= mask_max <= 1")
         shares(self, "suffix_share single_share")
@@ -223,7 +223,8 @@ class SpeakConfig(RunConfig):
         super().__post_init__()
         positive(self, "n_layer n_head n_embd block_size read_size")
         check(self, "n_head", self.n_embd % (2 * self.n_head) == 0, f"must divide n_embd={self.n_embd} into even parts")
-        shares(self, "dropout predicted_share alone_share read_weight")
+        shares(self, "predicted_share alone_share read_weight")
+        check(self, "dropout", 0 <= self.dropout < 1, "must lie in [0, 1)")
         check(self, "use_z", self.use_z or (self.reads != "nothing" and self.alone_share == 0),
               "off leaves nothing to go by unless it reads (--reads all or before) and always does (--alone_share 0)")
 

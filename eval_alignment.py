@@ -32,19 +32,10 @@ import extract
 import infer
 import jobs
 import latents
+import runs
 import verify
 from config import AnswerConfig, RJEPAConfig, TextConfig, TJEPAConfig, not_negative, plain_errors, shares
 from model import TextEncoder, alignment, latent_figures, wilson
-from runs import (
-    build_model,
-    encoder_block_size,
-    encoder_shape,
-    load_config,
-    load_encoder,
-    load_run,
-    load_tokenizer,
-    tokenizer_digest,
-)
 
 
 @dataclass
@@ -119,8 +110,8 @@ def counterfactual_pairs(model, config, tokenizer, problems, pred, seed) -> dict
 
 def evaluate_nanojepa(run: str, args) -> dict:
     """The figures of model.alignment for a run on held-out problems, with the controls named above."""
-    model, config = load_run(run, args.device)
-    tokenizer = load_tokenizer(run, config)
+    model, config = runs.load_run(run, args.device)
+    tokenizer = runs.load_tokenizer(run, config)
     problems = held_out(args, config)
     if len(problems) < 2:
         raise ValueError(f"{len(problems)} problem: a pair is needed to mismatch, raise --limit")
@@ -131,7 +122,7 @@ def evaluate_nanojepa(run: str, args) -> dict:
     result["counterfactual"] = counterfactual_pairs(model, config, tokenizer, problems, pred, args.seed)
 
     torch.manual_seed(args.seed)
-    untrained = build_model(config).to(pred.device).eval()
+    untrained = runs.build_model(config).to(pred.device).eval()
     untrained.fit_standardize(answers)  # on the very answers it is asked for: in favour of the control
     result["untrained"] = alignment(*untrained.encode(questions, answers))
     return result
@@ -241,7 +232,7 @@ def evaluate_plan(run: str, args) -> dict:
                          "take another data set")
     if args.decode_limit:
         speaker, speak_config, folder = infer.load_beside(run, args.speaker, "speak", args.device)
-        tokenizer = load_tokenizer(folder, speak_config)
+        tokenizer = runs.load_tokenizer(folder, speak_config)
     rng = np.random.default_rng(args.seed)
     holes = [int(rng.integers(2, len(c["steps"]))) for c in chains]
     whole = llm.read_chains([(c["question"], c["steps"]) for c in chains])
@@ -262,7 +253,7 @@ def evaluate_plan(run: str, args) -> dict:
     for c, k in enumerate(holes):
         own = [s for s in range(1, len(x[c])) if s != k]
         far = [x[o][int(rng.integers(1, len(x[o])))]
-               for o in rng.choice([i for i in range(len(x)) if i != c], 99 - len(own))]
+               for o in rng.choice([i for i in range(len(x)) if i != c], max(0, 99 - len(own)))]
         among = torch.stack([x[c][k], *(x[c][s] for s in own), *far])
         before, after = space(gapped[c][k - 1]), space(gapped[c][k])
         guesses = {"plan": predicted[c], "next_step": predicted_next[c], "copy": before,
@@ -408,7 +399,7 @@ def evaluate_step_errors(run: str, args) -> dict:
     if not rows:
         raise ValueError(f"{args.step_errors}: no chain with a first wrong step")
     torch.manual_seed(args.seed)
-    untrained, h, hits = build_model(config).to(model.h_mean.device), [r["h"] for r in rows], {}
+    untrained, h, hits = runs.build_model(config).to(model.h_mean.device), [r["h"] for r in rows], {}
     untrained.fit_standardize(torch.cat(h))
     for row, e, control in zip(rows, infer.energies(model, h), infer.energies(untrained, h), strict=True):
         loo, ahead, truth = e["leave_one_out"], e["next_step"], row["wrong_step"] - 1
@@ -492,7 +483,7 @@ def evaluate_tjepa(run: str, args) -> dict:
 
     A run on --text is looked at on its own held-out documents, and on problems where --dataset names some.
     """
-    encoder, config, tokenizer = load_encoder(run, args.device)
+    encoder, config, tokenizer = runs.load_encoder(run, args.device)
     device, own_text, result = encoder.embed.weight.device, getattr(config, "text", ""), {}
     problems = held_out(args, config) if args.dataset or not own_text else []
     if isinstance(config, TJEPAConfig):
@@ -503,7 +494,7 @@ def evaluate_tjepa(run: str, args) -> dict:
         documents = [d for t in texts for d in data.encode_document(t, tokenizer, config.block_size)]
         torch.manual_seed(args.seed)
         figures = [jobs.span_figures(net, documents, device) for net in
-                   (load_run(run, args.device)[0], build_model(config).to(device).eval())]
+                   (runs.load_run(run, args.device)[0], runs.build_model(config).to(device).eval())]
         result |= figures[0] | {"untrained": figures[1]}
     if len(problems) < 2:
         return result
@@ -514,15 +505,16 @@ def evaluate_tjepa(run: str, args) -> dict:
     untrained = []
     for seed in range(args.seed, args.seed + 3):
         torch.manual_seed(seed)
-        untrained.append(TextEncoder(config.vocab_size, *encoder_shape(config)).eval().to(device))
+        untrained.append(TextEncoder(config.vocab_size, *runs.encoder_shape(config)).eval().to(device))
+    print(f"probes: {len(train_problems) + len(problems):,} questions, read by four encoders", flush=True)
     result["probe"], *random = (probes(net, tokenizer, train_problems, problems, args.seed)
                                 for net in (encoder, *untrained))
     result["probe_random"] = {name: [r[name]["r2"] for r in random] for name in ("steps", "magnitude")}
     if args.teacher:
-        teacher, theirs, other = load_encoder(args.teacher, args.device)
-        if tokenizer_digest(other) != tokenizer_digest(tokenizer):
+        teacher, theirs, other = runs.load_encoder(args.teacher, args.device)
+        if runs.tokenizer_digest(other) != runs.tokenizer_digest(tokenizer):
             raise ValueError(f"{run} and --teacher {args.teacher} read other tokens: they cannot be compared")
-        parts = [[tokenizer.encode(p["question"])[: encoder_block_size(theirs)] for p in some]
+        parts = [[tokenizer.encode(p["question"])[: runs.encoder_block_size(theirs)] for p in some]
                  for some in (train_problems[:1000], problems[:1000])]
         result["teacher"] = teacher_alignment(encoder, teacher, *parts)
         result["teacher_random"] = teacher_alignment(untrained[0], teacher, *parts)
@@ -534,8 +526,8 @@ def evaluate_answers(run: str, args) -> dict:
 
     Over the runs of one tokenizer they compare; lm_loss_per_character does over all.
     """
-    model, config = load_run(run, args.device)
-    tokenizer, problems = load_tokenizer(run, config), held_out(args, config)
+    model, config = runs.load_run(run, args.device)
+    tokenizer, problems = runs.load_tokenizer(run, config), held_out(args, config)
     if len(problems) < 2:
         raise ValueError(f"{len(problems)} problem: a pair is needed to mismatch, raise --limit")
     examples = jobs.encode_answers(problems, tokenizer, config)
@@ -563,7 +555,7 @@ def print_figures(result: dict, name: str = ""):
 @plain_errors()
 def main(argv=None):
     args = tyro.cli(Args, args=argv)
-    config = load_config(args.run)[1]
+    config = runs.load_config(args.run)[1]
     is_rjepa = isinstance(config, RJEPAConfig)
     if args.teacher and (not isinstance(config, TextConfig) or isinstance(config, AnswerConfig)):
         raise ValueError(f"--teacher is for encoders of T-JEPA, pre-trained or distilled; {args.run} is none")

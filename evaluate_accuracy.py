@@ -34,23 +34,13 @@ import eval_alignment
 import extract
 import infer
 import latents
+import runs
 import sandbox
 import verify
 from config import AnswerConfig, NanoJEPAConfig, RJEPAConfig, TextConfig, check, not_negative, plain_errors, positive
 from llm import HuggingFaceLLM, chat_text, complete, load_llm
 from llm import generate as llm_generate
 from model import wilson
-from runs import (
-    build_model,
-    digest,
-    is_run,
-    llm_label,
-    load_config,
-    load_run,
-    load_tokenizer,
-    weights_digest,
-    write_jsonl,
-)
 
 
 @dataclass
@@ -64,7 +54,7 @@ class Args(eval_alignment.Problems):
     allow_unsafe_code: bool = False  # run generated programs without the sandbox, if there is none
     k: int = 1  # candidates a problem: 1 is greedy, more are sampled; of those given, the first k of a file, 1: all
     temperature: float = 0.8  # of the samples
-    top_p: float = 0.95  # of an R-JEPA's LLM
+    top_p: float = 0.95  # of an LLM's samples
     max_new_tokens: int = 0  # of an answer; 0: what the data set needs
     batch_size: int = 128  # candidates generated at a time
     candidates: str = ""  # R-JEPA: a jsonl file of labelled candidates to pick from
@@ -84,6 +74,7 @@ class Args(eval_alignment.Problems):
         check(self, "folds", self.folds >= 2, "must be at least 2")
         check(self, "alphas", bool(self.alphas), "needs one value at least")
         positive(self, "k max_new_tokens batch_size temperature")
+        check(self, "top_p", 0 < self.top_p <= 1, "must lie in (0, 1]")
 
 
 def interval(right: np.ndarray, seed: int, draws: int = 2000) -> list[float]:
@@ -146,8 +137,8 @@ def method_figures(correct, random: float, oracle: float, seed: int, recovered: 
 
 def evaluate_run(run: str, args) -> dict:
     """Generates, saves and scores -> {"n", "k", "random", "oracle", "methods": {NAME: figures}}."""
-    model, config = load_run(run, args.device)
-    tokenizer = load_tokenizer(run, config)
+    model, config = runs.load_run(run, args.device)
+    tokenizer = runs.load_tokenizer(run, config)
     problems = eval_alignment.held_out(args, config)
     if not isinstance(config, (NanoJEPAConfig, AnswerConfig)):
         hint = f": python train.py tjepa-speak --init_from {run}" if isinstance(config, TextConfig) else ""
@@ -157,7 +148,7 @@ def evaluate_run(run: str, args) -> dict:
     right = np.array([[verify.check_answer(t, truth) for t in row] for row, truth in zip(texts, truths, strict=True)])
     name = (f"generations-{args.dataset or config.dataset}-{args.split}-n{len(problems)}-k{args.k}"
             f"-t{args.temperature}-m{args.max_new_tokens}-seed{args.seed}.jsonl")
-    write_jsonl(Path(run) / name, [
+    runs.write_jsonl(Path(run) / name, [
         {"id": p["id"], "question": p["question"], "truth": truth,
          "candidates": [{"text": t, "is_correct": bool(r)} for t, r in zip(row, ok, strict=True)]}
         for p, truth, row, ok in zip(problems, truths, texts, right, strict=True)])
@@ -186,9 +177,10 @@ def evaluate_run(run: str, args) -> dict:
     # controls: the best single answer to everything, in hindsight, and the model's own answers to other questions
     constant = statistics.mode(truths)
     methods["constant"] = figures([verify.check_answer(constant, t) for t in truths], recovered=False)
-    others = [truths[(i + n // 2) % n] for i in range(n)]
-    methods["shuffled"] = figures([np.mean([verify.check_answer(t, truth) for t in row])
-                                   for row, truth in zip(texts, others, strict=True)], recovered=False)
+    if n > 1:
+        others = [truths[(i + n // 2) % n] for i in range(n)]
+        methods["shuffled"] = figures([np.mean([verify.check_answer(t, truth) for t in row])
+                                       for row, truth in zip(texts, others, strict=True)], recovered=False)
     return {"n": n, "k": args.k, "random": random, "oracle": oracle, "methods": methods,
             "unparsed": float(np.mean([verify.answer_value(t) is None for row in texts for t in row]))}
 
@@ -300,7 +292,7 @@ def evaluate_candidates(run: str, args) -> dict:
     if (contrast := contrast_scores(config, features)) is not None:
         scores["contrast"] = np.where(usable, contrast, -np.inf)
     torch.manual_seed(args.seed)
-    untrained = build_model(config).to(model.h_mean.device).eval()
+    untrained = runs.build_model(config).to(model.h_mean.device).eval()
     untrained.fit_standardize(torch.cat(h))
     scores["untrained"], scores["untrained_last"] = (energy_scores(untrained)[0][k] for k in ("leave_one_out", "last"))
     together = [ours["leave_one_out"]]
@@ -353,13 +345,14 @@ def evaluate_nudge(run: str, args) -> dict:
     """
     alphas = (0.0,) if args.method == "greedy" else args.alphas
     model, config = infer.load_world_model(run, args.device)
-    guide, made_by = None, [weights_digest(run), llm_label(config, args.llm), args.max_new_tokens, args.batch_size]
+    made_by = [runs.weights_digest(run), runs.llm_label(config, args.llm), args.max_new_tokens, args.batch_size]
+    guide = None
     if args.nudge == "bias" and max(alphas) > 0:
         guide, _, folder = infer.load_beside(run, "", "guide", args.device)
-        made_by.append(weights_digest(folder))
+        made_by.append(runs.weights_digest(folder))
     problems = eval_alignment.held_out(args, config)
     llm, truths = infer.llm_of(config, args.llm, args.device), [data.answer_text(p, "final") for p in problems]
-    made_by = digest(json.dumps([[p["id"], p["question"]] for p in problems] + made_by))
+    made_by = runs.digest(json.dumps([[p["id"], p["question"]] for p in problems] + made_by))
     methods = {}
     for alpha, shuffled in [(a, s) for a in alphas for s in (False, True)[: 1 + (a > 0)]]:
         name = f"alpha {alpha:g}" + (" shuffled" if shuffled else "")
@@ -372,9 +365,9 @@ def evaluate_nudge(run: str, args) -> dict:
                 chains = llm_generate(llm, part, 1, 0.0, 1.0, args.seed, args.max_new_tokens, nudge)
                 written += [row[0] for row in chains]
             found = infer.energies(model, [c["h"] for c in written])
-            write_jsonl(path, [{"id": p["id"], "steps": c["steps"], "logprob": c["logprob"],
-                                "energy": infer.chain_energy(e) if c["steps"] else None}
-                               for p, c, e in zip(problems, written, found, strict=True)])
+            runs.write_jsonl(path, [{"id": p["id"], "steps": c["steps"], "logprob": c["logprob"],
+                                     "energy": infer.chain_energy(e) if c["steps"] else None}
+                                    for p, c, e in zip(problems, written, found, strict=True)])
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         right = [bool(r["steps"]) and verify.check_answer(r["steps"][-1], t) for r, t in zip(rows, truths, strict=True)]
         energy = [r["energy"] for r in rows if r["energy"] is not None]
@@ -446,12 +439,12 @@ def write_answers(llm, bench, problems: list[dict], shots: list[list[dict]], arg
         if not getattr(getattr(llm, "tokenizer", None), "chat_template", None) or bench.kind == "number":
             raise ValueError("--chat: " + (f"{args.dataset} is put as a chat already, where there is a template"
                                            if bench.kind == "number" else f"{llm.name} has no chat template"))
-        turns = [benchmarks.chat_turn(bench, p) for p in problems]
-        texts, stop = [chat_text(llm.tokenizer, [{"role": "user", "content": turn}]) + begin
-                       for turn, begin, _ in turns], turns[0][2]
+        turn, begin, stop = bench.chat or (bench.prompt, "", bench.stop)  # the user's, how the answer begins, and ends
+        texts = [chat_text(llm.tokenizer, [{"role": "user", "content": turn.format(question=p["question"])}]) + begin
+                 for p in problems]
     made_by = [llm.name, llm.fingerprint(), llm.tokenizer_hash, llm.dtype, llm.prompt, texts, args.k,
                args.temperature, args.top_p, args.seed, args.max_new_tokens, stop]
-    key = digest(json.dumps(made_by))[:10]
+    key = runs.digest(json.dumps(made_by))[:10]
     path = Path("out/generations") / f"{Path(llm.name).name}-{args.dataset}-{args.split}-k{args.k}-{key}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = verify.read_jsonl(path, ["id", "answers"]) if path.is_file() else []
@@ -466,7 +459,7 @@ def write_answers(llm, bench, problems: list[dict], shots: list[list[dict]], arg
             answers = complete(llm, texts[start : start + size], args.k, temperature, args.top_p, args.seed,
                                args.max_new_tokens, stop)
         rows += [{"id": p["id"], "answers": a} for p, a in zip(part, answers, strict=True)]
-        write_jsonl(path, rows)
+        runs.write_jsonl(path, rows)
         print(f"{len(rows)} of {len(problems)} problems")
     print(f"generations: {path}")
     return [row["answers"] for row in rows]
@@ -516,7 +509,8 @@ def evaluate_llm(name: str, args) -> dict:
         for j in sorted({1, 10, 100, k}) if j <= k}
     if k > 1 and bench.kind == "number":
         methods["majority"] = figures(right[np.arange(n), [majority(row) for row in answers]])
-    methods["shuffled"] = figures(shuffled, recovered=False)
+    if n > 1:
+        methods["shuffled"] = figures(shuffled, recovered=False)
     return asked | {"n": n, "k": k, "random": random, "oracle": oracle,
             "metric": "pass@1" if k > 1 else "greedy", "methods": methods, **by_subject(bench, problems, right.mean(1))}
 
@@ -524,7 +518,7 @@ def evaluate_llm(name: str, args) -> dict:
 @plain_errors()
 def main(argv=None):
     args = tyro.cli(Args, args=argv)
-    config = load_config(args.run)[1] if is_run(args.run) or Path(args.run, "log.jsonl").is_file() else None
+    config = runs.load_config(args.run)[1] if runs.is_run(args.run) or Path(args.run, "log.jsonl").is_file() else None
     kind = benchmarks.BENCHMARKS[args.dataset].kind if args.dataset in benchmarks.BENCHMARKS else "number"
     asks_llm = config is None or kind != "number"
     is_rjepa = isinstance(config, RJEPAConfig) and not asks_llm

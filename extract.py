@@ -36,10 +36,10 @@ import tyro
 
 import data
 import latents
+import runs
 import verify
 from config import check, not_negative, plain_errors, positive
 from llm import LLM, batches_by_length, generate, load_llm, shot_messages
-from runs import add_up, digest, is_restart, leave, llm_label, lock, pick_device, processes, say, write_atomic
 
 # ----------------------------------------------------------------------------- the folder
 
@@ -68,7 +68,7 @@ def extract(llm: LLM, chains: list[dict], out: Path, description: dict, wanted: 
         coded.append((ids, spans))
     text = json.dumps([[c["id"], c["question"], c["steps"]] for c in chains])
     common = common_header(llm, logprobs, {**description, "shard_size": shard_size, "token_budget": token_budget,
-                                           "chains_hash": digest(text)})
+                                           "chains_hash": runs.digest(text)})
     folders = {}
     for layer, pooling in wanted:
         folder = out if len(wanted) == 1 else out / f"layer{layer}-{pooling}"
@@ -76,7 +76,7 @@ def extract(llm: LLM, chains: list[dict], out: Path, description: dict, wanted: 
 
     def write(name, h, means):
         for key, (folder, header) in folders.items():
-            latents.write_shard(folder / name, h[key], means, header, write_atomic)
+            latents.write_shard(folder / name, h[key], means, header, runs.write_atomic)
 
     shards = [range(at, min(at + shard_size, len(chains))) for at in range(0, len(chains), shard_size)]
     with claim(out, folders.values(), overwrite, len(shards)) as (rank, world, mine), Writer(1) as writer:
@@ -95,10 +95,10 @@ def extract(llm: LLM, chains: list[dict], out: Path, description: dict, wanted: 
             writer(write, latents.shard_name(number), *run_shard(
                 llm, [coded[i] for i in part], [chains[i]["id"] for i in part], wanted, logprobs, token_budget, tick))
             if progress.disable:
-                say(f"{part.stop:,} of {len(chains):,} chains, {done_tokens / (time.perf_counter() - began):.0f} "
-                    "tokens/s" + " a process" * (world > 1))
+                runs.say(f"{part.stop:,} of {len(chains):,} chains, {done_tokens / (time.perf_counter() - began):.0f} "
+                         "tokens/s" + " a process" * (world > 1))
         writer.wait()
-        done_tokens, records = add_up(done_tokens), []
+        done_tokens, records = runs.add_up(done_tokens), []
         for number, part in enumerate(shards):
             at = 0
             for i in part:
@@ -107,7 +107,7 @@ def extract(llm: LLM, chains: list[dict], out: Path, description: dict, wanted: 
                                 "end": at + n})
                 at += n
         for folder, header in folders.values() if rank == 0 else ():
-            latents.write_index(folder, records, header, write_atomic)
+            latents.write_index(folder, records, header, runs.write_atomic)
         seconds = time.perf_counter() - began
     return {"chains": len(chains), "steps": sum(len(c["steps"]) for c in chains),
             "tokens": sum(len(ids) for ids, _ in coded), "tokens_per_s": round(done_tokens / max(seconds, 1e-9))}
@@ -139,8 +139,8 @@ def claim(out: Path, folders, overwrite: bool, n_shards: int):
     folders: (folder, header) pairs; they are inspected, made and, with overwrite, emptied. Raises SystemExit for what
     `inspect_folder` refuses, and where all are finished. Nobody leaves before everybody has come to the end.
     """
-    overwrite = overwrite and not add_up(is_restart())  # what this very job has written it goes on with
-    with lock(out, "--out"):
+    overwrite = overwrite and not runs.add_up(runs.is_restart())  # what this very job has written it goes on with
+    with runs.lock(out, "--out"):
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if not overwrite and all([inspect_folder(folder, header, rank, world) for folder, header in folders]):
             raise SystemExit(f"{out} is finished. Choose another --out, or --overwrite")
@@ -149,12 +149,12 @@ def claim(out: Path, folders, overwrite: bool, n_shards: int):
             for path in (folder / "manifest.json", folder / "index.parquet", *folder.glob("shard-*.safetensors")):
                 if overwrite:
                     path.unlink(missing_ok=True)
-        add_up()  # rank 0 has emptied the folder
+        runs.add_up()  # rank 0 has emptied the folder
         missing = [number for number in range(n_shards)
                    if not all((folder / latents.shard_name(number)).is_file() for folder, _ in folders)]
-        add_up()  # all have looked: only now may anyone write
+        runs.add_up()  # all have looked: only now may anyone write
         yield rank, world, missing[rank::world]
-        add_up()
+        runs.add_up()
 
 
 def common_header(llm: LLM, logprobs: bool, description: dict) -> dict:
@@ -177,7 +177,7 @@ def extract_written(llm: LLM, splits: list[tuple[str, list[dict]]], out: Path, d
     header = common_header(llm, True, {
         "dataset": dataset, "split": splits[0][0], "layer": llm.layer, "pooling": llm.pooling,
         "dim": llm.latent_dim(llm.pooling), "k": k, "temperature": temperature, "top_p": top_p, "seed": seed,
-        "max_new_tokens": max_new_tokens, "chains_hash": digest(text)})
+        "max_new_tokens": max_new_tokens, "chains_hash": runs.digest(text)})
     per_shard = max(1, 64 // k)
     shards = [problems[at : at + per_shard] for at in range(0, len(problems), per_shard)]
     with claim(out, [(out, header)], overwrite, len(shards)) as (rank, world, mine), Writer(1) as writer:
@@ -203,15 +203,15 @@ def extract_written(llm: LLM, splits: list[tuple[str, list[dict]]], out: Path, d
                     means.append([0.0, *c["logprobs"]])
                     tokens += sum(c["n_tokens"])
             refuse_not_finite(llm, [r["id"] for r in rows], h, f"at layer {llm.layer}")
-            writer(latents.write_shard, path, h, means, header, write_atomic, rows)
-            say(f"{number * per_shard + len(part):,} of {len(problems):,} problems, "
-                f"{tokens / (time.perf_counter() - began):.0f} tokens/s" + " a process" * (world > 1))
+            writer(latents.write_shard, path, h, means, header, runs.write_atomic, rows)
+            runs.say(f"{number * per_shard + len(part):,} of {len(problems):,} problems, "
+                     f"{tokens / (time.perf_counter() - began):.0f} tokens/s" + " a process" * (world > 1))
         writer.wait()
-        tokens, records = add_up(tokens), []
+        tokens, records = runs.add_up(tokens), []
         if rank == 0:
             for number in range(len(shards)):
                 records += latents.read_shard(out / latents.shard_name(number))[1]["records"]
-            latents.write_index(out, records, header, write_atomic)
+            latents.write_index(out, records, header, runs.write_atomic)
         seconds = time.perf_counter() - began
     return {"chains": len(records), "steps": sum(len(r["steps"]) for r in records),
             "tokens": sum(sum(r["n_tokens"][1:]) for r in records),
@@ -235,7 +235,7 @@ def ask_endpoint(args, splits: list[tuple[str, list[dict]]]) -> dict:
         os.replace(path, path.with_suffix(".jsonl.old"))  # they may have cost money
     if path.is_file() and not path.read_bytes().endswith(b"\n"):  # a half-written line
         whole = path.read_bytes().rpartition(b"\n")[0]
-        write_atomic(path, lambda p: p.write_bytes(whole + b"\n" * bool(whole)))
+        runs.write_atomic(path, lambda p: p.write_bytes(whole + b"\n" * bool(whole)))
     rows = verify.read_jsonl(path, ["problem_id", "made_by"]) if path.is_file() and path.stat().st_size else []
     made_by = f"{args.llm} temperature {args.temperature:g} top_p {args.top_p:g} seed {args.seed}"
     if foreign := {r["made_by"] for r in rows} - {made_by}:
@@ -243,8 +243,8 @@ def ask_endpoint(args, splits: list[tuple[str, list[dict]]]) -> dict:
                          "--overwrite")
     n_there = Counter(r["problem_id"] for r in rows)
     client = openai.OpenAI(base_url=args.endpoint, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=5)
-    say(f"asking {args.endpoint} for {args.generate} chains to each of {len(problems):,} problems; {len(rows):,} are "
-        "there")
+    runs.say(f"asking {args.endpoint} for {args.generate} chains to each of {len(problems):,} problems; "
+             f"{len(rows):,} are there")
     paid = used = sum(r["tokens"] for r in rows)
     began, lines = time.perf_counter(), threading.Lock()
 
@@ -269,8 +269,8 @@ def ask_endpoint(args, splits: list[tuple[str, list[dict]]]) -> dict:
                 row = {**chain, "problem_id": problem["id"], "question": problem["question"],
                        "answer": verify.extract_answer(truth), "is_valid": verdict.is_valid, "reason": verdict.reason,
                        "source": args.llm, "made_by": made_by, "tokens": 0 if i else spent}
-                with lines, open(path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                with lines:
+                    runs.append_line(path, row)
                     rows.append(row)
             n_there[problem["id"]] += len(reply.choices)
             with lines:
@@ -280,14 +280,14 @@ def ask_endpoint(args, splits: list[tuple[str, list[dict]]]) -> dict:
         try:
             for done, _ in enumerate(pool.map(ask, problems), 1):
                 if done % 100 == 0:
-                    say(f"{done:,} of {len(problems):,} problems, {used:,} tokens")
+                    runs.say(f"{done:,} of {len(problems):,} problems, {used:,} tokens")
         except openai.OpenAIError as error:
             pool.shutdown(cancel_futures=True)
             raise ValueError(f"--endpoint {args.endpoint}: {type(error).__name__}: {str(error)[:300]}; {len(rows)} "
                              f"chains are in {path}, to which the same command, without --overwrite, adds") from None
     missing = sum(n_there[p["id"]] < args.generate for p in problems)
     if missing:
-        say(f"--max_tokens_total {args.max_tokens_total} is used up: {missing} problems are still to be asked")
+        runs.say(f"--max_tokens_total {args.max_tokens_total} is used up: {missing} problems are still to be asked")
     return {"chains": len(rows), "steps": sum(len(r["steps"]) for r in rows), "tokens": used, "missing": missing,
             "right": sum(r["is_valid"] for r in rows) / max(1, len(rows)),
             "reasons": dict(Counter(r["reason"] for r in rows).most_common()),
@@ -391,6 +391,8 @@ class Args:
         files = [x for x in (self.chains, self.candidates, self.step_errors) if x]
         if len(files) + bool(self.generate) > 1:
             raise ValueError("give one of --chains, --candidates, --step_errors, --generate")
+        check(self, "counterfactual", not (self.counterfactual and (files or self.generate)),
+              "is made of a data set's own solutions; leave it out")
         if self.generate and (len(self.layer), len(self.pooling)) != (1, 1):
             raise ValueError("--generate takes one --layer and one --pooling")
         check(self, "top_p", 0 < self.top_p <= 1, "must lie in (0, 1]")
@@ -402,7 +404,7 @@ def latents_of_file(config, kind: str, path: str, device: str = "auto", limit: i
     Extracted where it is not there yet, into out/latents.
     """
     data_hash = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
-    name = f"{kind}-{data_hash}-{limit}-{llm_label(config, llm)}-layer{config.layer}-{config.pooling}"
+    name = f"{kind}-{data_hash}-{limit}-{runs.llm_label(config, llm)}-layer{config.layer}-{config.pooling}"
     folder = Path("out/latents") / name
     if not (folder / "manifest.json").is_file():
         main(["--" + kind, path, "--llm", llm or config.llm, "--name", config.llm, "--layer", str(config.layer),
@@ -414,13 +416,13 @@ def latents_of_file(config, kind: str, path: str, device: str = "auto", limit: i
 def written_for(config, problems: list[dict], dataset: str, split: str, args) -> Path:
     """The folder with args.k chains that an R-JEPA's LLM writes for each problem; written where it is not there yet."""
     what = [[p["id"], p["question"]] for p in problems], args.top_p, args.max_new_tokens
-    name = (f"written-{dataset}-{split}-{len(problems)}-{llm_label(config, args.llm)}-layer{config.layer}"
-            f"-{config.pooling}-k{args.k}-t{args.temperature}-seed{args.seed}-{digest(json.dumps(what))[:6]}")
+    name = (f"written-{dataset}-{split}-{len(problems)}-{runs.llm_label(config, args.llm)}-layer{config.layer}"
+            f"-{config.pooling}-k{args.k}-t{args.temperature}-seed{args.seed}-{runs.digest(json.dumps(what))[:6]}")
     folder = Path("out/latents") / name
     if not (folder / "manifest.json").is_file():
         llm = load_llm(args.llm or config.llm, args.device, layer=config.layer, pooling=config.pooling)
         llm.set_prompt(config.prompt).name = config.llm
-        say(f"{args.k} chains for {len(problems):,} problems -> {folder}")
+        runs.say(f"{args.k} chains for {len(problems):,} problems -> {folder}")
         extract_written(llm, [(split, problems)], folder, dataset, args.k, args.temperature, args.top_p, args.seed,
                         args.max_new_tokens)
     return folder
@@ -431,14 +433,14 @@ def run(args) -> dict:
     out, writes = Path(args.out), args.generate > 0
     chains, description = (latents.problems_to_extract(args), {}) if writes else latents.chains_to_extract(args)
     if args.endpoint:
-        with lock(out, "--out"):
+        with runs.lock(out, "--out"):
             return {"out": str(out), **ask_endpoint(args, chains)}
     llm = load_llm(args.llm, args.device, args.dtype, args.quantize, args.layer[0], args.pooling[0])
     llm.set_prompt(args.prompt).name = args.name or llm.name
     wanted = sorted({(llm.layer_index(layer), pooling) for layer in args.layer for pooling in args.pooling})
     n = args.generate * sum(len(problems) for _, problems in chains) if writes else len(chains)
-    say(f"{n:,} chains{' to write' * writes}, {llm.name} ({llm.dtype}, {llm.quantization}) on {llm.device}, "
-        + ", ".join(f"layer {layer} {pooling}" for layer, pooling in wanted) + f" -> {out}")
+    runs.say(f"{n:,} chains{' to write' * writes}, {llm.name} ({llm.dtype}, {llm.quantization}) on {llm.device}, "
+             + ", ".join(f"layer {layer} {pooling}" for layer, pooling in wanted) + f" -> {out}")
     if writes:
         result = extract_written(llm, chains, out, args.dataset, args.generate, args.temperature, args.top_p,
                                  args.seed, args.max_new_tokens, args.overwrite)
@@ -455,13 +457,13 @@ def main(argv=None):
     args = tyro.cli(Args, args=argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    with processes(pick_device(args.device)) as (rank, world):
+    with runs.processes(runs.pick_device(args.device)) as (rank, world):
         if args.endpoint and world > 1:
             raise ValueError("--endpoint asks a server, with --concurrency: run it without torchrun")
         result = run(args)
     if rank == 0:
         print(json.dumps(result))
-    leave()
+    runs.leave()
 
 
 if __name__ == "__main__":

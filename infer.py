@@ -317,7 +317,7 @@ def find_gap(model, ahead: torch.Tensor, quantile: float = 0.9) -> tuple[int | N
 def load_memory(config, folder: str) -> tuple[torch.Tensor, list[str]]:
     """(latents [N, D], texts) of the verified training steps in a folder of latents, or of memory.py's file."""
     if Path(folder).is_file():
-        h, steps = Memory(folder, {k: getattr(config, k) for k in latents.SAME_LLM}).vectors()
+        h, steps = Memory(folder, vars(config)).vectors()
         if not steps:
             raise ValueError(f"--memory {folder} holds no verified chain")
         return h, [step["text"] for step in steps]
@@ -652,12 +652,16 @@ class Think(Asked):
 
 def run_think(args: Think) -> dict:
     encoder, config, tokenizer = load_encoder(args.run, args.device)
-    if args.stored:
-        texts = [line.strip() for line in Path(args.stored).read_text("utf-8").splitlines() if line.strip()]
-    elif getattr(config, "text", ""):
-        texts = data.load_texts(config, "train")
-    else:
-        texts = [p["question"] for p in data.run_problems(config, "train")]
+    try:
+        if args.stored:
+            texts = [line.strip() for line in Path(args.stored).read_text("utf-8").splitlines() if line.strip()]
+        elif getattr(config, "text", ""):
+            texts = data.load_texts(config, "train")
+        else:
+            texts = [p["question"] for p in data.run_problems(config, "train")]
+    except OSError as error:
+        raise OSError(f"{error}\n  - other texts to search: --stored FILE, a text a line") from None
+    print(f"{len(texts):,} texts to compare with", flush=True)
     if not texts:
         raise ValueError(f"{args.stored or args.run + ', its training texts'}: no text there")
     thoughts = think(encoder, tokenizer, encoder_block_size(config), [args.text, *texts])

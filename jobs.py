@@ -4,10 +4,10 @@
     LatentJob    RJEPA on the latents of verified chains;  GuideJob, SpeakJob  what is trained on top of one
     DocumentJob  TJEPA on packed documents;  DistillJob  a student of one;  AnswerJob  a Speaker on an encoder
 
-A job has `train` and `batches` (with `per_epoch`), `unit` (what a batch holds), `ahead` (whether batches may be made
-while the last one is trained on: those that a frozen model makes are too large), `identity` (what a resumed run must
-share), `batch(index, device)`, `fit(model)` before the first step, `evaluate(model, device, autocast)`, whose
-figures are of held-out data, and `write(folder)`.
+A job has `train` and `batches` (with `per_epoch` and `unit`, what they hold), `ahead` (whether batches may be made
+while the last one is trained on: those that a frozen model makes are too large), `identity` (what a resumed run
+shares), `batch(index, device)`, `fit(model)` before the first step, `evaluate(model, device, autocast)`, whose figures
+are of held-out data, and `write(folder)`.
 """
 
 import dataclasses
@@ -22,29 +22,20 @@ import torch
 import config as cfg
 import data
 import latents
+import runs
 from llm import load_llm
 from model import alignment, effective_rank, latent_figures, pad_rows, real_tokens
-from runs import (
-    digest,
-    encoder_block_size,
-    encoder_shape,
-    llm_label,
-    load_encoder,
-    load_run,
-    load_tokenizer,
-    say,
-    tokenizer_digest,
-    weights_digest,
-    write_atomic,
-)
 
 
-def strip(batch: dict) -> dict:
-    """The tensors of a batch, without the counts kept for the record."""
-    return {k: v for k, v in batch.items() if torch.is_tensor(v)}
+def n_rows(batch: dict) -> int:
+    """How many rows carry the tokens that a batch counts: what attention works on."""
+    return sum(len(batch[k]) for k in ("idx", "answer_idx", "h") if k in batch)
 
 
-FIT_ON = 1024  # training problems from which an evaluation takes the latents' mean and std
+def parts(items: list, size: int) -> list[list]:
+    """Items in parts of at most about `size`, none of one alone: a control pairs each with another."""
+    n = max(1, min(-(-len(items) // size), len(items) // 2))
+    return [items[i * len(items) // n : (i + 1) * len(items) // n] for i in range(n)]
 
 
 def pick_tokenizer(config, out: Path, texts: list[str], init_from: str = "") -> data.Tokenizer:
@@ -53,7 +44,7 @@ def pick_tokenizer(config, out: Path, texts: list[str], init_from: str = "") -> 
         return data.gpt2_tokenizer()
     if (out / "tokenizer.tiktoken").is_file() and not config.overwrite:
         return data.load_bpe(out / "tokenizer.tiktoken")
-    return load_tokenizer(init_from, config) if init_from else data.train_bpe(texts, config.vocab_size)
+    return runs.load_tokenizer(init_from, config) if init_from else data.train_bpe(texts, config.vocab_size)
 
 
 def train_and_val(config) -> tuple[list[dict], list[dict]]:
@@ -87,7 +78,7 @@ def held_out_chains(config) -> list[dict]:
 class Job:
     """What the jobs share; each brings its `figures`."""
 
-    unit, ahead, tokenizer = "problems", True, None
+    ahead, tokenizer = True, None
 
     def batch(self, index: int, device) -> dict:
         return self.batches(index, device)
@@ -97,7 +88,7 @@ class Job:
 
     def write(self, out: Path):
         if self.tokenizer:
-            write_atomic(out / "tokenizer.tiktoken", self.tokenizer.save)
+            runs.write_atomic(out / "tokenizer.tiktoken", self.tokenizer.save)
 
     @torch.no_grad()
     def evaluate(self, model, device, autocast) -> dict:
@@ -121,8 +112,8 @@ class TextJob(Job):
         self.train, self.val = (data.encode_problems(p, tokenizer, config) for p in (train, val))
         self.batches = data.Batches(self.train, config)
         text = json.dumps([[e["question"], e["answer"], e["target"]] for e in self.train])
-        self.identity = {"vocab_size": asked_vocab_size, "training problems": digest(text),
-                         "tokenizer": tokenizer_digest(tokenizer)}
+        self.identity = {"vocab_size": asked_vocab_size, "training problems": runs.digest(text),
+                         "tokenizer": runs.tokenizer_digest(tokenizer)}
 
     def batch(self, index: int, device) -> dict:
         return data.collate(self.batches(index), self.config, device)
@@ -140,7 +131,7 @@ class TextJob(Job):
                 total += float(model(data.collate(part, config, device))["lm_loss"]) * len(part)
             n += len(part)
         with autocast():
-            model.fit_standardize([e["target"] for e in self.train[:FIT_ON]])
+            model.fit_standardize([e["target"] for e in self.train[:1024]])
             pred, target = model.encode([e["question"] for e in self.val], [e["target"] for e in self.val])
         figures = alignment(pred, target)
         return {"lm_loss": total / n, "jepa_loss": 1 - figures["cos_matched"],
@@ -152,8 +143,6 @@ class LatentJob(Job):
 
     Sets config's llm, layer, pooling, prompt and dim to what the latents say.
     """
-
-    unit = "chains"
 
     def __init__(self, config, out: Path):
         self.config, folder = config, Path(config.latents or default_latents(config))
@@ -177,7 +166,7 @@ class LatentJob(Job):
             latents.join(self.val)  # as copies: whole shards can go once the training chains are in a table, too
         self.batches = latents.Batches(self.train, config)
         parts = [[r["id"], r["steps"], r.get("wrong_step")] for r in self.train]
-        self.identity = {"latents": digest(json.dumps([parts, manifest], sort_keys=True))}
+        self.identity = {"latents": runs.digest(json.dumps([parts, manifest], sort_keys=True))}
 
     def fit(self, model):
         """The latents' mean and std, from the training chains."""
@@ -215,12 +204,11 @@ class LatentJob(Job):
 class WorldJob(Job):
     """What GuideJob and SpeakJob share: the frozen R-JEPA that init_from names, and the verified chains it saw."""
 
-    unit = "chains"
     ahead = False
 
     def __init__(self, config, out: Path):
         self.config = config
-        self.world, self.world_config = load_run(config.init_from, config.device)
+        self.world, self.world_config = runs.load_run(config.init_from, config.device)
         if not isinstance(self.world_config, cfg.RJEPAConfig):
             raise ValueError(f"--init_from {config.init_from}: a run of preset '{self.world.preset}', not of R-JEPA "
                              "(train.py rjepa-small)")
@@ -230,8 +218,9 @@ class WorldJob(Job):
         self.train, self.val = chains_to_train_on(config, rows, manifest, self.world_config.latents)
         self.batches = latents.Batches(self.train, config)
         parts = [[r["id"], r["steps"]] for r in self.train]
-        config.world = weights_digest(config.init_from)
-        self.identity = {"chains": digest(json.dumps([parts, manifest], sort_keys=True)), "world model": config.world}
+        config.world = runs.weights_digest(config.init_from)
+        self.identity = {"chains": runs.digest(json.dumps([parts, manifest], sort_keys=True)),
+                         "world model": config.world}
         world = self.world_config
         self.llm = load_llm(world.llm, config.device, layer=world.layer, pooling=world.pooling).set_prompt(world.prompt)
 
@@ -277,12 +266,11 @@ class GuideJob(WorldJob):
     def figures(self, model, device, autocast) -> dict:
         """Held-out cross-entropy a token: of the LLM, guided, and guided by predictions for other chains."""
         sums, n = {"ce_llm": 0.0, "ce": 0.0, "ce_shuffled": 0.0, "bias": 0.0}, 0
-        for start in range(0, len(self.val) - 1, self.config.batch_size):
-            part = self.val[start : start + self.config.batch_size]
+        for part in parts(self.val, self.config.batch_size):
             batch = self.collate(part, None, device)
             with autocast():
-                found = model(strip(batch))
-                shuffled = model(strip(batch) | {"z_pred": batch["z_other"]})["ce"]
+                found = model(batch)
+                shuffled = model(batch | {"z_pred": batch["z_other"]})["ce"]
             for k, v in (found | {"ce_shuffled": shuffled}).items():
                 if k in sums:
                     sums[k] += float(v) * batch["n_tokens"]
@@ -301,7 +289,7 @@ class SpeakJob(WorldJob):
         super().__init__(config, out)
         self.train, self.val = ([c for c in part if len(c["steps"]) > 1] for part in (self.train, self.val))
         rng = np.random.default_rng(config.seed)
-        say(f"reading {len(self.train) + len(self.val):,} chains with a step left out")
+        runs.say(f"reading {len(self.train) + len(self.val):,} chains with a step left out")
         for part in (self.train, self.val):
             holes = [int(rng.integers(1, len(c["h"]))) for c in part]
             left = [(c["question"], c["steps"][: k - 1] + c["steps"][k:]) for c, k in zip(part, holes, strict=True)]
@@ -311,7 +299,7 @@ class SpeakJob(WorldJob):
         texts = [c["question"] for c in self.train] if config.reads != "nothing" else []
         self.tokenizer = pick_tokenizer(config, out, texts + [s for c in self.train for s in c["steps"]])
         config.vocab_size, config.context_dim = self.tokenizer.vocab_size, self.world_config.n_embd
-        self.identity["tokenizer"] = tokenizer_digest(self.tokenizer)
+        self.identity["tokenizer"] = runs.tokenizer_digest(self.tokenizer)
 
     def collate(self, chains: list[dict], rng, device, predicted: float | None = None) -> dict:
         """A batch of Speaker.forward; `predicted` is the share that speaks from predicted latents, else config's."""
@@ -336,17 +324,15 @@ class SpeakJob(WorldJob):
 
     def figures(self, model, device, autocast) -> dict:
         """Held-out token loss from true latents, from predicted ones, and from the true one of another chain."""
-        sums, n = {"lm_loss": 0.0, "lm_loss_predicted": 0.0, "lm_loss_shuffled": 0.0}, 0
-        for start in range(0, len(self.val), self.config.batch_size):
-            part = self.val[start : start + self.config.batch_size]
+        sums = {"lm_loss": 0.0, "lm_loss_predicted": 0.0, "lm_loss_shuffled": 0.0}
+        for i, part in enumerate(parts(self.val, self.config.batch_size)):
             for name, share in (("lm_loss", 0.0), ("lm_loss_predicted", 1.0), ("lm_loss_shuffled", 0.0)):
-                batch = self.collate(part, np.random.default_rng([0, start]), device, share)
+                batch = self.collate(part, np.random.default_rng([0, i]), device, share)
                 if name == "lm_loss_shuffled":  # the latent alone, its surroundings stay
                     batch["context"][:, 0] = batch["context"][:, 0].roll(1, 0)
                 with autocast():
-                    sums[name] += float(model(strip(batch))["lm_loss"]) * len(part)
-            n += len(part)
-        return {k: v / n for k, v in sums.items()}
+                    sums[name] += float(model(batch)["lm_loss"]) * len(part) / len(self.val)
+        return sums
 
 
 def spoken(texts: list[list[int]], eos: int, device, reads: list[list[int]] | None = None) -> dict:
@@ -362,8 +348,6 @@ def spoken(texts: list[list[int]], eos: int, device, reads: list[list[int]] | No
 class DocumentJob(Job):
     """What the loop needs to train TJEPA: packed documents with masked spans."""
 
-    unit = "rows of documents"
-
     def __init__(self, config, out: Path, tokenizer=None):
         self.config, asked_vocab_size = config, config.vocab_size
         texts = {split: data.load_texts(config, split) for split in ("train", "val")}
@@ -372,7 +356,7 @@ class DocumentJob(Job):
         coded = {split: [data.encode_document(t, self.tokenizer, config.block_size) for t in part]
                  for split, part in texts.items()}
         if short := sum(not d for part in coded.values() for d in part):
-            say(f"{short} texts of one sentence left out: there is nothing to predict it from")
+            runs.say(f"{short} texts of one sentence left out: there is nothing to predict it from")
         documents = {split: [d for parts in part for d in parts] for split, part in coded.items()}
         for split, part in documents.items():
             if not part:
@@ -380,8 +364,8 @@ class DocumentJob(Job):
                                  f"{len(texts[split])} to {'train' if split == 'train' else 'validate'} on")
         self.batches, self.val = data.Documents(documents["train"], config, tokenizer is None), documents["val"]
         self.train = self.batches.examples
-        self.identity = {"vocab_size": asked_vocab_size, "tokenizer": tokenizer_digest(self.tokenizer),
-                         "documents": digest(json.dumps([d["tokens"] for d in documents["train"]]))}
+        self.identity = {"vocab_size": asked_vocab_size, "tokenizer": runs.tokenizer_digest(self.tokenizer),
+                         "documents": runs.digest(json.dumps([d["tokens"] for d in documents["train"]]))}
 
     def figures(self, model, device, autocast) -> dict:
         with autocast():
@@ -398,14 +382,13 @@ def span_figures(model, documents: list[dict], device) -> dict:
     taken before standardising, which would hide a collapse; encoder_effective_rank before the head.
     """
     found = {name: [] for name in ("pred", "target", "copy", "document_mean", "encoder", "document")}
-    for batch in map(strip, data.packed(documents, model.config, device)):
+    for batch in data.packed(documents, model.config, device):
         is_target, segment, where = batch["is_target"], batch["segment"], (batch["positions"], batch["segment"])
         encoded, visible = model.encode(batch["idx"], segment >= 0, *where), (segment >= 0) & ~is_target
         z, z_visible = model.project(encoded), model.project(model.encode(batch["idx"], visible, *where))
         belongs = ((segment[:, :, None] == segment[:, None, :]) & visible[:, None, :]).float()  # (B, T, T)
         own = belongs @ torch.where(visible[..., None], z_visible, 0.0) / belongs.sum(-1, keepdim=True).clamp_min(1)
-        at = nearest_visible(is_target.cpu().numpy(), segment.cpu().numpy())
-        nearest = z[is_target.nonzero()[:, 0], torch.from_numpy(at).to(z.device)]
+        nearest = z[is_target.nonzero()[:, 0], nearest_visible(is_target, segment)]
         row = torch.arange(len(segment), device=segment.device)[:, None] * segment.shape[1]
         for name, part in (("pred", model.predict(**batch)), ("target", z[is_target]), ("copy", nearest),
                            ("document_mean", own[is_target]), ("encoder", encoded[is_target].float()),
@@ -426,14 +409,13 @@ def span_figures(model, documents: list[dict], device) -> dict:
     return latent_figures(z["pred"], z["target"], z["copy"], error="mse") | raw
 
 
-def nearest_visible(is_target: np.ndarray, segment: np.ndarray) -> np.ndarray:
-    """Of every target (row by row): position of the nearest visible token of its segment; of two, the earlier one."""
-    out, far = [], is_target.shape[1]
-    for targets, segments in zip(is_target, segment, strict=True):
-        at = np.flatnonzero(targets)[:, None]
-        distance = np.abs(at - np.arange(far))
-        out.append(np.where((segments[at] == segments) & ~targets, distance, far).argmin(1))
-    return np.concatenate(out)
+def nearest_visible(is_target, segment):
+    """Of every target of is_target, segment [B, T]: position [N] of the nearest visible token of its segment; of two,
+    the earlier one."""
+    row, at = is_target.nonzero(as_tuple=True)
+    there, T = torch.arange(is_target.shape[1], device=segment.device), is_target.shape[1]
+    is_near = (segment[row] == segment[row, at, None]) & ~is_target[row]
+    return (there - at[:, None]).abs().masked_fill(~is_near, T).argmin(1)
 
 
 class DistillJob(DocumentJob):
@@ -442,21 +424,21 @@ class DistillJob(DocumentJob):
     ahead = False
 
     def __init__(self, config, out: Path):
-        self.teacher, theirs, tokenizer = load_encoder(config.teacher, config.device)
+        self.teacher, theirs, tokenizer = runs.load_encoder(config.teacher, config.device)
         super().__init__(config, out, tokenizer)
-        config.teacher_dim, config.world = self.teacher.transformer.n_embd, weights_digest(config.teacher)
-        if config.block_size > encoder_block_size(theirs):
+        config.teacher_dim, config.world = self.teacher.transformer.n_embd, runs.weights_digest(config.teacher)
+        if config.block_size > runs.encoder_block_size(theirs):
             raise ValueError(f"--block_size {config.block_size}: the teacher has seen rows of "
-                             f"{encoder_block_size(theirs)}")
+                             f"{runs.encoder_block_size(theirs)}")
         self.start = None
         if config.init_from not in ("", "random"):
-            self.start, start_config, ours = load_encoder(config.init_from, "cpu")
-            if tokenizer_digest(ours) != tokenizer_digest(tokenizer):
+            self.start, start_config, ours = runs.load_encoder(config.init_from, "cpu")
+            if runs.tokenizer_digest(ours) != runs.tokenizer_digest(tokenizer):
                 raise ValueError(f"--init_from {config.init_from} and --teacher {config.teacher} read other tokens: "
                                  "a student learns from a teacher of its own tokenizer")
-            if encoder_shape(start_config) != encoder_shape(config):
+            if runs.encoder_shape(start_config) != runs.encoder_shape(config):
                 raise ValueError(f"--init_from {config.init_from} has (n_layer, n_head, n_embd) "
-                                 f"{encoder_shape(start_config)}, the student {encoder_shape(config)}")
+                                 f"{runs.encoder_shape(start_config)}, the student {runs.encoder_shape(config)}")
         self.identity["teacher"] = config.world
 
     def fit(self, model):
@@ -477,7 +459,7 @@ class DistillJob(DocumentJob):
         sums, seen = {}, []
         for batch in map(self.taught, data.packed(self.val, self.config, device, masks=False)):
             with autocast():
-                losses = model(strip(batch))
+                losses = model(batch)
             for k in ("mse", "cos"):
                 sums[k] = sums.get(k, 0.0) + float(losses[k]) * batch["n_tokens"]
             seen.append(batch["z_teacher"][batch["segment"] >= 0].cpu())
@@ -491,19 +473,19 @@ class AnswerJob(Job):
     def __init__(self, config, out: Path):
         self.config, asked_vocab_size, self.start = config, config.vocab_size, None
         if config.init_from != "random":
-            self.start, _, self.tokenizer = load_encoder(config.init_from, "cpu")
-            config.world = weights_digest(config.init_from)
+            self.start, _, self.tokenizer = runs.load_encoder(config.init_from, "cpu")
+            config.world = runs.weights_digest(config.init_from)
         train, val = train_and_val(config)
         if self.start is None:
             self.tokenizer = pick_tokenizer(config, out, [data.document_text(p) for p in train])
         config.vocab_size, config.context_dim = self.tokenizer.vocab_size, config.encoder_n_embd
         self.train, self.val = (encode_answers(p, self.tokenizer, config) for p in (train, val))
-        known = encoder_block_size(config)
+        known = runs.encoder_block_size(config)
         if longer := sum(len(e["question"]) > known for e in self.train):
-            say(f"{longer} questions are longer than the {known} tokens a row that the encoder was trained on")
+            runs.say(f"{longer} questions are longer than the {known} tokens a row that the encoder was trained on")
         self.batches = AnswerBatches(self.train, config)
-        self.identity = {"vocab_size": asked_vocab_size, "tokenizer": tokenizer_digest(self.tokenizer),
-                         "encoder": config.world, "training problems": digest(json.dumps(self.train))}
+        self.identity = {"vocab_size": asked_vocab_size, "tokenizer": runs.tokenizer_digest(self.tokenizer),
+                         "encoder": config.world, "training problems": runs.digest(json.dumps(self.train))}
 
     def fit(self, model):
         """The encoder that init_from names."""
@@ -556,7 +538,7 @@ def answer_losses(model, examples: list[dict], config, device) -> dict[str, np.n
     for start in range(0, len(order), config.batch_size):
         here = slice(start, start + config.batch_size)
         for name, questions in (("lm_loss", ordered[here]), ("lm_loss_shuffled", others[here])):
-            batch = strip(collate_answers(ordered[here], eos, device, questions))
+            batch = collate_answers(ordered[here], eos, device, questions)
             context = model.read(batch["question"], batch["context_allowed"])
             loss = model.speaker.losses(batch | {"context": context})  # (B, T)
             counts = (batch["targets"] >= 0).sum(1)
@@ -574,8 +556,9 @@ def default_latents(config) -> Path:
     which = [config.limit, config.data_dir, config.seed]
     if config.dataset == "synthetic":
         which = [config.n_synthetic, config.max_problem_steps, config.seed]
-    which = digest(json.dumps(which))[:6]
-    return Path("out/latents") / f"{config.dataset}-{llm_label(config)}-layer{config.layer}-{config.pooling}-{which}"
+    which = runs.digest(json.dumps(which))[:6]
+    llm = runs.llm_label(config)
+    return Path("out/latents") / f"{config.dataset}-{llm}-layer{config.layer}-{config.pooling}-{which}"
 
 
 def extract_latents(config, folder: Path):
@@ -589,6 +572,6 @@ def extract_latents(config, folder: Path):
                "--threads", str(config.threads), "--device", config.device]  # fmt: skip
     limit = config.n_synthetic if config.dataset == "synthetic" else config.limit
     command += ["--limit", str(limit), *(["--data_dir", config.data_dir] if config.data_dir else [])]
-    say(f"{folder} holds no finished latents: extracting them first\n  {' '.join(command)}")
+    runs.say(f"{folder} holds no finished latents: extracting them first\n  {' '.join(command)}")
     if subprocess.run(command, stdout=sys.stderr).returncode:
         raise ValueError(f"{folder}: extraction failed (see above); the same command continues it")

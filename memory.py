@@ -326,13 +326,13 @@ class Memory:
         row |= {"extra": None if extra is None else [str(x) for item in extra.items() for x in item]}
         row, count = redact_row(row | {"steps": list(steps)})
         whole, _ = redact("\n".join(steps))
-        if whole != "\n".join(row["steps"]):  # a key over several steps
+        if is_cut := whole != "\n".join(row["steps"]):  # a key over several steps
             row["steps"] = whole.split("\n")
         if row["extra"] is not None:
             row["extra"] = json.dumps(dict(zip(row["extra"][::2], row["extra"][1::2], strict=True)))
         verdict = judge(row["steps"], row["truth"], row["answer"])
         row |= {"id": uuid.uuid4().hex, "chain": digest(json.dumps([row["question"], *row["steps"]])),
-                "rating": check_rating(rating), "redactions": count}
+                "rating": rating, "redactions": count or int(is_cut)}
         self.append(row | {"is_valid": verdict.is_valid, "reason": verdict.reason})
         return row["id"]
 
@@ -344,7 +344,7 @@ class Memory:
         if rating is None and truth is None:
             raise ValueError("rate needs a rating, or the truth")
         row, count = redact_row({"truth": truth})
-        row |= {"id": uuid.uuid4().hex, "of": id, "rating": check_rating(rating), "redactions": count}
+        row |= {"id": uuid.uuid4().hex, "of": id, "rating": rating, "redactions": count}
         first = next((r for r in self.interactions(id) if r["of"] is None), None)
         if first is None:
             raise ValueError(f"{self.path} has no interaction of id {id!r}")
@@ -354,6 +354,8 @@ class Memory:
         self.append(row)
 
     def append(self, row: dict):
+        if row["rating"] not in ("up", "down", None):
+            raise ValueError(f"rating {row['rating']!r:.20}: use 'up', 'down' or None")
         row = {"created": now(), **row}
         names, marks = ", ".join(row), ", ".join("?" * len(row))
         with self.open(write=True, create=True) as (connection, _):
@@ -374,7 +376,8 @@ class Memory:
         files of problems whose questions are left out (test sets). -> {"out", "chains", "interactions", "rated_down",
         "left_out"}.
         """
-        tested = {plain_question(row["question"]) for path in without for row in verify.read_jsonl(path, ["question"])}
+        tested = {plain_question(checked(f"{path}, a question", row["question"]))
+                  for path in without for row in verify.read_jsonl(path, ["question"])}
         groups, chains, down = {}, {}, set()
         for row in self.interactions():
             groups.setdefault(row["of"] or row["id"], []).append(row)
@@ -432,12 +435,6 @@ def redact_row(row: dict) -> tuple[dict, int]:
     return {name: clean(name, value) for name, value in row.items()}, count
 
 
-def check_rating(rating: str | None) -> str | None:
-    if rating not in ("up", "down", None):
-        raise ValueError(f"rating {rating!r:.20}: use 'up', 'down' or None")
-    return rating
-
-
 def judge(steps: list[str], truth: str | None, answer: str | None) -> verify.Verdict:
     """The gate's verdict. Without the truth never valid: "unverified", or what is wrong with a step's arithmetic."""
     if truth is not None:
@@ -475,12 +472,13 @@ def run_remember(args: Remember) -> dict:
     kept = [r for r in rows if r["is_valid"] and r["split"] in ("train", "test")]
     known = [r for r in kept if verify.answer_value(r["answer"]) is not None]
     items = [({"id": r["problem_id"], "answer": r["answer"]}, r, r["h"]) for r in known]
-    say(f"{len(items):,} of {len(rows):,} chains are marked valid and of the split train")
+    say(f"{len(items):,} of {len(rows):,} chains are marked valid and of the split train{' or test' * args.allow_test}")
     memory = Memory(args.memory, manifest)
     before = memory.stats()["chains"] if memory.path.is_file() else 0
     verdicts = memory.remember_all(items, args.domain or manifest["dataset"])
     reasons = Counter(v.reason for v in verdicts) + Counter(no_answer=len(kept) - len(known))
-    return {"memory": args.memory, "remembered": reasons.pop("ok", 0), "new": memory.stats()["chains"] - before,
+    return {"memory": args.memory, "remembered": reasons.pop("ok", 0),
+            "new": (memory.stats()["chains"] if memory.path.is_file() else 0) - before,
             "refused": dict(reasons)}
 
 

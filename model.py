@@ -67,11 +67,11 @@ def attend(q, k, v, attn_allowed=None, is_causal=False):
     return scores.softmax(-1) @ v
 
 
-ROW = {"cuda": (128, 8), "cpu": (32, 1)}  # slots of a row in which short sequences are packed: at most, a multiple of
+ROW = {"cuda": 128, "cpu": 32}  # slots of a row in which short sequences are packed
 
 
-def pack(is_real, most: int, multiple: int = 1):
-    """Lays the real positions of B sequences, is_real bool [B, T], end to end in rows of at most `most`, none cut.
+def pack(is_real, slots: int):
+    """Lays the real positions of B sequences, is_real bool [B, T], end to end in rows of so many slots, none cut.
 
     -> (their flat positions [N], their flat slots [N] in the rows, (number of rows R, slots of a row L)). The longest
     are dealt out first, to and fro over the rows, which fills them evenly. Attention's kernels take 64 to 128 positions
@@ -79,18 +79,18 @@ def pack(is_real, most: int, multiple: int = 1):
     """
     device, is_real = is_real.device, is_real.cpu()
     lengths, order = is_real.sum(1).sort(descending=True, stable=True)
-    for R in itertools.count(max(1, -(-int(lengths.sum()) // most))):
+    n = int(lengths.sum())
+    first, L = (1, -(-n // 8) * 8) if n <= slots else (-(-n // (2 * slots)) * 2, slots)
+    for R in itertools.count(first, 2):  # an even number: kernels are made for every new shape
         rounds = F.pad(lengths, (0, -len(lengths) % R)).view(-1, R)
         rounds[1::2] = rounds[1::2].flip(1)  # fro
-        fullest = int(rounds.sum(0).max())
-        if fullest <= most:
+        if int(rounds.sum(0).max()) <= L:
             break
-    L = -(-fullest // multiple) * multiple
     start = rounds.cumsum(0) - rounds + L * torch.arange(R)
     start[1::2] = start[1::2].flip(1)
     start = torch.empty_like(order).index_copy_(0, order, start.flatten()[: len(order)])  # (B,)
-    slots = (start[:, None] + is_real.cumsum(1) - 1)[is_real]
-    return is_real.flatten().nonzero()[:, 0].to(device), slots.to(device), (R, L)
+    at = (start[:, None] + is_real.cumsum(1) - 1)[is_real]
+    return is_real.flatten().nonzero()[:, 0].to(device), at.to(device), (R, L)
 
 
 def packed_mask(attn_allowed, kept, slots, shape):
@@ -175,10 +175,13 @@ class Block(nn.Module):
         self.mlp = MLP(n_embd)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x, cos_sin, attn_allowed, is_causal, context, context_allowed, cache, positions, kept):
+    def forward(self, x, cos_sin, attn_allowed, is_causal, context, context_allowed, cache, positions, kept, only=None):
+        """x as in Attention; only: flat positions [M] beyond whose attention nothing is asked for -> [M, C]."""
         x = x + self.drop(self.attn(self.norm_1(x), cos_sin, attn_allowed, is_causal, None, cache, positions, kept))
         if self.cross is not None:
             x = x + self.drop(self.cross(self.norm_x(x), attn_allowed=context_allowed, context=context, kept=kept))
+        if only is not None:
+            x = x.flatten(0, 1)[only]
         return x + self.drop(self.mlp(self.norm_2(x)))
 
 
@@ -193,22 +196,24 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(n_embd)
 
     def forward(self, x, positions=None, attn_allowed=None, is_causal=False, context=None, context_allowed=None,
-                caches=None, is_real=None, kept=None):
+                caches=None, is_real=None, kept=None, wanted=None):
         """x [B, T, C] -> [B, T, C].
 
         positions: int [B or 1, T], 0 … T-1 by default. attn_allowed: bool [B or 1, T, T_keys]. context [B, T_ctx, C]
         or its `context_keys`, with context_allowed [B, T_ctx], for cross-attention. caches: see `new_caches`.
         is_real bool [B, T]: where it is given the others are left out of all but attention, whose mask must bar them;
         what comes out there is meaningless. kept: what `keep` makes of it, where that is known without asking a GPU.
+        wanted bool [B, T]: where the output may be meaningless elsewhere, too.
         """
         B, T, C = x.shape
         if positions is None:
             positions = torch.arange(T, device=x.device)[None]
-        (most, multiple), whole = ROW.get(x.device.type, (0, 1)), None
+        room, whole, only = ROW.get(x.device.type, 0), None, None
         # in training alone: otherwise a result would depend, in its last bits, on what else is in the batch
-        if self.training and is_real is not None and caches is None and context is None and 2 * T <= most:
-            index, slots, shape = pack(is_real, most, multiple)
-            whole, is_real = (index, (B, T)), None
+        if self.training and is_real is not None and caches is None and context is None and 2 * T <= room:
+            index, slots, shape = pack(is_real, room)
+            asked = slice(None) if wanted is None else keep(wanted.flatten()[index])
+            whole, only, is_real = (index[asked], (B, T)), slots[asked], None
             x = spread(x.flatten(0, 1)[index], (slots, shape))
             positions = positions.expand(B, T).flatten()
             positions = positions.new_zeros(shape[0] * shape[1]).index_copy(0, slots, positions[index]).view(shape)
@@ -225,10 +230,9 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.blocks):
             cache = None if caches is None else caches[i]
             source = context[i] if isinstance(context, list) else context
-            x = block(x, cos_sin, attn_allowed, is_causal, source, context_allowed, cache, positions, kept)
-        if whole is not None:
-            return spread(self.norm(x).flatten(0, 1)[slots], whole)
-        return spread(self.norm(x), kept).view(B, T, C)
+            x = block(x, cos_sin, attn_allowed, is_causal, source, context_allowed, cache, positions, kept,
+                      only if i == len(self.blocks) - 1 else None)
+        return spread(self.norm(x), whole or kept).view(B, T, C)
 
     def context_keys(self, context) -> list[tuple]:
         """The cross-attention keys and values of a context [B, T_ctx, C], of each block."""
@@ -308,7 +312,7 @@ class Predictor(nn.Module):
 
     def forward(self, z_context, positions, is_visible, is_target, segment=None):
         x, is_real = torch.where(is_target[..., None], self.mask_token, self.proj_in(z_context)), is_visible | is_target
-        x = self.transformer(x, positions, may_attend(is_real, segment), is_real=is_real)
+        x = self.transformer(x, positions, may_attend(is_real, segment), is_real=is_real, wanted=is_target)
         return self.proj_out(x[is_target])
 
 
@@ -334,12 +338,12 @@ class JEPA(nn.Module):
         self.target_encoder = frozen_copy(encoder)
         self.predictor = predictor
 
-    def encode(self, encoder, x, positions, visible, segment=None):
+    def encode(self, encoder, x, positions, visible, segment=None, wanted=None):
         """Bidirectional encoding of the visible positions [B, S] alone -> [B, S, C], meaningless at the others.
 
-        segment: see `may_attend`.
+        segment: see `may_attend`; wanted: see Transformer.
         """
-        return encoder(x, positions, may_attend(visible, segment), is_real=visible)
+        return encoder(x, positions, may_attend(visible, segment), is_real=visible, wanted=wanted)
 
     def predict(self, x, positions, is_visible, is_target):
         """z_pred [N, C] of the N targets from what is visible [B, S]. What is neither is not there at all."""
@@ -347,9 +351,10 @@ class JEPA(nn.Module):
         return self.predictor(z_context, positions, is_visible, is_target)
 
     @torch.no_grad()
-    def targets(self, x, positions, is_real):
-        """Target latents [B, S, C] fp32 of every position, layer-normed without learned scale, detached."""
-        z = self.encode(self.target_encoder, x, positions, is_real)
+    def targets(self, x, positions, is_real, wanted=None):
+        """Target latents [B, S, C] fp32 of every position (that is `wanted`), layer-normed without learned scale,
+        detached."""
+        z = self.encode(self.target_encoder, x, positions, is_real, wanted=wanted)
         return F.layer_norm(z.float(), z.shape[-1:])
 
     def update_target(self, momentum: float):
@@ -367,8 +372,17 @@ class Model(nn.Module):
         """No target encoder."""
 
     def flops_per_token(self, T: float) -> float:
-        """Forward and backward, 6 N + 12 L C T (PaLM, appendix B), on rows of T tokens."""
-        return 6 * self.n_params() + 12 * self.config.n_layer * self.config.n_embd * T
+        """Forward and backward, 6 N + 12 L C T (PaLM, appendix B), on rows of T tokens; N what is trained."""
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return 6 * trained + 12 * self.config.n_layer * self.config.n_embd * T
+
+    def check_rows(self, rows, what: str, shortest: int):
+        """The token rows themselves, none of them too short or longer than a block."""
+        for i, row in enumerate(rows):
+            if not shortest <= len(row) <= self.config.block_size:
+                why = "is empty" if len(row) < shortest else f"has {len(row)} tokens with its special ones"
+                raise ValueError(f"{what} {i} {why}; the model reads 1 to block_size={self.config.block_size}")
+        return rows
 
     @contextlib.contextmanager
     def evaluating(self):
@@ -564,10 +578,6 @@ class NanoJEPA(Model):
         if config.target_encoder == "ema":
             self.target_model = nn.ModuleList([frozen_copy(self.embed), frozen_copy(self.transformer)])
 
-    def n_params(self) -> int:
-        """Trainable parameters; the tied embedding counts once."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad)
-
     def token_loss(self, h, loss_at, targets):
         """Summed cross-entropy of h [B, T, C] at the flat positions loss_at [M] with the ids targets [M]."""
         h = h.flatten(0, 1).index_select(0, loss_at)  # (M, C): padding costs nothing
@@ -643,13 +653,6 @@ class NanoJEPA(Model):
         with self.evaluating():
             rows = [answer_row(a, self.eos_id) for a in answers]
             self.standardize.fit(in_batches(rows, batch_size, self.encode_answers))
-
-    def check_rows(self, rows, what: str, shortest: int):
-        for i, row in enumerate(rows):
-            if not shortest <= len(row) <= self.config.block_size:
-                why = "is empty" if len(row) < shortest else f"has {len(row)} tokens with its special ones"
-                raise ValueError(f"{what} {i} {why}; the model reads 1 to block_size={self.config.block_size}")
-        return rows
 
     def predict_latent(self, rows: list[list[int]]) -> torch.Tensor:
         """Question rows -> pred_latent [B, C], fp32."""
@@ -728,14 +731,15 @@ class RJEPA(Model):
     def positions(self, h):
         return torch.arange(h.shape[1], device=h.device).expand(h.shape[:2])
 
-    def targets(self, h, is_real, online: bool = False):
-        """Layer-normed target latents [B, S, C] of standardised latents h [B, S, D]; online: with gradient."""
+    def targets(self, h, is_real, online: bool = False, wanted=None):
+        """Layer-normed target latents [B, S, C] of standardised latents h [B, S, D]; online: with gradient; wanted bool
+        [B, S]: those alone."""
         positions = self.positions(h) if self.config.target_positions else torch.zeros_like(self.positions(h))
         if online:
-            z = self.jepa.encode(self.jepa.context_encoder, self.w_in(h).float(), positions, is_real)
+            z = self.jepa.encode(self.jepa.context_encoder, self.w_in(h).float(), positions, is_real, wanted=wanted)
             return F.layer_norm(z.float(), z.shape[-1:])
         with torch.no_grad():
-            return self.jepa.targets(self.w_in_target(h).float(), positions, is_real)
+            return self.jepa.targets(self.w_in_target(h).float(), positions, is_real, wanted)
 
     def predict(self, h, is_visible, is_target):
         """z_pred [N, C] fp32 of the N targets from the visible ones of standardised latents h [B, S, D]."""
@@ -759,7 +763,9 @@ class RJEPA(Model):
 
         self.reads_wrong, h_all = hard, self.standardize(rows("h", hard or margin))
         h = h_all[:B]
-        z_all = self.targets(h_all if hard else h, rows("is_real", hard), online)  # (B or 2 B, S, C)
+        is_step = batch["is_real"] & (self.positions(h) > 0)
+        asked = torch.cat((is_step, is_target & batch["is_wrong"])) if hard else is_step
+        z_all = self.targets(h_all if hard else h, rows("is_real", hard), online, asked)  # (B or 2 B, S, C)
         z_all, z_wrong = z_all[:B], z_all[B:].detach()
         z_target = z_all[is_target]  # (N, C)
         z_pred = self.predict(h_all if margin else h, rows("is_visible", margin), rows("is_target", margin))
@@ -775,7 +781,6 @@ class RJEPA(Model):
         parts["infonce"] = F.cross_entropy(logits, torch.arange(len(p), device=p.device))
         chain, step = is_target.nonzero(as_tuple=True)
         own = (F.normalize(z_all, dim=-1)[chain] @ p[:, :, None])[..., 0] / cfg.tau  # (N, S)
-        is_step = batch["is_real"] & (self.positions(h) > 0)
         parts["own"] = F.cross_entropy(own.masked_fill(~is_step[chain], float("-inf")), step)
         parts["reconstruction"] = (self.w_out(z_pred.to(h.dtype)) - h[is_target]).abs().mean()
         parts["margin"] = z_pred.new_zeros(())
@@ -866,13 +871,15 @@ class RJEPA(Model):
 
     def flops_per_token(self, T: float) -> float:
         """Forward and backward of what is trained, the encoder on what is visible, and the target encoder's forward, of
-        wrong chains too where the last batch had them. Not the margin's passes."""
+        wrong chains too where the last batch had them; of last blocks' MLPs what is asked for. Not the margin's passes.
+        """
         cfg = self.config
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         encoder = sum(p.numel() for p in self.jepa.target_encoder.parameters())
         attention = 16 * cfg.n_layer * cfg.n_embd + 12 * cfg.predictor_n_layer * cfg.predictor_n_embd
         hidden = 0.0 if cfg.adapters_only else 0.4  # of the latents, by the presets' masks
-        return 6 * (trained - hidden * encoder) + 2 * encoder * (1 + self.reads_wrong) + attention * T
+        unasked = 16 * cfg.n_embd**2 * (1 / T + 0.6 * self.reads_wrong) + 48 * cfg.predictor_n_embd**2 * 0.6
+        return 6 * (trained - hidden * encoder) + 2 * encoder * (1 + self.reads_wrong) + attention * T - unasked
 
 
 def mean_error(z_pred, z_target, is_target, counts):
@@ -1045,7 +1052,7 @@ class TJEPA(Model):
         """Layer-normed target latents [B, T, C] fp32 of every token."""
         return self.project(self.encode(idx, segment >= 0, positions, segment))
 
-    def see(self, idx, positions, segment, is_target):
+    def see(self, idx, positions, segment, is_target, **_):
         """(what the context encoder makes of the visible tokens [B, T, C], visible [B, T]); it runs on them alone."""
         visible = (segment >= 0) & ~is_target
         kept = visible.int().argsort(dim=1, descending=True, stable=True)[:, : int(visible.sum(1).max())]
@@ -1053,7 +1060,7 @@ class TJEPA(Model):
                              *(x.gather(1, kept) for x in (positions, visible, segment)))  # (B, T_visible, C)
         return z.new_zeros(*idx.shape, z.shape[-1]).scatter(1, kept[..., None].expand_as(z), z), visible
 
-    def predict(self, idx, positions, segment, is_target, seen=None):
+    def predict(self, idx, positions, segment, is_target, seen=None, **_):
         """z_pred [N, C] fp32 of the N hidden tokens; seen: what `see` has returned already."""
         z_context, visible = seen or self.see(idx, positions, segment, is_target)
         return self.head(self.jepa.predictor(z_context, positions, visible, is_target, segment)).float()
@@ -1172,18 +1179,10 @@ class SpeakingTJEPA(Model):
     @torch.no_grad()
     def generate(self, questions: list[list[int]], max_new_tokens: int, temperature: float = 0.0, seed: int = 0):
         """Responses to questions (token ids) -> list of token lists, up to [EOS]; see Speaker.generate."""
-        for i, q in enumerate(questions):
-            if not 0 < len(q) <= self.config.block_size:
-                raise ValueError(f"question {i} has {len(q)} tokens; the model reads 1 to block_size="
-                                 f"{self.config.block_size}")
-        idx = pad_rows(questions, 0, self.text_encoder.embed.weight.device)
+        idx = pad_rows(self.check_rows(questions, "question", 1), 0, self.text_encoder.embed.weight.device)
         allowed = real_tokens(questions, idx.device)
         with self.evaluating():
             return self.speaker.generate(self.read(idx, allowed), allowed, None, max_new_tokens, temperature, seed)
-
-    def flops_per_token(self, T: float) -> float:
-        """Of the Speaker alone: questions are counted as no tokens."""
-        return self.speaker.flops_per_token(T)
 
 
 # ----------------------------------------------------------------------------- optimiser, MFU

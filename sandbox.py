@@ -173,10 +173,10 @@ def run_program(source, timeout_s=10, memory_mb=512, allow_unsafe=False):
 
     Reasons: "ok", "exit_code" (detail: the end of stderr), "memory" (it died of MemoryError), "timeout" (wall clock),
     "output_limit". memory_mb is the address space of one process: all together may take PROCESSES times as much, plus
-    2 * DISK_MB. Where bubblewrap cannot run: RuntimeError with the reason, or, with allow_unsafe, the program runs as
+    2 * DISK_MB. Where bubblewrap cannot run: ValueError with the reason, or, with allow_unsafe, the program runs as
     you, with the limits but with your files and network.
     """
     problem = sandbox_problem()
     if problem and not allow_unsafe:
-        raise RuntimeError(f"{problem}\nOr pass --allow_unsafe_code: generated code then runs with your rights.")
+        raise ValueError(f"{problem}\nOr pass --allow_unsafe_code: generated code then runs with your rights.")
     return _run(source, timeout_s, memory_mb, is_boxed=not problem)

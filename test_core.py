@@ -30,7 +30,6 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-import tyro
 
 import benchmarks
 import config as cfg
@@ -64,6 +63,37 @@ def write_jsonl(path, rows):
     return str(path)
 
 
+def result_of(capsys, main, *argv):
+    """The last line that a script's main prints, as JSON."""
+    capsys.readouterr()
+    main([str(x) for x in argv])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def driver(folder, script, target, before="pass", after="pass"):
+    """The path of a program: a script of this folder, with a statement before or after each call of `target`.
+
+    The statement sees `args`, those of this call, `calls`, those of all so far, and die(): SIGKILL.
+    """
+    path = folder / "driver.py"
+    path.write_text(f"""import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import parallel, {script}
+real, calls = {target}, []
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+def changed(*args):
+    calls.append(args)
+    {before}
+    result = real(*args)
+    {after}
+    return result
+{target} = changed
+{script}.main()
+""")
+    return path
+
+
 def tiny(**fields):
     """A config small enough to train in a second."""
     base = dict(dataset="synthetic", n_synthetic=96, max_problem_steps=3, tokenizer="bpe", vocab_size=300, n_layer=2,
@@ -86,10 +116,6 @@ def examples(n=6, seed=0):
     questions, answers = token_lists(n, 3, 9, seed=seed), token_lists(n, 2, 12, seed=seed + 1)
     return [{"id": str(i), "question": q, "answer": a, "target": a}
             for i, (q, a) in enumerate(zip(questions, answers, strict=True))]  # fmt: skip
-
-
-def tensors(batch):
-    return jobs.strip(batch)
 
 
 # ----------------------------------------------------------------------------- Transformer
@@ -130,6 +156,8 @@ def test_parameter_counts():
     published = m.NanoJEPA(dataclasses.replace(cfg.pick_preset("nanojepa"), vocab_size=50258))
     assert 44e6 < published.n_params() < 46e6
     assert 2.5e6 < m.NanoJEPA(cfg.pick_preset("nanojepa-small")).n_params() < 3.5e6
+    with torch.device("meta"):
+        assert abs(m.RJEPA(cfg.PRESETS["rjepa"]).n_params() / 678e6 - 1) < 0.01
 
 
 # ----------------------------------------------------------------------------- JEPA core
@@ -249,7 +277,7 @@ def test_fast_path_equals_the_reference_mask(size, monkeypatch):
     for packed in (False, True):
         net = tiny_model(answer_context="isolated").train()
         monkeypatch.setattr(m.TokenLoss, "slice_size", lambda *_, packed=packed: 10**9 if packed else size)
-        losses = net(tensors(data.collate(rows, net.config, packed=packed)))
+        losses = net(data.collate(rows, net.config, packed=packed))
         losses["loss"].backward()
         results.append((losses, {k: p.grad for k, p in net.named_parameters()}))
     for name in ("lm_loss", "jepa_loss", "cos"):
@@ -295,10 +323,10 @@ def test_padding_and_batch_composition_change_nothing():
 def test_loss_equals_a_hand_value():
     net, rows = tiny_model(answer_context="question", lambda_jepa=0.5), examples(4)
     torch.nn.init.zeros_(net.embed.weight)  # every token equally likely
-    losses = net(tensors(data.collate(rows, net.config)))
+    losses = net(data.collate(rows, net.config))
     assert losses["lm_loss"].item() == pytest.approx(math.log(len(net.embed.weight)), rel=1e-5)
     net = tiny_model(answer_context="question", lambda_jepa=0.5, target_text="final")
-    losses = net(tensors(data.collate(rows, net.config)))
+    losses = net(data.collate(rows, net.config))
     pred, latent = net.encode([e["question"] for e in rows], [e["target"] for e in rows])
     cos = F.cosine_similarity(pred, latent).mean()
     torch.testing.assert_close(losses["loss"], losses["lm_loss"] + 0.5 * (1 - cos), atol=1e-5, rtol=1e-5)
@@ -309,7 +337,7 @@ def test_the_target_gets_no_gradient_and_lambda_0_runs_no_answer_row():
     batch = data.collate(rows, net.config)
     only_target = [t for t in range(290) if any(t in e["target"] for e in rows)
                    and not any(t in e["question"] for e in rows)]  # fmt: skip
-    (1 - net(tensors(batch))["cos"]).backward()
+    (1 - net(batch)["cos"]).backward()
     assert net.embed.weight.grad[only_target].abs().max() == 0
     plain = data.collate(rows, dataclasses.replace(net.config, lambda_jepa=0.0))
     assert "target_idx" not in plain and "target_idx" in batch
@@ -437,22 +465,17 @@ def test_batches_are_a_function_of_seed_and_index():
         data.Batches(rows, tiny(batch_size=64))
 
 
-def check_real_share(problems, tokenizer, config):
-    config.vocab_size = tokenizer.vocab_size
+@pytest.mark.parametrize("context", ["isolated", "latent", "question"])
+def test_nine_tenths_of_a_batch_are_real(context):
+    problems = data.load_problems("gsm8k", "train", str(shared_data("gsm8k")))
+    tokenizer = data.train_bpe([t for p in problems for t in (p["question"], p["answer"])], 2048)
+    config = dataclasses.replace(cfg.pick_preset("nanojepa-small"), answer_context=context,
+                                 vocab_size=tokenizer.vocab_size)
     batches = data.Batches(data.encode_problems(problems, tokenizer, config), config)
     parts = [data.collate(batches(i), config) for i in range(batches.per_epoch)]
     assert sum(b["n_filled"] for b in parts) / sum(b["n_slots"] for b in parts) >= 0.9
     for b in parts:
         assert sum(t.numel() for k, t in b.items() if k.endswith("idx")) == b["n_slots"]
-
-
-@pytest.mark.parametrize("context", ["isolated", "latent", "question"])
-def test_nine_tenths_of_a_batch_are_real(context):
-    path = shared_data("gsm8k")
-    problems = data.load_problems("gsm8k", "train", str(path))
-    texts = [t for p in problems for t in (p["question"], p["answer"])]
-    check_real_share(problems, data.train_bpe(texts, 2048), dataclasses.replace(
-        cfg.pick_preset("nanojepa-small"), answer_context=context))  # fmt: skip
 
 
 def test_tokenizers_round_trip(tmp_path):
@@ -550,15 +573,10 @@ def test_prompts_are_those_of_the_field(tmp_path):
     assert {x["subject"] for x in data.load_problems("mmlu", "test", str(tmp_path), 2)} == {p["subject"], q["subject"]}
     found = evaluate_accuracy.by_subject(bench, data.load_problems("mmlu", "test", str(tmp_path)), [1, 0, 1, 1])
     assert found == {"macro": 0.75, "subjects": {"anatomy": 0.5, "world_religions": 1.0}}
-    arc = data.load_problems("arc_easy", "test", str(write_rows(tmp_path / "arc", [ARC_ROW])))[0]
+    write_jsonl(tmp_path / "test.jsonl", [ARC_ROW])
+    arc = data.load_problems("arc_easy", "test", str(tmp_path))[0]
     assert benchmarks.prompt(benchmarks.BENCHMARKS["arc_easy"], arc) == "Question: Which animal barks?\nAnswer:"
     assert benchmarks.continuations(arc) == [" a cat", " a dog", " a fish"]
-
-
-def write_rows(folder, rows, name="test.jsonl"):
-    folder.mkdir()
-    write_jsonl(folder / name, rows)
-    return folder
 
 
 def test_benchmarks_group_and_refuse(tmp_path):
@@ -669,7 +687,7 @@ def test_a_run_folder_and_its_figures(finished):
     folder, result = finished
     assert {p.name for p in folder.iterdir()} == {".lock", *runs.RUN_FILES} - {"l1_curve.png", "mse_curve.png"}
     assert result["steps"] == 12 and result["params"] > 0 and set(result["val"]) >= {"cos_matched", "retrieval_top1"}
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    log = verify.read_jsonl(folder / "log.jsonl")
     assert [r["step"] for r in log if r["split"] == "train"] == list(range(1, 13))
     assert [r["step"] for r in log if r["split"] == "val"] == [6, 12]
     assert log[0]["lm_loss"] > log[-2]["lm_loss"]
@@ -683,26 +701,8 @@ def test_a_stopped_run_resumes_to_the_same_weights(tmp_path, fields, monkeypatch
     stopped(tmp_path / "cut", monkeypatch, **fields)
     run(tmp_path / "cut", **fields)
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
-    steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
+    steps = [r["step"] for r in verify.read_jsonl(tmp_path / "cut" / "log.jsonl")]
     assert steps == sorted(steps) and len([s for s in steps if s == 5]) == 1
-
-
-KILLING = """
-import os, signal, sys
-sys.path.insert(0, {root!r}); sys.path.insert(0, "")
-import train
-real, left = os.replace, [{nth}]
-def replace(a, b):
-    left[0] -= 1
-    if left[0] == 0 and {before}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(a, b)
-    if left[0] == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-os.replace = replace
-sys.argv = ["train.py", *{argv!r}]
-train.main()
-"""
 
 
 def test_sigkill_at_any_write_loses_nothing(tmp_path, finished):
@@ -712,11 +712,11 @@ def test_sigkill_at_any_write_loses_nothing(tmp_path, finished):
     argv = ["quickstart", "--out_dir", str(tmp_path / "run")]
     argv += [str(x) for k, v in fields.items() if v != base[k] and k != "overwrite" for x in (f"--{k}", v)]
     # a start replaces tokenizer, config, then a state every 2 steps, the weights before the last one
-    kills = [(1, True), (1, False), (2, True), (3, True), (3, False), (5, True), (5, False), (6, False)]
+    kills = ["1 before", "1 after", "2 before", "3 before", "3 after", "5 before", "5 after", "6 after"]
     codes = []
-    for nth, before in [*kills, (0, True)]:
-        code = KILLING.format(root=str(ROOT), nth=nth, before=before, argv=argv)
-        codes.append(subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120).returncode)
+    for nth, where in map(str.split, [*kills, "0 before"]):
+        killed = driver(tmp_path, "train", "os.replace", **{where: f"if len(calls) == {nth}: die()"})
+        codes.append(subprocess.run([sys.executable, killed, *argv], capture_output=True, timeout=120).returncode)
     assert codes == [-signal.SIGKILL] * len(kills) + [0]
     assert weights(tmp_path / "run") == weights(finished[0])
 
@@ -750,6 +750,30 @@ def test_bad_input_changes_nothing(finished, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="is a file"):
         run(tmp_path / "file")
+
+
+@pytest.mark.parametrize("main, argv, message", [
+    (extract.main, ["--counterfactual", "--chains", "x.jsonl"], "--counterfactual True: is made of"),
+    (evaluate_accuracy.main, ["run", "--k", "2", "--top_p", "0"], "--top_p 0"),
+    (verify.main, ["--chains", "x.jsonl", "--limit", "-1"], "--limit -1"),
+    (verify.main, ["--chains", "x.jsonl", "--expression", "1=1"], "exactly one of"),
+])
+def test_arguments_that_mean_nothing_are_refused_before_anything_is_read(main, argv, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert message in str(caught.value) + capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize("kind, field, value", [(cfg.RJEPAConfig, "margin", 0.0), (cfg.SpeakConfig, "dropout", 1.0)])
+def test_values_that_make_nan_are_refused(kind, field, value):
+    with pytest.raises(ValueError, match=f"--{field} {value}"):
+        kind(init_from="out/run", **{field: value})
+
+
+@pytest.mark.parametrize("n, size", [(2, 1), (3, 2), (5, 4), (64, 64), (65, 64), (7, 100), (200, 64)])
+def test_parts_are_whole_and_none_is_of_one_alone(n, size):
+    found = jobs.parts(list(range(n)), size)
+    assert sum(found, []) == list(range(n)) and min(map(len, found)) >= 2 and max(map(len, found)) <= max(size, 3)
 
 
 def stopped(folder, monkeypatch, start=run, **fields):
@@ -814,16 +838,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
         run(tmp_path)
 
 
-def test_evaluation_scripts_report_what_the_contract_names(finished, capsys, monkeypatch):
-    import eval_alignment
-    import evaluate_accuracy
-
+def test_evaluation_scripts_report_what_the_contract_names(finished, capsys):
     folder, _ = finished
 
     def script(module, *argv):
-        monkeypatch.setattr(sys, "argv", ["x", str(folder), *argv, "--device", "cpu"])
-        module.main()
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
+        return result_of(capsys, module.main, folder, *argv, "--device", "cpu")
 
     result = script(eval_alignment, "--limit", "12")
     names = "cos_matched cos_mismatched gap retrieval_top1 chance_top1 effective_rank std predict_mean_cos n"
@@ -842,10 +861,10 @@ def test_evaluation_scripts_report_what_the_contract_names(finished, capsys, mon
 
 
 def test_accuracy_by_hand():
-    import evaluate_accuracy
-
     texts = ["#### 4", "so 5", "#### 5.0", "nothing"]
     assert evaluate_accuracy.majority(texts) == 1 and evaluate_accuracy.majority(["none", "no"]) == 0
+    assert evaluate_accuracy.majority(texts, [5, 1, 2, 9]) == 0 and evaluate_accuracy.majority(["none"], [1]) == 0
+    assert evaluate_accuracy.majority(texts, [2, 1, 1.5, 9]) == 2
     scores, right = np.array([[3.0, 1.0, 2.0], [1.0, 1.0, 1.0]]), np.array([[1, 0, 0], [1, 1, 1]])
     assert evaluate_accuracy.pairwise(scores, right) == 1.0
     assert evaluate_accuracy.pairwise(-scores, right) == 0.0
@@ -999,10 +1018,9 @@ def test_counterfactual_on_synthetic_problems():
 
 
 def test_counterfactual_on_gsm8k():
-    lines = shared_data("gsm8k/train.jsonl").read_text().splitlines()[:300]
-    n_done = 0
-    for i, line in enumerate(lines):
-        problem = {"id": f"gsm8k-train-{i}", **json.loads(line)}
+    rows, n_done = verify.read_jsonl(shared_data("gsm8k/train.jsonl"), limit=300), 0
+    for i, row in enumerate(rows):
+        problem = {"id": f"gsm8k-train-{i}", **row}
         try:
             chain, wrong_step = data.counterfactual(problem, data.make_chain(problem), i)
         except ValueError as error:
@@ -1010,18 +1028,12 @@ def test_counterfactual_on_gsm8k():
             continue
         n_done += 1
         check_counterfactual(problem, chain, wrong_step)
-    assert n_done >= 0.65 * len(lines)
+    assert n_done >= 0.65 * len(rows)
 
 
 # ----------------------------------------------------------------------------- the gate
 
 GSM8K_STEP = "Natalia sold 48/2 = <<48/2=24>>24 clips in May."
-
-
-def run_verify(monkeypatch, capsys, *args):
-    monkeypatch.setattr(sys, "argv", ["verify.py", *map(str, args)])
-    verify.main()
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 @pytest.mark.parametrize("text, mode, answer", [
@@ -1190,22 +1202,22 @@ def test_read_jsonl_errors_name_file_line_and_field(tmp_path):
     assert verify.read_jsonl(path, ["a"], limit=1) == [{"a": 1}]
 
 
-def test_command_line(tmp_path, monkeypatch, capsys):
+def test_command_line(tmp_path, capsys):
+    check = functools.partial(result_of, capsys, verify.main)
     good = {"question": "?", "answer": GSM8K_STEP + "\n#### 24"}
     bad = {"id": "b", "question": "?", "steps": ["2 + 2 = 5", "A: 5"], "answer": "5"}
     path = write_jsonl(tmp_path / "chains.jsonl", [good, bad])
-    assert run_verify(monkeypatch, capsys, "--chains", path) == {"n": 2, "accepted": 1, "reasons": {"ok": 1,
-                             "arithmetic": 1}}
-    assert run_verify(monkeypatch, capsys, "--chains", path, "--limit", 1)["n"] == 1
+    assert check("--chains", path) == {"n": 2, "accepted": 1, "reasons": {"ok": 1, "arithmetic": 1}}
+    assert check("--chains", path, "--limit", 1)["n"] == 1
     candidates = [{"steps": ["A: 5"], "is_correct": True}, {"steps": ["A: 6"], "is_correct": True}]
     path = write_jsonl(tmp_path / "candidates.jsonl", [{"id": "q", "answer": "5", "candidates": candidates}])
-    assert run_verify(monkeypatch, capsys, "--candidates", path) == {"n": 2, "agree": 0.5, "disagree": ["q"]}
-    assert run_verify(monkeypatch, capsys, "--expression", "2+2=4") == {"valid": True, "reason": "ok"}
-    assert run_verify(monkeypatch, capsys, "--expression", "9**9**9**9") == {"valid": False, "reason": "too_large"}
+    assert check("--candidates", path) == {"n": 2, "agree": 0.5, "disagree": ["q"]}
+    assert check("--expression", "2+2=4") == {"valid": True, "reason": "ok"}
+    assert check("--expression", "9**9**9**9") == {"valid": False, "reason": "too_large"}
     for args, message in [((), "exactly one"), (("--chains", "x", "--expression", "1"), "exactly one"),
                           (("--chains", tmp_path / "none.jsonl"), "none.jsonl")]:
         with pytest.raises(SystemExit, match=message):
-            run_verify(monkeypatch, capsys, *args)
+            check(*args)
 
 
 def test_gold_solutions_pass_the_gate():
@@ -1272,18 +1284,31 @@ def test_a_batch_holds_the_latents_of_its_chains_and_of_their_wrong_ones():
     assert len(batches.table) == 7 + sum(len(c["h"]) * (2 if "wrong_step" in c else 1) for c in chains)
 
 
-@pytest.mark.parametrize("B, T, g", [(12, 5, 6), (7, 5, 1), (1, 3, 1), (64, 16, 2), (4, 17, 1)])
-def test_sequences_side_by_side_see_what_each_sees_alone(B, T, g, monkeypatch):
+@pytest.mark.parametrize("row", [32, 128])
+@pytest.mark.parametrize("B, T", [(60, 5), (7, 5), (1, 3), (64, 16), (9, 9)])
+def test_packed_sequences_see_what_each_sees_alone(B, T, row, monkeypatch):
+    monkeypatch.setitem(m.ROW, "cpu", row)
     torch.manual_seed(0)
-    net, x = m.Transformer(2, 2, 16), torch.randn(B, T, 16)
-    is_real = torch.arange(T) < torch.randint(1, T + 1, (B, 1))
-    allowed, seen = m.may_attend(is_real), []
-    net.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[2].shape))
-    both = [net(x, None, allowed, is_real=is_real)]
-    monkeypatch.setattr(m, "ROW", {})
-    both.append(net(x, None, allowed, is_real=is_real))
-    assert [tuple(s) for s in seen] == [(B // g, 1, g * T, g * T), (B, 1, T, T)]
-    torch.testing.assert_close(both[0][is_real], both[1][is_real], atol=1e-5, rtol=1e-5)
+    net, x = m.Transformer(2, 2, 16), torch.randn(B, T, 16, requires_grad=True)
+    is_real, positions = torch.rand(B, T) < 0.6, torch.randint(0, 50, (B, T))  # real ones anywhere; a chain of none
+    is_real[0, 0] = True
+    allowed, shapes, found = m.may_attend(is_real) & torch.ones(T, T, dtype=torch.bool).tril(), [], []
+    net.blocks[0].register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[2].shape)))
+    for net.training in (True, False):
+        y = net(x, positions, allowed, is_real=is_real)[is_real]
+        grads = torch.autograd.grad(y.square().sum(), [x, *net.parameters()])
+        assert not grads[0][~is_real].any()
+        found.append([y, *grads])
+    for ours, alone in zip(*found, strict=True):
+        torch.testing.assert_close(ours, alone, atol=1e-5, rtol=1e-4)
+    (rows, _, L, _), unpacked = shapes
+    assert unpacked == (B, 1, T, T) and L <= row and L % 8 == 0
+    assert 0.85 * (rows - 2) * L < is_real.sum() <= rows * L
+    index, slots, shape = m.pack(is_real, row)
+    assert shape == (rows, L) and len(set(slots.tolist())) == len(slots) == is_real.sum()
+    row_of = {}
+    for b, row in zip((index // T).tolist(), (slots // L).tolist(), strict=True):
+        assert row_of.setdefault(b, row) == row  # no sequence is cut
 
 
 def latents_folder(folder, n=60, split="train", dim=12, name=""):
@@ -1386,7 +1411,7 @@ def test_coherence_is_the_rank_among_verified_energies():
 def test_rjepa_losses_equal_hand_values():
     model = rjepa_model(lambda_margin=0.5).train()
     batch = latents.collate(latent_chains(12), model.config, np.random.default_rng(3))
-    losses = model(jobs.strip(batch))
+    losses = model(batch)
     h, t = model.standardize(batch["h"]), batch["is_target"]
     z_all = model.targets(h, batch["is_real"])
     z, p = z_all[t], model.predict(h, batch["is_visible"], t)
@@ -1435,7 +1460,7 @@ def test_the_margin_takes_wrong_chains_of_any_length():
             error = z - model.targets(h, batch[kind + "is_real"][i : i + 1], True)[t]
             errors.append(float(error.detach().abs().mean()))
         gaps.append(math.log1p(math.exp(-(errors[0] - errors[1]) / model.config.margin)))
-    margin = model(jobs.strip(batch))["margin"].detach()
+    margin = model(batch)["margin"].detach()
     assert math.isclose(float(margin), np.mean(gaps), rel_tol=1e-4)
 
 
@@ -1458,13 +1483,7 @@ def test_target_encoders_of_the_ablations(kind):
         assert torch.allclose(target, p if kind != "ema" else p - 0.9, atol=1e-6)
 
 
-def test_the_full_size_has_678_million_parameters():
-    with torch.device("meta"):
-        n = m.RJEPA(cfg.PRESETS["rjepa"]).n_params()
-    assert abs(n / 678e6 - 1) < 0.01
-
-
-def test_an_rjepa_run_resumes_to_the_same_weights_and_scores(tmp_path, monkeypatch):
+def test_an_rjepa_run_resumes_to_the_same_weights_and_scores(tmp_path, monkeypatch, capsys):
     folder = latents_folder(tmp_path / "latents")
 
     def go(out):
@@ -1486,10 +1505,8 @@ def test_an_rjepa_run_resumes_to_the_same_weights_and_scores(tmp_path, monkeypat
     silent = rows[0] | {"steps": [], "n_steps": 0, "h": rows[0]["h"][:1], "is_valid": False}
     monkeypatch.setattr(latents, "load_latents", lambda _: ([silent, *rows], manifest))  # an LLM wrote nothing
     assert latents.first_problems(rows, 3) == rows[:6] and latents.first_problems(rows, 0) == rows
-    figures = eval_alignment.evaluate_rjepa(str(tmp_path / "whole"), tyro.cli(
-        eval_alignment.Args, args=[str(tmp_path / "whole"), "--latents", str(folder), "--device", "cpu"]))
+    figures = result_of(capsys, eval_alignment.main, tmp_path / "whole", "--latents", folder, "--device", "cpu")
     assert figures["n"] == 120 and 0 <= figures["auroc_correct"] <= 1 and figures["auroc_logprob"] is None
-    json.dumps(figures, allow_nan=False)
 
 
 def test_a_retrained_run_must_not_lose_on_the_held_out_set(tmp_path, capsys, monkeypatch):
@@ -1606,7 +1623,9 @@ CHAINS = [("Mia has 3 pears. How many?", ["Mia has 3.", "#### 3"]), ("Café? 日
 
 @functools.cache
 def tiny_llm(family="Llama"):
-    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    import tokenizers
+    import transformers
+
     byte_level = tokenizers.pre_tokenizers.ByteLevel
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer, bpe.decoder = byte_level(add_prefix_space=False), tokenizers.decoders.ByteLevel()
@@ -1737,7 +1756,6 @@ class FakeServer:
 
 
 def test_an_endpoint_is_asked_judged_and_resumed(tmp_path, capsys, monkeypatch):
-    pytest.importorskip("openai")
     rows = [{"question": f"{i} and 1?", "answer": f"{i}+1={i + 1}\n#### {i + 1}"} for i in range(12)]
     write_jsonl(tmp_path / "test.jsonl", rows)
 
@@ -1746,9 +1764,8 @@ def test_an_endpoint_is_asked_judged_and_resumed(tmp_path, capsys, monkeypatch):
         return "" if i == 2 else f"So {n}+1 = {n + 1}.\n#### {n + 1 + i}"
 
     def ask(server, *more):
-        extract.main(["--generate", "3", "--endpoint", server.url, "--llm", "m", "--data_dir", str(tmp_path), "--split",
-                      "test", "--out", str(tmp_path / "out"), *more])
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
+        return result_of(capsys, extract.main, "--generate", 3, "--endpoint", server.url, "--llm", "m", "--data_dir",
+                         tmp_path, "--split", "test", "--out", tmp_path / "out", *more)
 
     server, path = FakeServer(answer), tmp_path / "out" / "chains.jsonl"
     found = ask(server, "--max_tokens_total", "300", "--concurrency", "1")
@@ -1759,7 +1776,7 @@ def test_an_endpoint_is_asked_judged_and_resumed(tmp_path, capsys, monkeypatch):
     found = ask(server)
     assert path.read_text().startswith(text) and found["missing"] == 0 and found["chains"] == 36
     assert found["tokens"] == 100 * len(server.requests) and len(server.requests) > asked
-    there = [json.loads(line) for line in path.read_text().splitlines()]
+    there = verify.read_jsonl(path)
     assert len({r["id"] for r in there}) == 36
     for r in there:
         right = [f"#### {int(r['question'].split()[0]) + 1}"]
@@ -1774,7 +1791,7 @@ def test_an_endpoint_is_asked_judged_and_resumed(tmp_path, capsys, monkeypatch):
         ask(server, "--temperature", "1")
     with runs.lock(tmp_path / "out", "--out"), pytest.raises(SystemExit, match="out: another process is writing there"):
         ask(server)
-    monkeypatch.setattr(extract, "processes", lambda device: contextlib.nullcontext((0, 2)))
+    monkeypatch.setattr(runs, "processes", lambda device: contextlib.nullcontext((0, 2)))
     with pytest.raises(SystemExit, match="--endpoint asks a server.* run it without torchrun"):
         ask(server)
     monkeypatch.undo()
@@ -2035,27 +2052,13 @@ def test_an_extraction_that_is_stopped_goes_on(tmp_path, monkeypatch, what):
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-DYING = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import extract
-real, done = os.replace, []
-def replace(a, b):
-    if os.environ["RANK"] == "1" and done:
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(a, b); done.append(b)
-os.replace = replace
-extract.main()
-"""
-
-
 @pytest.mark.parametrize("what", ["--limit 30 --shard_size 4 --counterfactual --logprobs",
                                   "--limit 6 --generate 32 --max_new_tokens 8"])
 def test_processes_write_the_bytes_of_one_even_if_one_is_killed(tmp_path, run_llm, what):
-    (tmp_path / "dying.py").write_text(DYING.format(root=str(ROOT)))
+    dying = driver(tmp_path, "extract", "os.replace", 'if os.environ["RANK"] == "1" and len(calls) == 2: die()')
     argv = ["--llm", run_llm.name, "--dataset", "synthetic", "--max_problem_steps", "3", "--device", "cpu", "--threads",
             "1", *what.split(), "--out", str(tmp_path / "two")]
-    for script in (tmp_path / "dying.py", ROOT / "extract.py"):
+    for script in (dying, ROOT / "extract.py"):
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                                str(script), *argv], capture_output=True, text=True, timeout=240)
         names = set(contents(tmp_path / "two"))
@@ -2124,7 +2127,6 @@ def test_damaged_latents_are_named(tmp_path):
 
 
 def test_select_reads_what_sql_asks_for(tmp_path):
-    pytest.importorskip("duckdb")
     extract_to(tmp_path)
     every = latents.select(tmp_path)
     wrong, _ = latents.load_latents(tmp_path, "not is_valid and wrong_step >= 1 and split = 'train'")
@@ -2205,11 +2207,6 @@ def world(tmp_path_factory):
 QUESTION = "Mia has 3 red apples. Tom has twice as many. How many apples do they have in all?"
 
 
-def infer_main(capsys, *args):
-    infer.main(list(args))
-    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-
-
 def test_guidance_and_speaker_are_trained_beside_the_run(world):
     base, rjepa, guided, spoken = world
     assert guided["out_dir"] == rjepa + "-guide" and spoken["out_dir"] == rjepa + "-speak"
@@ -2233,8 +2230,8 @@ def test_nudge_with_alpha_0_is_the_llm_alone(world, capsys):
              for head in (guide, None)]
     own = llms.generate(llm, questions, 2, 0.0, max_new_tokens=24)
     assert all([c["steps"] for c in row[0]] != [c["steps"] for c in own[0]] for row in other)
-    found = infer_main(capsys, "nudge", rjepa, "--question", QUESTION, "--alpha", "1", "--max_new_tokens", "24",
-                       "--device", "cpu")  # fmt: skip
+    found = result_of(capsys, infer.main, "nudge", rjepa, "--question", QUESTION, "--alpha", 1, "--max_new_tokens", 24,
+                      "--device", "cpu")  # fmt: skip
     assert set(found) >= {"own", "nudged", "alpha"}
 
 
@@ -2291,8 +2288,9 @@ def test_plan_never_sees_the_step_it_predicts(world):
 
 def test_plan_and_rerank_commands(world, capsys, tmp_path):
     base, rjepa, _, _ = world
-    steps = ["Tom has 2 * 3 = 6 apples.", "#### 9"]
-    found = infer_main(capsys, "plan", rjepa, "--question", QUESTION, "--steps", *steps, "--at", "2", "--slots", "2")
+    steps, use = ["Tom has 2 * 3 = 6 apples.", "#### 9"], functools.partial(result_of, capsys, infer.main)
+    plan = functools.partial(use, "plan", rjepa, "--question", QUESTION, "--steps", *steps, "--at", 2)
+    found = plan("--slots", 2)
     assert [f["step"] for f in found["filled"]] == [2, 3][: len(found["filled"])] and found["decode"] == "speaker"
     assert len(found["steps"]) == 2 + len(found["filled"]) and found["energy_after"] > 0
     model, config = infer.load_world_model(rjepa, "cpu")
@@ -2301,14 +2299,13 @@ def test_plan_and_rerank_commands(world, capsys, tmp_path):
                       SimpleNamespace(decode=lambda ids: "Mia has 2 + 2 = 5."), at=2, slots=2)
     assert said["steps"] == [steps[0], "Mia has 2 + 2 = 5.", "Mia has 2 + 2 = 5.", steps[1]]
     assert [(f["step"], f["valid"]) for f in said["filled"]] == [(2, False), (3, False)]
-    found = infer_main(capsys, "plan", rjepa, "--question", QUESTION, "--steps", *steps, "--at", "2", "--decode", "llm")
+    found = plan("--decode", "llm")
     assert found["decode"] == "llm"
     for f in found["filled"]:
         assert len(f["nearest"]) == 3 and f["nearest"][0]["cos"] >= f["nearest"][2]["cos"]
     with pytest.raises(SystemExit, match="infer.py rerank"):
         infer.main(["rerank", rjepa, "--question", QUESTION])
     problems = data.synthetic_problems(12, "test", 3, 3)
-    candidates = tmp_path / "candidates.jsonl"
     lines = []
     for p in problems:
         gold = data.make_chain(p)
@@ -2316,13 +2313,12 @@ def test_plan_and_rerank_commands(world, capsys, tmp_path):
         right = {"steps": gold["steps"], "is_correct": True, "source": "a"}
         lines.append({"id": p["id"], "question": p["question"], "answer": gold["answer"],
                       "candidates": [wrong, right, right]})
-    candidates.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    folder = tmp_path / "latents"
-    extract.main(["--candidates", str(candidates), "--llm", str(base / "llm"), "--pooling", "both", "--logprobs",
+    candidates, folder = write_jsonl(tmp_path / "candidates.jsonl", lines), tmp_path / "latents"
+    extract.main(["--candidates", candidates, "--llm", str(base / "llm"), "--pooling", "both", "--logprobs",
                   "--out", str(folder), "--device", "cpu"])  # fmt: skip
-    fitted = infer_main(capsys, "rerank", rjepa, "--fit", str(folder))
+    fitted = use("rerank", rjepa, "--fit", folder)
     assert fitted["n"] == 12 and fitted["random"] == pytest.approx(2 / 3) and 0 <= fitted["accuracy"] <= 1
-    found = infer_main(capsys, "rerank", rjepa, "--question", QUESTION, "--k", "3", "--max_new_tokens", "40")
+    found = use("rerank", rjepa, "--question", QUESTION, "--k", 3, "--max_new_tokens", 40)
     assert len(found["candidates"]) == 3 and found["alpha"] == fitted["alpha"]
     scores = [c["score"] for c in found["candidates"] if c["score"] is not None]
     assert scores == sorted(scores, reverse=True)
@@ -2330,10 +2326,11 @@ def test_plan_and_rerank_commands(world, capsys, tmp_path):
               for steps, logprob in ((["2+2 = 5", "#### 5"], 0.0), ([], -9.0), (["2+2 = 4", "#### 4"], -1.0))]
     by_gate = [[c["candidate"] for c in infer.rerank(model, chains, 100.0, 0.0, gate)] for gate in (False, True)]
     assert by_gate == [[1, 3, 2], [3, 1, 2]]  # the gate overrules the score; without steps there is nothing to rank
-    evaluate_accuracy.main([rjepa, "--latents", str(folder), "--device", "cpu", "--k", "2"])  # one of the right ones
-    methods = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["methods"]
+    among = functools.partial(result_of, capsys, evaluate_accuracy.main, rjepa, "--latents", folder, "--device", "cpu",
+                              "--k")  # fmt: skip
+    methods = among(2)["methods"]  # one of the right ones
     with pytest.raises(SystemExit, match="--k 4: .* holds 3 candidates"):
-        evaluate_accuracy.main([rjepa, "--latents", str(folder), "--device", "cpu", "--k", "4"])
+        among(4)
     assert methods["random"]["accuracy"] == 0.5  # the gate sees neither labels nor answers, and finds them:
     assert all(methods[name]["accuracy"] == 1 for name in methods if name.startswith("gate")) and "gate" in methods
 
@@ -2346,14 +2343,14 @@ def test_the_suspect_is_what_the_gate_rejects_else_what_only_the_steps_after_it_
     model, config = infer.load_world_model(rjepa, "cpu")
     scored = infer.score(model, infer.llm_of(config, device="cpu"), QUESTION, ["2+2 = 4", "2+2 = 5"])
     assert (scored["suspect"], scored["suspect_by"]) == (2, "equation")
-    path = tmp_path / "errors.jsonl"
     rows = [(["2+2 = 5", "5+4 = 9", "#### 9"], 1), (["2+2 = 4", "4+4 = 9", "#### 9"], 2)]
-    write_jsonl(path, [{"id": str(i), "question": QUESTION, "steps": steps, "is_correct": False, "first_error_step": k}
-                       for i, (steps, k) in enumerate(2 * rows)])
-    extract.main(["--step_errors", str(path), "--llm", str(base / "llm"), "--pooling", "both", "--logprobs",
+    path = write_jsonl(tmp_path / "errors.jsonl", [
+        {"id": str(i), "question": QUESTION, "steps": steps, "is_correct": False, "first_error_step": k}
+        for i, (steps, k) in enumerate(2 * rows)])
+    extract.main(["--step_errors", path, "--llm", str(base / "llm"), "--pooling", "both", "--logprobs",
                   "--out", str(tmp_path / "latents"), "--device", "cpu"])  # fmt: skip
-    eval_alignment.main([rjepa, "--step_errors", str(path), "--latents", str(tmp_path / "latents"), "--device", "cpu"])
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    result = result_of(capsys, eval_alignment.main, rjepa, "--step_errors", path, "--latents", tmp_path / "latents",
+                       "--device", "cpu")
     assert result["top1"] == result["top1_gate"] == 1 and result["top1_random"] == pytest.approx(1 / 3)
     assert result["top1_last"] == 0 and result["top1_middle"] == 0.5 and result["top1_gate_middle"] == 1
     assert {"top1_leave_one_out", "top1_difference", "top1_logprob", "top1_untrained"} <= set(result)
@@ -2380,54 +2377,30 @@ def test_a_published_run_is_used_as_the_run_is(world, tmp_path):
 
 
 def test_what_came_of_use_is_logged_rated_exported_and_learned_from(world, capsys, tmp_path):
-    for name in ("duckdb", "phonenumbers", "stdnum", "detect_secrets"):
-        pytest.importorskip(name)
     base, rjepa, _, _ = world
     _, config = infer.load_world_model(rjepa, "cpu")
     kept, steps, score = str(tmp_path / "memory.duckdb"), ["Tom has 2 * 3 = 6 apples.", "#### 6"], ["score", rjepa]
-
-    def run(module, *args):
-        module.main(list(args))
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-    question = "Ann (ann@example.com) has 2 bags of 3 apples. How many?"
-    logged = [run(infer, *score, "--question", f"{question} {i}", "--steps", *steps, "--log", kept, "--truth", truth)
-              for i, truth in enumerate(["6", "6", "7", "6"])]
-    run(memory, "rate", "--memory", kept, "--id", logged[1]["interaction"], "--rating", "down")
+    use, question = functools.partial(result_of, capsys), "Ann (ann@example.com) has 2 bags of 3 apples. How many?"
+    logged = [use(infer.main, *score, "--question", f"{question} {i}", "--steps", *steps, "--log", kept,
+                  "--truth", truth) for i, truth in enumerate([6, 6, 7, 6])]
+    use(memory.main, "rate", "--memory", kept, "--id", logged[1]["interaction"], "--rating", "down")
     assert "ann@" not in Path(kept).read_bytes().decode("latin1")
-    fed = run(memory, "export", "--memory", kept, "--out", str(tmp_path / "fed.jsonl"))
+    fed = use(memory.main, "export", "--memory", kept, "--out", tmp_path / "fed.jsonl")
     assert (fed["chains"], fed["interactions"], fed["rated_down"]) == (2, 4, 1)  # less a wrong one and the one down
-    run(extract, "--chains", fed["out"], "--llm", str(base / "llm"), "--layer", str(config.layer), "--pooling",
-        config.pooling, "--device", "cpu", "--out", str(tmp_path / "fed"))
+    use(extract.main, "--chains", fed["out"], "--llm", base / "llm", "--layer", config.layer, "--pooling",
+        config.pooling, "--device", "cpu", "--out", tmp_path / "fed")
     result = train.train("rjepa-small", dataclasses.replace(
         config, init_from=rjepa, latents=str(tmp_path / "fed"), held_out=config.latents, max_steps=2, batch_size=2,
         out_dir=str(tmp_path / "next"), eval_every=2))
     assert result["accepted"] == (result["after"] <= result["before"])
-    stored = run(memory, "remember", "--memory", kept, "--latents", config.latents)
-    assert stored["remembered"] > 0
-    found = run(infer, "plan", rjepa, "--question", QUESTION, "--steps", "#### 6", "--at", "1", "--decode", "llm",
+    assert use(memory.main, "remember", "--memory", kept, "--latents", config.latents)["remembered"] > 0
+    found = use(infer.main, "plan", rjepa, "--question", QUESTION, "--steps", "#### 6", "--at", 1, "--decode", "llm",
                 "--memory", kept)
     whole, texts = infer.load_memory(config, kept)
     assert found["filled"][0]["nearest"][0]["text"] in texts and len(whole) == len(texts)
     assert set(texts) == set(infer.load_memory(config, config.latents)[1])
     with pytest.raises(SystemExit, match="--truth 6: .* and --log FILE"):
         infer.main([*score, "--question", question, "--steps", *steps, "--truth", "6"])
-
-
-@pytest.mark.parametrize("argv, message", [
-    (["rerank", "--question", " ", "--alpha", "1", "--beta", "1"], "question"),
-    (["rerank", "--k", "0"], "k 0"), (["rerank", "--alpha", "-1"], "alpha"), (["rerank", "--top_p", "0"], "top_p"),
-    (["nudge", "--question", "Who?", "--alpha", "-1"], "alpha"),
-    (["nudge", "--question", "Who?", "--alpha", "1e9"], "alpha"),
-    (["nudge", "--question", "Who?", "--guide", "nowhere"], "train.py rjepa-guide --init_from"),
-    (["plan", "--question", "Who?"], "steps"),
-    (["plan", "--question", "Who?", "--steps", "a", "--slots", "0"], "slots"),
-    (["plan", "--question", "Who?", "--steps", "a", "--speaker", "nowhere"], "train.py rjepa-speak --init_from"),
-])
-def test_bad_input_to_the_three_modes(world, argv, message, capsys):
-    with pytest.raises(SystemExit) as caught:
-        infer.main([argv[0], world[1], *argv[1:]])
-    assert message in str(caught.value) + capsys.readouterr().err
 
 
 def test_written_chains_are_extracted_once_and_go_on_where_they_stopped(world, tmp_path, monkeypatch):
@@ -2577,31 +2550,23 @@ def test_what_a_speaker_reads_never_holds_the_hidden_step(world, tmp_path, reads
     assert (seen > 0) == (reads != "nothing")
 
 
-def test_evaluation_of_plan_and_nudge(world, monkeypatch, tmp_path):
+def test_evaluation_of_plan_and_nudge(world, monkeypatch, capsys):
     _, rjepa, _, _ = world
-    problems = ["--dataset", "synthetic", "--limit", "60", "--device", "cpu"]
-    args = tyro.cli(eval_alignment.Args, args=[rjepa, "--plan", "--decode_limit", "5", *problems])
-    found = eval_alignment.evaluate_plan(rjepa, args)
-    args.decode_limit, args.speaker = 0, "nowhere"
-    assert eval_alignment.evaluate_plan(rjepa, args) == {key: found[key] for key in ("n", "retrieval", "gaps")}
+    problems = [rjepa, "--dataset", "synthetic", "--limit", "60", "--device", "cpu"]
+    plan = functools.partial(result_of, capsys, eval_alignment.main, *problems, "--plan", "--decode_limit")
+    found = plan(5)
+    assert plan(0, "--speaker", "nowhere") == {key: found[key] for key in ("n", "retrieval", "gaps")}
     assert found["n"] >= 20 and set(found["retrieval"]) == {"plan", "next_step", "copy", "neighbours", "position"}
     assert {"llm_before", "llm_before_tries", "speaker", "speaker_true", "speaker_shuffled", "speaker_tries",
             "speaker_tries_shuffled"} < set(found["decoded"])
     assert found["decoded"]["llm_before"]["n"] == 5
     assert 0 <= found["gaps"]["precision"] <= 1
-    json.dumps(found, allow_nan=False)
-    nudge = ["--method", "nudge", "--alphas", "0", "3", "--batch_size", "20", "--max_new_tokens", "24"]
-    args = tyro.cli(evaluate_accuracy.Args, args=[rjepa, *nudge, *problems])
-    found = evaluate_accuracy.evaluate_nudge(rjepa, args)
+    nudge = functools.partial(result_of, capsys, evaluate_accuracy.main, *problems, "--method", "nudge", "--alphas",
+                              0, 3, "--batch_size", 20, "--max_new_tokens", 24)
+    found = nudge()
     assert list(found["methods"]) == ["alpha 0", "alpha 3", "alpha 3 shuffled"] and found["n"] == 60
     monkeypatch.setattr(evaluate_accuracy, "llm_generate", None)  # they are kept and not written again
-    assert evaluate_accuracy.evaluate_nudge(rjepa, args) == found
-
-
-def test_votes_weigh_as_told():
-    texts = ["#### 3", "#### 4", "#### 4.0", "no number"]
-    assert evaluate_accuracy.majority(texts) == 1 and evaluate_accuracy.majority(texts, [5, 1, 2, 9]) == 0
-    assert evaluate_accuracy.majority(texts, [2, 1, 1.5, 9]) == 2 and evaluate_accuracy.majority(["none"], [1]) == 0
+    assert nudge() == found
 
 
 def test_the_linear_contrast_finds_what_the_counterfactuals_changed(tmp_path, monkeypatch):
@@ -2699,7 +2664,7 @@ def test_packing_keeps_every_document_once_and_fills_rows():
 
 
 def packed_batch(config, rows, seed=0):
-    return jobs.strip(data.collate_documents(rows, config, np.random.default_rng(seed)))
+    return data.collate_documents(rows, config, np.random.default_rng(seed))
 
 
 def test_packed_documents_never_see_each_other():
@@ -2798,8 +2763,8 @@ def test_documents_in_the_loss_are_those_of_the_rows_and_the_head_stays_behind()
 
 
 def test_the_neighbour_of_a_hidden_token_is_visible_and_of_its_document():
-    is_target = np.array([[0, 1, 1, 0, 1, 1, 0, 0]], dtype=bool)
-    segment = np.array([[0, 0, 0, 0, 1, 1, 1, -1]])
+    is_target = torch.tensor([[0, 1, 1, 0, 1, 1, 0, 0]], dtype=torch.bool)
+    segment = torch.tensor([[0, 0, 0, 0, 1, 1, 1, -1]])
     assert jobs.nearest_visible(is_target, segment).tolist() == [0, 3, 6, 6]
 
 
@@ -2807,7 +2772,7 @@ def test_the_document_mean_is_of_visible_tokens_alone():
     torch.manual_seed(0)
     model, parts = m.TJEPA(text_config(vocab_size=258, head=True, document_share=0.5)).eval(), documents()
     means, targets = [], []
-    for batch in map(jobs.strip, data.packed(parts, model.config, "cpu")):
+    for batch in data.packed(parts, model.config, "cpu"):
         z = model.targets(batch["idx"], batch["positions"], batch["segment"])
         for row, segment in enumerate(batch["segment"]):
             for number in range(int(segment.max()) + 1):
@@ -2843,8 +2808,8 @@ def test_phase_two_leaves_the_encoder_as_it_was_and_trains_the_speaker_alone(thi
         assert torch.equal(a, b), name
     model, _ = runs.load_run(thinkers / "speak", "cpu")
     problems = data.synthetic_problems(6, "val", 1, 3)
-    batch = jobs.strip(jobs.collate_answers(jobs.encode_answers(
-        problems, runs.load_tokenizer(thinkers / "speak", config), config), model.eos_id, "cpu"))
+    batch = jobs.collate_answers(jobs.encode_answers(
+        problems, runs.load_tokenizer(thinkers / "speak", config), config), model.eos_id, "cpu")
     for trained in (False, True):
         model = m.SpeakingTJEPA(dataclasses.replace(config, train_encoder=trained))
         model(batch)["loss"].backward()
@@ -2860,7 +2825,7 @@ def test_answer_losses_are_those_of_the_question_named_and_in_the_order_given(th
 
     @torch.no_grad()
     def alone(answer, question):
-        return float(model(jobs.strip(jobs.collate_answers([answer], model.eos_id, "cpu", [question])))["loss"])
+        return float(model(jobs.collate_answers([answer], model.eos_id, "cpu", [question]))["loss"])
 
     by_length = sorted(examples, key=lambda e: len(e["answer"]))
     for e, own, other in zip(examples, losses["lm_loss"], losses["lm_loss_shuffled"], strict=True):
@@ -2919,15 +2884,14 @@ def test_a_speaker_writes_the_same_with_caches_as_without(thinkers):
     written = model.generate(questions, 12)
     assert [len(w) for w in written] == [12] * 3
     for q, w in zip(questions, written, strict=True):
-        batch = jobs.strip(jobs.collate_answers([{"question": q, "answer": w}], model.eos_id, "cpu"))
+        batch = jobs.collate_answers([{"question": q, "answer": w}], model.eos_id, "cpu")
         context = model.speaker.prepare(model.read(batch["question"], batch["context_allowed"]))
         h = model.speaker.transformer(model.speaker.embed(batch["idx"]), is_causal=True, context=context)
         assert F.linear(h, model.speaker.embed.weight[: model.eos_id + 1]).argmax(-1)[0, :-1].tolist() == w
 
 
 def test_distillation_brings_the_student_to_its_teacher(thinkers):
-    log = [json.loads(line) for line in (thinkers / "student/log.jsonl").read_text().splitlines()]
-    val = [r for r in log if r["split"] == "val"]
+    val = [r for r in verify.read_jsonl(thinkers / "student/log.jsonl") if r["split"] == "val"]
     assert val[-1]["mse"] < val[0]["mse"] and val[-1]["cos"] > val[0]["cos"]
     encoder, config, _ = runs.load_encoder(thinkers / "student", "cpu")
     assert encoder.transformer.n_embd == 16 and config.teacher_dim == 32
@@ -2937,30 +2901,28 @@ def test_distillation_brings_the_student_to_its_teacher(thinkers):
 
 
 def test_tjepa_commands(thinkers, capsys):
-    def evaluate(*args):
-        sys.argv = ["eval_alignment.py", *args, "--device", "cpu"]
-        eval_alignment.main()
-        return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    use = functools.partial(result_of, capsys)
 
-    found = evaluate(str(thinkers / "tjepa"), "--limit", "24")
+    def evaluate(name, *args):
+        return use(eval_alignment.main, thinkers / name, "--limit", 24, *args, "--device", "cpu")
+
+    found = evaluate("tjepa")
     assert {"mse", "mse_predict_mean", "mse_copy", "effective_rank", "std", "untrained"} <= set(found)
     assert found["probe"]["n"] == 24 and len(set(found["probe_random"]["steps"])) == 3
-    found = evaluate(str(thinkers / "student"), "--limit", "24", "--teacher", str(thinkers / "tjepa"))
+    found = evaluate("student", "--teacher", thinkers / "tjepa")
     assert found["teacher"]["cos"] > found["teacher"]["best_constant"] and found["teacher"]["n"] > 24
-    found = evaluate(str(thinkers / "speak"), "--limit", "24")
+    found = evaluate("speak")
     assert math.isclose(found["gap"], found["lm_loss_shuffled"] - found["lm_loss"], abs_tol=1e-6)
-    sys.argv = ["evaluate_accuracy.py", str(thinkers / "speak"), "--limit", "8", "--max_new_tokens", "8"]
-    evaluate_accuracy.main()
-    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["n"] == 8
-    found = infer_main(capsys, "think", str(thinkers / "speak"), "--text", "Ann has 3 pens.", "--device", "cpu")
+    assert use(evaluate_accuracy.main, thinkers / "speak", "--limit", 8, "--max_new_tokens", 8)["n"] == 8
+    found = use(infer.main, "think", thinkers / "speak", "--text", "Ann has 3 pens.", "--device", "cpu")
     assert len(found["nearest"]) == 5 and len(found["thought"]) == 32
     stored = thinkers / "stored.txt"
     stored.write_text("Ann has 3 pens.\nBob sold 5 cups to Ivan.\n")
-    found = infer_main(capsys, "think", str(thinkers / "tjepa"), "--text", "Ann has 3 pens.", "--stored", str(stored),
-                       "--device", "cpu")
+    found = use(infer.main, "think", thinkers / "tjepa", "--text", "Ann has 3 pens.", "--stored", stored,
+                "--device", "cpu")
     best = found["nearest"][0]
     assert best["text"] == "Ann has 3 pens." and math.isclose(best["cos"], 1, abs_tol=1e-4)
-    found = infer_main(capsys, "speak", str(thinkers / "speak"), "--question", "How many?", "--max_new_tokens", "4")
+    found = use(infer.main, "speak", thinkers / "speak", "--question", "How many?", "--max_new_tokens", 4)
     assert set(found) == {"question", "response", "answer"}
 
 
@@ -3002,15 +2964,24 @@ def test_bad_input_to_tjepa(thinkers, tmp_path, what, message):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["think", "THINKERS/tjepa", "--text", " "], "text"),
-    (["think", "THINKERS/tjepa", "--text", "a", "--k", "0"], "k 0"),
-    (["speak", "THINKERS/tjepa", "--question", "Who?"], "train.py tjepa-speak"),
-    (["speak", "THINKERS/speak", "--question", ""], "question"),
-    (["speak", "THINKERS/speak", "--question", "Who has more? " * 60], "block_size"),
+    (["rerank", "rjepa", "--question", " ", "--alpha", "1", "--beta", "1"], "question"),
+    (["rerank", "rjepa", "--k", "0"], "k 0"), (["rerank", "rjepa", "--alpha", "-1"], "alpha"),
+    (["rerank", "rjepa", "--top_p", "0"], "top_p"),
+    (["nudge", "rjepa", "--question", "Who?", "--alpha", "-1"], "alpha"),
+    (["nudge", "rjepa", "--question", "Who?", "--alpha", "1e9"], "alpha"),
+    (["nudge", "rjepa", "--question", "Who?", "--guide", "nowhere"], "train.py rjepa-guide --init_from"),
+    (["plan", "rjepa", "--question", "Who?"], "steps"),
+    (["plan", "rjepa", "--question", "Who?", "--steps", "a", "--slots", "0"], "slots"),
+    (["plan", "rjepa", "--question", "Who?", "--steps", "a", "--speaker", "none"], "train.py rjepa-speak --init_from"),
+    (["think", "tjepa", "--text", " "], "text"), (["think", "tjepa", "--text", "a", "--k", "0"], "k 0"),
+    (["speak", "tjepa", "--question", "Who?"], "train.py tjepa-speak"),
+    (["speak", "speak", "--question", ""], "question"),
+    (["speak", "speak", "--question", "Who has more? " * 60], "block_size"),
 ])
-def test_bad_input_to_think_and_speak(thinkers, argv, message, capsys):
+def test_bad_input_to_infer(world, thinkers, argv, message, capsys):
+    folder = world[0] if argv[1] == "rjepa" else thinkers
     with pytest.raises(SystemExit) as caught:
-        infer.main([a.replace("THINKERS", str(thinkers)) for a in argv])
+        infer.main([argv[0], str(folder / argv[1]), *argv[2:]])
     assert message in str(caught.value) + capsys.readouterr().err
 
 
@@ -3022,27 +2993,25 @@ def test_bench_reports_ours_plain_and_ratio(capsys, monkeypatch, tmp_path):
     import bench
 
     monkeypatch.chdir(tmp_path)
-    fast, llm = ["--seconds", "0.001", "--repeats", "1", "--device", "cpu"], tiny_llm()
+    measure = functools.partial(result_of, capsys, bench.main, "--seconds", 0.001, "--repeats", 1, "--device", "cpu")
+    llm = tiny_llm()
     llm.model.config.max_position_embeddings = 2048
     llm.model.save_pretrained(tmp_path / "llm"), llm.tokenizer.save_pretrained(tmp_path / "llm")
     monkeypatch.setattr(bench, "load_llm", lambda name, *args: llms.load_llm(str(tmp_path / "llm"), *args))
     for name in ("rjepa_step", "nanojepa_gpt", "attention", "extract", "shared_prefill"):
-        bench.main([name, *fast])
-        result = json.loads(capsys.readouterr().out.splitlines()[-1])["bench"][name]
+        result = measure(name)["bench"][name]
         assert {"ours", "plain", "ratio", "unit", "aim"} <= set(result)
         assert result["ratio"] == pytest.approx(result["ours"] / result["plain"], rel=0.05)
         assert result.get("max_difference", 0) < 1e-3
-    bench.main(["attention", "--profile", *fast])
-    traces = json.loads(capsys.readouterr().out.splitlines()[-1])["bench"]["attention"]["trace"]
+    traces = measure("attention", "--profile")["bench"]["attention"]["trace"]
     assert set(traces) == {"ours", "plain"}
     assert all(json.loads(Path(path).read_text())["traceEvents"] for path in traces.values())
     monkeypatch.setattr(bench, "get_args", lambda names: ("all", "attention", "scaling"))
-    bench.main([*fast, "--preset", "rjepa"])  # of `all`, each in a process of its own
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["bench"]["attention"]["ratio"] > 0
+    assert measure("--preset", "rjepa")["bench"]["attention"]["ratio"] > 0  # of `all`, each in a process of its own
     for argv, message in ((["--memory_gb", "24"], "caps the memory of a CUDA GPU"), (["--tokens", "10"], "makes 0 pr"),
                           (["--preset", "rjepa-small"], "needs one of the kind of nanojepa-small")):
         with pytest.raises(SystemExit, match=message):
-            bench.main(["nanojepa_gpt", *fast, *argv])
+            measure("nanojepa_gpt", *argv)
 
 
 def test_compiled_blocks_compute_the_same(monkeypatch):
@@ -3055,7 +3024,7 @@ def test_compiled_blocks_compute_the_same(monkeypatch):
         world, writer = m.RJEPA(rjepa_config()), tiny_model(answer_context="isolated").train()
         for net in (world, writer) if compiled else ():
             m.compile_blocks(net)
-        losses = [world(tensors(batch))["loss"], *(writer(tensors(data.collate(part, writer.config)))["loss"]
+        losses = [world(batch)["loss"], *(writer(data.collate(part, writer.config))["loss"]
                                                    for part in (rows, rows[:9]))]
         sum(losses).backward()
         energy = world.energy(batch["h"], batch["is_real"]).nan_to_num()

@@ -20,17 +20,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import gradio as gr
 import pytest
 import torch
 
-gr = pytest.importorskip("gradio")
-
-import infer  # noqa: E402
-import llm as llms  # noqa: E402
-import main  # noqa: E402
-import pictures  # noqa: E402
-from memory import Memory  # noqa: E402
-from runs import is_run  # noqa: E402
+import infer
+import llm as llms
+import main
+import pictures
+from memory import Memory
+from runs import is_run
 
 HERE = Path(__file__).parent
 WORLD = "pretrained/rjepa-student"

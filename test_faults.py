@@ -4,7 +4,6 @@
     SOAK=100 pytest -q test_faults.py -k soak        # as many rounds of start, SIGKILL at a random moment, resume
 """
 
-import json
 import os
 import random
 import signal
@@ -23,7 +22,8 @@ import latents
 import runs
 import sandbox
 import train
-from test_core import ROOT, weights, write_jsonl
+import verify
+from test_core import ROOT, driver, result_of, weights, write_jsonl
 
 SOAK = int(os.environ.get("SOAK", 3))
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -45,21 +45,13 @@ def script(*argv, n=1, code=0, restarts=0):
     return done.stdout if code == 0 else done.stderr
 
 
-def driver(folder, code: str) -> Path:
-    """A script that changes what it imports from this folder, then runs it."""
-    path = folder / "driver.py"
-    path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}")
-    return path
-
-
-def log_of(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+def stopping(folder) -> Path:
+    """train.py that ends after the state of step 6."""
+    return driver(folder, "train", "train.save_state", after='if args[3]["step"] == 6: sys.exit("stopped")')
 
 
 def same_curves(a, b, tolerance=1e-5):
-    rows = list(zip(log_of(a), log_of(b), strict=True))
-    assert rows
-    for one, two in rows:
+    for one, two in zip(*(verify.read_jsonl(folder / "log.jsonl") for folder in (a, b)), strict=True):
         for key in set(one) - {"split", "tokens_per_s", "real_share", "retrieval_top1", "retrieval_ci95"}:
             assert one[key] == pytest.approx(two[key], rel=tolerance, abs=tolerance), (one["step"], key)
 
@@ -84,7 +76,7 @@ def alone(tmp_path_factory):
 def pair(tmp_path_factory):
     """The same run by two processes, of which none may shut Python down: gloo's threads can abort it there."""
     folder = tmp_path_factory.mktemp("pair") / "run"
-    script(driver(folder.parent, "import atexit, os, train\natexit.register(os.abort)\ntrain.main()\n"), *QUICKSTART,
+    script(driver(folder.parent, "train", "train.main", "import atexit; atexit.register(os.abort)"), *QUICKSTART,
            "--out_dir", folder, n=2)
     return folder
 
@@ -123,21 +115,9 @@ def test_two_processes_train_the_other_models(tmp_path, fields, monkeypatch):
     same_curves(tmp_path / "two", tmp_path / "one")
 
 
-STOPPING = """
-import sys, train
-save = train.save_state
-def stop(out, model, optimizer, facts):
-    save(out, model, optimizer, facts)
-    if facts["step"] == 6:
-        sys.exit("stopped")
-train.save_state = stop
-train.main()
-"""
-
-
 @pytest.mark.parametrize("first, then", [("2 --shard", "1"), ("1", "2 --shard"), ("2", "2 --shard")])
 def test_a_state_is_read_by_any_number_of_processes(tmp_path, alone, first, then):
-    for how, name, code in ((first, driver(tmp_path, STOPPING), 1), (then, "train.py", 0)):
+    for how, name, code in ((first, stopping(tmp_path), 1), (then, "train.py", 0)):
         n, *shard = how.split()
         accumulate = ["--grad_accum", "2"] if n == "1" else []
         said = script(name, *QUICKSTART, *shard, *accumulate, "--out_dir", tmp_path / "run", n=int(n), code=code)
@@ -147,20 +127,10 @@ def test_a_state_is_read_by_any_number_of_processes(tmp_path, alone, first, then
         train.train(*cfg.parse_cli([*QUICKSTART, "--out_dir", str(tmp_path / "run")]))
 
 
-BETWEEN = """
-import os, signal, sys, parallel, train
-write = parallel.write_atomic
-def die(path, how):
-    if (path.parent / "state-00000006").exists():
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(path, how)
-parallel.write_atomic = die
-train.main()
-"""
-
-
 def test_a_kill_between_the_parts_and_what_names_them(tmp_path, alone):
-    script(driver(tmp_path, BETWEEN), *QUICKSTART, "--shard", "--out_dir", tmp_path / "run", n=2, code=1)
+    between = 'if (args[0].parent / "state-00000006").exists(): die()'
+    script(driver(tmp_path, "train", "parallel.write_atomic", between), *QUICKSTART, "--shard", "--out_dir",
+           tmp_path / "run", n=2, code=1)
     assert {p.name for p in (tmp_path / "run").glob("state-*")} == {"state-00000004", "state-00000006"}
     script("train.py", *QUICKSTART, "--shard", "--out_dir", tmp_path / "run", n=2)
     same_curves(tmp_path / "run", alone)
@@ -169,7 +139,7 @@ def test_a_kill_between_the_parts_and_what_names_them(tmp_path, alone):
 
 def test_another_global_batch_is_refused_and_a_damaged_part_is_named(tmp_path):
     folder = tmp_path / "run"
-    script(driver(tmp_path, STOPPING), *QUICKSTART, "--shard", "--out_dir", folder, n=2, code=1)
+    script(stopping(tmp_path), *QUICKSTART, "--shard", "--out_dir", folder, n=2, code=1)
     with pytest.raises(SystemExit, match="here it is 1: --grad_accum 2 goes on"):
         train.train(*cfg.parse_cli([*QUICKSTART, "--out_dir", str(folder)]))
     again = cfg.parse_cli([*QUICKSTART, "--grad_accum", "2", "--out_dir", str(folder)])
@@ -183,22 +153,11 @@ def test_another_global_batch_is_refused_and_a_damaged_part_is_named(tmp_path):
     assert train.train(*again)["steps"] == 12 and not list(folder.glob("state-*"))
 
 
-DYING = """
-import os, signal, train
-clip, calls = train.torch.nn.utils.clip_grad_norm_, []
-def die(*args):
-    calls.append(1)
-    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and len(calls) == 6:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return clip(*args)
-train.torch.nn.utils.clip_grad_norm_ = die
-train.main()
-"""
-
-
 def test_a_worker_that_dies_is_started_again(tmp_path, pair):
     """By the same command, or by torchrun --max-restarts, whatever it was told to overwrite: to the same bits."""
-    command = [driver(tmp_path, DYING), *QUICKSTART, "--out_dir"]
+    when = 'os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and len(calls) == 6'
+    dying = driver(tmp_path, "train", "train.torch.nn.utils.clip_grad_norm_", f"if {when}: die()")
+    command = [dying, *QUICKSTART, "--out_dir"]
     said = script(*command, tmp_path / "again", n=2, code=1)
     assert "Signal 9 (SIGKILL)" in said
     script("train.py", *QUICKSTART, "--out_dir", tmp_path / "again", n=2)
@@ -280,8 +239,7 @@ def test_the_clock_may_be_set_back(tmp_path, alone, monkeypatch, capsys):
     monkeypatch.setattr(time, "time", lambda: now.append(now[-1] - 3600) or now[-1])
     result = train.train(*cfg.parse_cli([*QUICKSTART, "--grad_accum", "2", "--out_dir", str(tmp_path / "back")]))
     assert weights(tmp_path / "back") == weights(alone) and 0 <= result["seconds"] < 300
-    extract.main([*EXTRACT, "--out", str(tmp_path / "latents")])
-    assert 0 < json.loads(capsys.readouterr().out.splitlines()[-1])["tokens_per_s"] < 1e7
+    assert 0 < result_of(capsys, extract.main, *EXTRACT, "--out", tmp_path / "latents")["tokens_per_s"] < 1e7
     assert not [p.name for p in ROOT.glob("*.py") if "time.time()" in p.read_text() and not p.name.startswith("test_")]
 
 

@@ -3,7 +3,6 @@
     pytest -q test_gate.py
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -19,10 +18,9 @@ import pytest
 
 import sandbox
 import verify
-from test_core import ROOT, shared_data, write_jsonl
+from test_core import ROOT, result_of, shared_data, write_jsonl
 
 boxed = pytest.mark.skipif(sandbox.sandbox_problem() != "", reason=sandbox.sandbox_problem())
-latex = pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed")
 
 # "### name: the reasons it may end with", then the program. It prints LEAK where it gets what it wants. It starts with
 # CANARY, HOME, PREFIX (a file, the home and the interpreter of the host), PORT (where the host listens), PID (the
@@ -225,15 +223,12 @@ def test_no_sandbox_is_a_refusal_and_unsafe_runs_under_limits(monkeypatch, capsy
     monkeypatch.setattr(shutil, "which", lambda name: None if name == "bwrap" else which(name))
     sandbox.sandbox_problem.cache_clear()
     try:
-        with pytest.raises(RuntimeError, match="apt install bubblewrap[^\0]*--allow_unsafe_code"):
+        with pytest.raises(ValueError, match="apt install bubblewrap[^\0]*--allow_unsafe_code"):
             verify.run_program("print(1)")
         path = write_jsonl(tmp_path / "one.jsonl", [{**ADD, "canonical_solution": "    return a + b\n"}])
-        monkeypatch.setattr(sys, "argv", ["verify.py", "--humaneval", path])
         with pytest.raises(SystemExit, match="apt install bubblewrap"):
-            verify.main()
-        monkeypatch.setattr(sys, "argv", ["verify.py", "--humaneval", path, "--allow_unsafe_code"])
-        verify.main()
-        assert json.loads(capsys.readouterr().out.splitlines()[-1])["passed"] == 1
+            verify.main(["--humaneval", path])
+        assert result_of(capsys, verify.main, "--humaneval", path, "--allow_unsafe_code")["passed"] == 1
         monkeypatch.setenv("SECRET_TOKEN", "hidden")
         for program, reason in [("import os; assert 'SECRET_TOKEN' not in os.environ and os.listdir() == []", "ok"),
                                 ("while True: pass", "timeout"), ("while True: print('x' * 999)", "output_limit"),
@@ -333,10 +328,9 @@ def test_answers_are_found_where_models_put_them():
     exact = {"kind": "exact", "answer": "True"}
     assert verify.validate(exact, {"steps": [" True."]}).is_valid
     assert verify.validate(exact, {"steps": ["not True"]}).reason == "wrong_answer"
-    if importlib.util.find_spec("math_verify"):
-        math = {"kind": "math", "answer": "It is \\boxed{5}."}
-        for steps in (["So \\boxed{5}.", "I hope it is correct."], ["\\boxed 5"], ["The answer is $5$."]):
-            assert verify.validate(math, {"steps": steps}).is_valid, steps
+    math = {"kind": "math", "answer": "It is \\boxed{5}."}
+    for steps in (["So \\boxed{5}.", "I hope it is correct."], ["\\boxed 5"], ["The answer is $5$."]):
+        assert verify.validate(math, {"steps": steps}).is_valid, steps
 
 
 @boxed
@@ -345,7 +339,6 @@ def test_what_a_program_prints_at_exit_does_not_count_against_it():
     assert verify.check_program(ADD, late).is_valid
 
 
-@latex
 def test_math_answers_compare_by_value():
     assert [pair for pair in SAME if not verify.check_math(*pair)] == []
     assert [pair for pair in OTHER if verify.check_math(*pair)] == []
@@ -356,15 +349,13 @@ def test_math_answers_compare_by_value():
     assert verify.validate(problem, {"steps": [r"\boxed{0.5}"], "answer": "2"}).reason == "wrong_answer"
 
 
-@latex
 def test_a_worker_that_does_not_start_is_an_error_and_not_false(monkeypatch):
     monkeypatch.setattr(verify, "_math_process", None)
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(RuntimeError, match="does not start"):
+    with pytest.raises(ValueError, match="does not start"):
         verify.check_math("1", "2")
 
 
-@latex
 def test_hostile_latex_is_false_in_time_and_off_the_main_thread(monkeypatch, tmp_path):
     monkeypatch.setattr(verify, "MATH_SECONDS", 1)
     for text in HOSTILE:

@@ -3,6 +3,7 @@
     pytest -q test_memory.py
 """
 
+import functools
 import json
 import random
 import signal
@@ -19,12 +20,7 @@ import torch
 import latents
 import memory as mem
 import verify
-from test_core import ROOT, shared_data, write_jsonl
-
-pytest.importorskip("duckdb")
-pytest.importorskip("phonenumbers")
-pytest.importorskip("stdnum")
-pytest.importorskip("detect_secrets")
+from test_core import ROOT, result_of, shared_data, write_jsonl
 
 ORIGIN = {"llm": "toy", "layer": 2, "pooling": "last", "prompt": "", "dim": 8}
 
@@ -48,13 +44,6 @@ def a_memory(tmp_path, n=0, **kw):
 def bytes_beside(path):
     """All bytes of the database and of whatever lies beside it under its name."""
     return b"".join(p.read_bytes() for p in sorted(Path(path).parent.glob(Path(path).name + "*")) if p.is_file())
-
-
-def run_memory(capsys, *argv):
-    """The last line of stdout of memory.py as JSON; raises SystemExit as it does."""
-    capsys.readouterr()
-    mem.main([str(x) for x in argv])
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 def test_memory_holds_verified_chains_alone(tmp_path):
@@ -153,15 +142,19 @@ def test_a_key_over_several_steps_and_a_test_question_do_not_get_far(tmp_path):
     memory = a_memory(tmp_path)
     key = ["-----BEGIN RSA PRIVATE KEY-----", "MIIEpAIBAAKCAQEAsecretbody", "-----END RSA PRIVATE KEY-----"]
     log_id = memory.log("demo", "What is this?", ["1+1 = 2", *key])
-    assert memory.interactions(log_id)[0]["steps"] == ["1+1 = 2", "[KEY]"]
+    logged = memory.interactions(log_id)[0]
+    assert logged["steps"] == ["1+1 = 2", "[KEY]"] and logged["redactions"] == 1
     assert b"secretbody" not in bytes_beside(memory.path)
     for question in ("Who has 2 pens?", "Who has  2 PENS?", "Who has 3 pens?"):
         memory.log("demo", question, ["1+1 = 2"], truth="2")
     tests = write_jsonl(tmp_path / "test.jsonl", [{"question": "Who has 2 pens?", "answer": "#### 2"}])
     found = memory.export(tmp_path / "fed.jsonl", without=[tests])
     assert (found["chains"], found["left_out"]) == (1, 2) and "3 pens" in (tmp_path / "fed.jsonl").read_text()
+    odd = write_jsonl(tmp_path / "odd.jsonl", [{"question": 3, "answer": "#### 2"}])
+    with pytest.raises(ValueError, match="odd.jsonl, a question: expected a text"):
+        memory.export(tmp_path / "fed.jsonl", without=[odd])
     memory.export(tmp_path / "fed.jsonl")
-    rows = [json.loads(line) for line in (tmp_path / "fed.jsonl").read_text().splitlines()]
+    rows = verify.read_jsonl(tmp_path / "fed.jsonl")
     assert len(rows) == 3 and len({r["problem_id"] for r in rows}) == 2  # a problem lies in one split
 
 
@@ -451,7 +444,7 @@ def test_no_personal_data_reach_the_disk(tmp_path):
 
 
 def test_problems_are_not_redacted():
-    rows = [json.loads(line) for line in shared_data("gsm8k/test.jsonl").read_text().splitlines()[::8]]
+    rows = verify.read_jsonl(shared_data("gsm8k/test.jsonl"))[::8]
     assert [r for r in rows if mem.redact(f"{r['question']}\n{r['answer']}")[1]] == []
 
 
@@ -472,7 +465,7 @@ def test_feedback_becomes_chains(tmp_path):
 
     def exported(**kw):
         result = memory.export(tmp_path / "chains.jsonl", **kw)
-        rows = [json.loads(line) for line in (tmp_path / "chains.jsonl").read_text().splitlines()]
+        rows = verify.read_jsonl(tmp_path / "chains.jsonl")
         assert result["chains"] == len(rows)
         return [row["question"][:3] for row in rows]
 
@@ -497,10 +490,13 @@ def test_memory_command_line(tmp_path, capsys, monkeypatch):
     from runs import write_atomic
 
     path, folder = tmp_path / "m.duckdb", tmp_path / "latents"
+    use = functools.partial(result_of, capsys, mem.main)
     folder.mkdir()
 
-    def folder_of(split):
+    def folder_of(split, wrong=False):
         chains = [a_chain(i) for i in range(4)]
+        for _, chain, _ in chains if wrong else ():
+            chain["steps"] = [*chain["steps"][:-1], "#### 999"]
         header = {"schema": latents.SCHEMA, "dtype": "float32", "quantization": "none", "tokenizer": "t",
                   "logprobs": False, "dataset": "toy", "split": split, **ORIGIN}
         rows = [latents.record(c | {"is_valid": i != 2}, p["id"], split) |
@@ -511,34 +507,37 @@ def test_memory_command_line(tmp_path, capsys, monkeypatch):
 
     for command in ("stats", "recall --id x", "forget --everything", "export", "rate --id x --rating up", "latents"):
         with pytest.raises(SystemExit, match="no such memory"):
-            run_memory(capsys, *command.split(), "--memory", path)
+            use(*command.split(), "--memory", path)
     folder_of("test")
     with pytest.raises(SystemExit, match="test split"):
-        run_memory(capsys, "remember", "--latents", folder, "--memory", path)
+        use("remember", "--latents", folder, "--memory", path)
     assert not path.exists()
+    folder_of("train", wrong=True)
+    assert use("remember", "--latents", folder, "--memory", path) == {
+        "memory": str(path), "remembered": 0, "new": 0, "refused": {"wrong_answer": 3}} and not path.exists()
     folder_of("train")
-    assert run_memory(capsys, "remember", "--latents", folder, "--memory", path) == {
+    assert use("remember", "--latents", folder, "--memory", path) == {
         "memory": str(path), "remembered": 3, "new": 3, "refused": {}}
     memory = mem.Memory(path)
     chain_id = memory.vectors()[1][0]["chain_id"]
-    nearest = run_memory(capsys, "recall", "--id", chain_id, "--position", 2, "--k", 2, "--memory", path)["nearest"]
+    nearest = use("recall", "--id", chain_id, "--position", 2, "--k", 2, "--memory", path)["nearest"]
     assert nearest[0]["chain_id"] == chain_id and nearest[0]["text"] == "2 * 2 = 4" and nearest[0]["cos"] > 0.999
     read = SimpleNamespace(**ORIGIN | {"name": "toy"}, latent_dim=lambda pooling: 8,
                            step_latents=lambda question, steps: a_chain(3)[2][: 1 + len(steps)])
     read.set_prompt = lambda prompt: read
     monkeypatch.setattr("llm.load_llm", lambda name, device, layer, pooling: read)
     for steps in ((), ("--steps", "3+2 = 5")):
-        found = run_memory(capsys, "recall", "--question", "3 pens?", *steps, "--k", 1, "--memory", path)["nearest"]
+        found = use("recall", "--question", "3 pens?", *steps, "--k", 1, "--memory", path)["nearest"]
         assert (found[0]["position"], found[0]["question"][:14]) == (len(steps[1:]), "Tom has 3 pens")
     read.layer = 3
     with pytest.raises(SystemExit, match="layer: 2 there, 3 here"):
-        run_memory(capsys, "recall", "--question", "3 pens?", "--memory", path)
-    logged = run_memory(capsys, "log", "--kind", "cli", "--question", "3 + 4? ann@example.com", "--steps", "3+4 = 7",
+        use("recall", "--question", "3 pens?", "--memory", path)
+    logged = use("log", "--kind", "cli", "--question", "3 + 4? ann@example.com", "--steps", "3+4 = 7",
                         "#### 7", "--truth", 7, "--memory", path)
     assert (logged["is_valid"], logged["reason"], logged["redactions"]) == (True, "ok", 1)
-    assert run_memory(capsys, "export", "--out", tmp_path / "f.jsonl", "--memory", path)["chains"] == 1
-    assert run_memory(capsys, "forget", "--domain", "toy", "--memory", path) == {"forgotten": 3}
-    assert run_memory(capsys, "stats", "--memory", path)["interactions"] == {"ok": 1}
+    assert use("export", "--out", tmp_path / "f.jsonl", "--memory", path)["chains"] == 1
+    assert use("forget", "--domain", "toy", "--memory", path) == {"forgotten": 3}
+    assert use("stats", "--memory", path)["interactions"] == {"ok": 1}
     write_jsonl(tmp_path / "no.duckdb", [{"a": 1}] * 999)
     with pytest.raises(SystemExit, match="no.duckdb is no memory"):
-        run_memory(capsys, "stats", "--memory", tmp_path / "no.duckdb")
+        use("stats", "--memory", tmp_path / "no.duckdb")

@@ -24,36 +24,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 import config as cfg
-from jobs import JOBS, strip
+import runs
+from jobs import JOBS, n_rows
 from model import compile_blocks, configure_optimizers, estimate_mfu
 from parallel import copy_tensors, full, gathered, load_state, save_state, sync_gradients, wrap
-from runs import (
-    FREE_ON_RESUME,
-    RUN_FILES,
-    add_up,
-    append_line,
-    autocast,
-    build_model,
-    digest,
-    inherit,
-    is_restart,
-    leave,
-    lock,
-    open_run,
-    pick_compile,
-    pick_device,
-    pick_dtype,
-    processes,
-    refuse_changes,
-    refuse_foreign,
-    save_plots,
-    say,
-    start_from,
-    write_text,
-    write_weights,
-)
 
 
 def learning_rate(step: int, n_steps: int, config) -> float:
@@ -71,38 +48,39 @@ def train(preset: str, config) -> dict:
     torch.set_float32_matmul_precision("high")
     beside = {"rjepa-guide": "guide", "rjepa-speak": "speak"}.get(preset)  # where infer.py looks for them
     out = Path(config.out_dir or (f"{Path(config.init_from)}-{beside}" if beside else f"out/{preset}"))
-    config.out_dir, device = str(out), pick_device(config.device)
-    refuse_foreign(out, config.overwrite)
-    with processes(device) as (rank, world), lock(out, "--out_dir"):
+    config.out_dir, device = str(out), runs.pick_device(config.device)
+    runs.refuse_foreign(out, config.overwrite)
+    with runs.processes(device) as (rank, world), runs.lock(out, "--out_dir"):
         return run(preset, config, out, device, rank, world)
 
 
 def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> dict:
     """What `train` does in a folder that is its own, as one of `world` processes."""
-    dtype = pick_dtype(config.dtype, device)
-    in_dtype = functools.partial(autocast, device, dtype)
+    dtype = runs.pick_dtype(config.dtype, device)
+    in_dtype = functools.partial(runs.autocast, device, dtype)
 
     # data, model, optimizer
-    config.overwrite = config.overwrite and not add_up(is_restart())  # what this very job has written it goes on with
-    inherit(config)
-    state = open_run(out, preset, config)
+    if runs.add_up(runs.is_restart()):
+        config.overwrite = False  # what this very job has written it goes on with
+    runs.inherit(config)
+    state = runs.open_run(out, preset, config)
     job = JOBS[type(config)](config, out)
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_ON_RESUME}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in runs.FREE_ON_RESUME}
     micro_steps = config.grad_accum * world
-    identity = {"config": digest(json.dumps(settings)), "grad_accum x processes": micro_steps, **job.identity}
+    identity = {"config": runs.digest(json.dumps(settings)), "grad_accum x processes": micro_steps, **job.identity}
     if state:
         theirs = state["identity"]
         there = theirs.get("grad_accum x processes", 0)
         if there != micro_steps and there % world == 0:
             raise SystemExit(f"{out} was begun with grad_accum x processes = {there}, here it is {micro_steps}: "
                              f"--grad_accum {there // world} goes on with it")
-        refuse_changes(out, {k: (theirs.get(k), v) for k, v in identity.items() if theirs.get(k) != v})
+        runs.refuse_changes(out, {k: (theirs.get(k), v) for k, v in identity.items() if theirs.get(k) != v})
     n_steps = config.max_steps or max(1, round(config.epochs * job.batches.per_epoch / micro_steps))
     torch.manual_seed(config.seed)
-    model = build_model(config)
+    model = runs.build_model(config)
     job.fit(model)
     if config.init_from and type(config) in cfg.NETWORK:
-        start_from(model, config)
+        runs.start_from(model, config)
     before = None  # what a run that goes on from another must not lose
     if getattr(config, "held_out", ""):
         model.to(device)
@@ -110,11 +88,11 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
         old_val = job.evaluate(model, device, in_dtype)
         before = relative_l1(old_val)
         model.load_state_dict(kept)  # evaluation stores quantiles
-    use_compile = pick_compile(config.compile, device)
+    use_compile = runs.pick_compile(config.compile, device)
     if use_compile:
         compile_blocks(model)
     if config.shard and world == 1:
-        say("--shard is for several processes (torchrun): this one keeps everything")
+        runs.say("--shard is for several processes (torchrun): this one keeps everything")
     run_model = wrap(model, world, config.shard, device)
     optimizer = configure_optimizers(model, config)
     first = 0
@@ -122,30 +100,32 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
         load_state(out, model, optimizer, state)
         first, n_steps = state["step"], state["n_steps"]
         del state
-        say(f"continuing {out} at step {first} of {n_steps}")
-    say(f"{preset}: {model.n_params():,} parameters on {device} in {str(dtype)[6:]}, {len(job.train):,} {job.unit}, "
-        f"{n_steps} steps of {config.batch_size * micro_steps} -> {out}")
+        runs.say(f"continuing {out} at step {first} of {n_steps}")
+    runs.say(f"{preset}: {model.n_params():,} parameters on {device} in {str(dtype)[6:]}, "
+             f"{len(job.train):,} {job.batches.unit}, {n_steps} steps of {config.batch_size * micro_steps} -> {out}")
 
     if use_compile:
         with in_dtype():  # always on the same batch: the kernels must not depend on where a run is resumed
-            run_model(strip(job.batch(0, device)))["loss"].backward()
+            run_model(job.batch(0, device))["loss"].backward()
         optimizer.zero_grad(set_to_none=True)
 
     if world > 1:
         dist.barrier()  # every process has looked at the folder before the first one writes
     if rank == 0:  # all is ready: only now does anything in the folder change
         if config.overwrite:
-            for path in [out / name for name in (*RUN_FILES, "energies.png")] + list(out.glob("generations-*.jsonl")):
-                path.unlink(missing_ok=True)
+            for name in (*runs.RUN_FILES, "energies.png"):
+                (out / name).unlink(missing_ok=True)
+            for path in out.glob("generations-*.jsonl"):
+                path.unlink()
             for folder in out.glob("state-*"):
                 shutil.rmtree(folder)
         job.write(out)
-        write_text(out / "config.json", cfg.to_json(config, preset) + "\n")
+        runs.write_text(out / "config.json", cfg.to_json(config, preset) + "\n")
         keep_log_until(out / "log.jsonl", first)
 
     def log(row):
         if rank == 0:
-            append_line(out / "log.jsonl", row)
+            runs.append_line(out / "log.jsonl", row)
 
     def save(step):
         """state.pt last: a finished state means that everything else is there."""
@@ -153,16 +133,12 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
             weights = model.state_dict() if rank == 0 or config.shard else {}
             weights = {name: full(value).cpu().contiguous() for name, value in weights.items()}
             if rank == 0:
-                write_weights(out / "model.safetensors", weights)
-                save_plots(out)
+                runs.write_weights(out / "model.safetensors", weights)
+                runs.save_plots(out)
         save_state(out, model, optimizer, {"step": step, "n_steps": n_steps, "identity": identity})
 
     # loop
-    progress = None
-    if rank == 0 and sys.stderr.isatty():
-        from tqdm import tqdm
-
-        progress = tqdm(total=n_steps, initial=first, unit="step")
+    progress = tqdm(total=n_steps, initial=first, unit="step", disable=rank > 0 or not sys.stderr.isatty())
     model.train()
     figures, val = {}, {}
     started, busy, tokens, filled, slots = time.monotonic(), 0.0, 0, 0, 0
@@ -181,7 +157,7 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
             torch.manual_seed(config.seed * 1_000_003 * 1009 + index)  # dropout follows from the batch, whoever has it
             with sync_gradients(run_model, last=micro == config.grad_accum - 1):
                 with in_dtype():
-                    losses = run_model(strip(batch))
+                    losses = run_model(batch)
                 (losses["loss"] / config.grad_accum).backward()
             for k, v in losses.items():
                 sums[k] = sums.get(k, 0.0) + v.detach() / config.grad_accum
@@ -208,24 +184,23 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
             row = {"step": done, "split": "train", **figures, "lr": lr, "grad_norm": float(grad_norm),
                    "tokens_per_s": round(rate), "real_share": round(filled / slots, 4)}
             name = torch.cuda.get_device_name() if device.startswith("cuda") else device
-            mfu = estimate_mfu(rate / world * model.flops_per_token(batch["n_slots"] / config.batch_size), name)
+            mfu = estimate_mfu(rate / world * model.flops_per_token(batch["n_tokens"] / n_rows(batch)), name)
             log(row | ({"mfu": mfu} if mfu else {}))
-            if progress:
-                progress.set_postfix({k: f"{v:.3f}" for k, v in figures.items() if k != "loss"})
-                progress.update(done - progress.n)
+            progress.set_postfix({k: f"{v:.3f}" for k, v in figures.items() if k != "loss"})
+            progress.update(done - progress.n)
             window, window_tokens = time.monotonic(), 0
         if done % config.eval_every == 0 or done == n_steps:
             if rank == 0 or config.shard:  # a sharded model is there where all are
                 with gathered(run_model):
                     val = job.evaluate(model, device, in_dtype)
                 log({"step": done, "split": "val", **val})
-                say(f"step {done}/{n_steps}: train {short(figures)} | val {short(val)}")
+                runs.say(f"step {done}/{n_steps}: train {short(figures)} | val {short(val)}")
                 if before is not None and done == n_steps:
                     after = relative_l1(val)
                     is_accepted = after <= before
-                    say(f"error on {config.held_out}, in units of predict-the-mean's: {before:.4f} of "
-                        f"{config.init_from}, {after:.4f} now: "
-                        + ("accepted" if is_accepted else "rejected, the old weights stay"))
+                    runs.say(f"error on {config.held_out}, in units of predict-the-mean's: {before:.4f} of "
+                             f"{config.init_from}, {after:.4f} now: "
+                             + ("accepted" if is_accepted else "rejected, the old weights stay"))
                     if not is_accepted:
                         copy_tensors(model.state_dict(), kept)
                         val = old_val
@@ -233,8 +208,7 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
         if done % config.save_every == 0 or done == n_steps:
             save(done)
             saved = done
-    if progress:
-        progress.close()
+    progress.close()
     verdict = {"accepted": is_accepted, "before": before, "after": after} if before is not None and val else {}
     return {"preset": preset, "out_dir": str(out), "steps": n_steps, "params": model.n_params(), "device": device,
             "train": figures, "val": val, "tokens_per_s": round(tokens * world / max(busy, 1e-9)),
@@ -263,7 +237,7 @@ def keep_log_until(path: Path, step: int):
                     kept.append(line)
             except json.JSONDecodeError:
                 continue
-        write_text(path, "".join(line + "\n" for line in kept))
+        runs.write_text(path, "".join(line + "\n" for line in kept))
 
 
 @cfg.plain_errors()
@@ -272,7 +246,7 @@ def main():
     result = train(preset, dataclasses.replace(config))
     if int(os.environ.get("RANK", 0)) == 0:
         print(json.dumps(result, allow_nan=False))
-    leave()
+    runs.leave()
 
 
 if __name__ == "__main__":

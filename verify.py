@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from config import not_negative, plain_errors
 from sandbox import Verdict, run_program
 
 MAX_EXPRESSION = 200  # characters
@@ -46,8 +47,7 @@ class Rejected(ValueError):
         self.reason, self.detail = reason, detail
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# answers
+# ----------------------------------------------------------------------------- answers
 
 STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
@@ -110,8 +110,7 @@ def check_answer(prediction, truth):
     return value is not None and value == answer_value(truth)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# arithmetic
+# ----------------------------------------------------------------------------- arithmetic
 
 def evaluate(expression):
     """The exact value of an arithmetic expression, as a sympy.Rational.
@@ -337,8 +336,7 @@ def check_steps(steps):
     return Verdict(True, "ok")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# LaTeX answers
+# ----------------------------------------------------------------------------- LaTeX answers
 
 def _math_worker():
     """Answer each line [seconds, prediction, truth] on stdin with true or false.
@@ -387,8 +385,8 @@ def check_math(prediction, truth):
                 [sys.executable, "-c", "import verify; verify._math_worker()"], cwd=Path(__file__).resolve().parent,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
             if _math_process.stdout.readline() != "ready\n":
-                raise RuntimeError(f"the worker that compares LaTeX does not start; {sys.executable} -c "
-                                   "'import math_verify' may say why")
+                raise ValueError(f"the worker that compares LaTeX does not start; {sys.executable} -c "
+                                 "'import math_verify' may say why")
         print(json.dumps([MATH_SECONDS, *(f"${text}$" for text in texts)]), file=_math_process.stdin, flush=True)
         answer = _math_process.stdout.readline()
         if not answer:  # killed by its alarm, or out of memory
@@ -412,8 +410,7 @@ def _boxed(text):
     return ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# programs
+# ----------------------------------------------------------------------------- programs
 
 def check_program(problem, completion, timeout_s=10, memory_mb=512, allow_unsafe=False):
     """Does prompt + completion pass the tests? problem {"prompt", "test", "entry_point"}, as in HumanEval.
@@ -432,8 +429,7 @@ def check_program(problem, completion, timeout_s=10, memory_mb=512, allow_unsafe
     return Verdict(verdict.is_valid, verdict.reason, verdict.detail, output + rest)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# problems and chains
+# ----------------------------------------------------------------------------- problems and chains
 
 def _final_answer(steps):
     """(the answer that the last step declares with ####, A: or \\boxed, or None; else what its last equation gives)."""
@@ -624,6 +620,7 @@ def check_humaneval(path, mutants=False, limit=0, allow_unsafe=False):
 @dataclass
 class Args:
     """Check chains, candidates, one expression or HumanEval's solutions; exactly one of the four."""
+
     chains: str | None = None  # jsonl of chains, or of problems with worked answers
     candidates: str | None = None  # jsonl of labelled candidates
     expression: str | None = None  # arithmetic, with or without an equals sign
@@ -632,24 +629,26 @@ class Args:
     allow_unsafe_code: bool = False  # where bubblewrap cannot run: run the programs with your rights
     limit: int = 0  # read this many rows only; 0: all
 
+    def __post_init__(self):
+        not_negative(self, "limit")
 
-def main():
+
+@plain_errors()
+def main(argv=None):
     import tyro
-    args = tyro.cli(Args)
+
+    args = tyro.cli(Args, args=argv)
     if sum(mode is not None for mode in (args.chains, args.candidates, args.expression, args.humaneval)) != 1:
-        raise SystemExit("verify.py: give exactly one of --chains, --candidates, --humaneval FILE, --expression TEXT")
-    try:
-        if args.expression is not None:
-            verdict = check_expression(args.expression)
-            print(verdict.detail[:200])
-            result = {"valid": verdict.is_valid, "reason": verdict.reason}
-        elif args.humaneval is not None:
-            result = check_humaneval(args.humaneval, args.mutants, args.limit, args.allow_unsafe_code)
-        else:
-            check = check_chains if args.chains is not None else check_candidates
-            result = check(args.candidates if args.chains is None else args.chains, args.limit)
-    except (ValueError, OSError, RuntimeError) as e:
-        raise SystemExit(str(e)) from None
+        raise ValueError("give exactly one of --chains, --candidates, --humaneval FILE, --expression TEXT")
+    if args.expression is not None:
+        verdict = check_expression(args.expression)
+        print(verdict.detail[:200])
+        result = {"valid": verdict.is_valid, "reason": verdict.reason}
+    elif args.humaneval is not None:
+        result = check_humaneval(args.humaneval, args.mutants, args.limit, args.allow_unsafe_code)
+    else:
+        check = check_chains if args.chains is not None else check_candidates
+        result = check(args.candidates if args.chains is None else args.chains, args.limit)
     print(json.dumps(result))
     if args.humaneval is not None and result["passed"] != (0 if args.mutants else result["n"]):
         raise SystemExit(1)
