@@ -523,8 +523,9 @@ def main(argv=None):
     asks_llm = config is None or kind != "number"
     is_rjepa = isinstance(config, RJEPAConfig) and not asks_llm
     if not is_rjepa and (args.method != "all" or args.candidates or args.latents):
+        load_note = "" if config else f" ({args.run} holds no config.json: no finished run lies there)"
         raise ValueError("--method, --candidates and --latents need an R-JEPA run, and problems whose answers are "
-                         f"numbers: {args.run}{f' on {args.dataset}' * bool(args.dataset)} is none")
+                         f"numbers: {args.run}{f' on {args.dataset}' * bool(args.dataset)} is none{load_note}")
     if is_rjepa and not args.candidates and not args.latents and args.k == 1 and args.method not in (
             "nudge", "greedy"):
         raise ValueError(f"{args.run} is an R-JEPA run: --candidates FILE, --dataset X --k K with K > 1, or "

@@ -281,7 +281,7 @@ def ask_endpoint(args, splits: list[tuple[str, list[dict]]]) -> dict:
             for done, _ in enumerate(pool.map(ask, problems), 1):
                 if done % 100 == 0:
                     runs.say(f"{done:,} of {len(problems):,} problems, {used:,} tokens")
-        except openai.OpenAIError as error:
+        except (openai.OpenAIError, OSError) as error:
             pool.shutdown(cancel_futures=True)
             raise ValueError(f"--endpoint {args.endpoint}: {type(error).__name__}: {str(error)[:300]}; {len(rows)} "
                              f"chains are in {path}, to which the same command, without --overwrite, adds") from None

@@ -227,6 +227,7 @@ def load_beside(run: str, folder: str, kind: str, device: str):
 
     Raises ValueError that says which command makes the one that is missing, or was made for other weights.
     """
+    load_config(run)  # says so where this is the run that is missing
     folder = folder or f"{Path(run)}-{kind}"
     command = f"python train.py rjepa-{kind} --init_from {run}"
     if not (Path(folder) / "model.safetensors").is_file():
@@ -466,8 +467,9 @@ def think(encoder, tokenizer, block_size: int, texts: list[str]) -> torch.Tensor
 
 
 def nearest_texts(thought: torch.Tensor, stored: torch.Tensor, texts: list[str], k: int = 5) -> list[dict]:
-    """The k stored texts whose thoughts [N, C] are nearest to a thought [C], by cosine less the stored ones' mean."""
-    mean = stored.mean(0)
+    """The k stored texts whose thoughts [N, C] are nearest to a thought [C], by cosine less the stored ones' mean (if
+    there are 16 and more; that of a few is what they say)."""
+    mean = stored.mean(0) if len(stored) >= 16 else torch.zeros_like(thought)
     cos = torch.cosine_similarity((thought - mean)[None], stored - mean, dim=1)
     return [{"text": texts[i], "cos": float(cos[i])} for i in cos.argsort(descending=True)[:k].tolist()]
 
@@ -494,6 +496,9 @@ class Score(Asked):
     chains: str = ""  # a jsonl file of chains instead
     llm: str = ""  # where the run's LLM lies, if not under the name it was trained with
     limit: int = 0  # the first N chains of the file; 0: all
+
+    def __post_init__(self):
+        not_negative(self, "limit")
 
 
 def run_score(args: Score) -> dict:
@@ -563,6 +568,8 @@ def run_rerank(args: Rerank) -> dict:
         rows, manifest = latents.load_latents(folder)
         latents.check_same_llm(config, manifest, f"{args.run} and {folder}")
         fitted = {"world": weights_digest(args.run), **fit_weights(model, rows, args.seed)}
+        if fitted["n"] < 50:
+            print(f"{fitted['n']} questions are few: the weights may be far off")
         write_jsonl(path := Path(args.run) / "rerank.json", [fitted])
         return {"fitted": str(path), **fitted}
     weights = {"alpha": args.alpha, "beta": args.beta}
@@ -660,7 +667,8 @@ def run_think(args: Think) -> dict:
         else:
             texts = [p["question"] for p in data.run_problems(config, "train")]
     except OSError as error:
-        raise OSError(f"{error}\n  - other texts to search: --stored FILE, a text a line") from None
+        what = args.stored or f"the training texts of {args.run}"
+        raise OSError(f"{what} cannot be read ({str(error).splitlines()[0]}): --stored FILE, a text a line") from None
     print(f"{len(texts):,} texts to compare with", flush=True)
     if not texts:
         raise ValueError(f"{args.stored or args.run + ', its training texts'}: no text there")

@@ -288,6 +288,9 @@ class SpeakJob(WorldJob):
     def __init__(self, config, out: Path):
         super().__init__(config, out)
         self.train, self.val = ([c for c in part if len(c["steps"]) > 1] for part in (self.train, self.val))
+        if len(self.val) < 2:
+            raise ValueError(f"{self.world_config.latents}: {len(self.val)} chain of two steps and more to "
+                             "validate on: two are needed")
         rng = np.random.default_rng(config.seed)
         runs.say(f"reading {len(self.train) + len(self.val):,} chains with a step left out")
         for part in (self.train, self.val):

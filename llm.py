@@ -587,13 +587,8 @@ def convert_gguf(path: Path) -> str:
     """The folder with a GGUF file's dequantised weights (bf16) and tokenizer, made at the first use."""
     import transformers
 
-    size = path.stat().st_size
-    key = hashlib.sha256(f"{size}".encode())
-    with path.open("rb") as file:  # a fine-tune may share all but the weights with its base
-        for at in (0, size // 2, max(0, size - 2**20)):
-            file.seek(at)
-            key.update(file.read(2**20))
-    folder = CACHE / f"{path.stem}-{key.hexdigest()[:12]}"
+    with path.open("rb") as file:  # all of it: a fine-tune may share its size and most of its weights with its base
+        folder = CACHE / f"{path.stem}-{hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
     if not (folder / "config.json").is_file():
         say(f"dequantising {path.name} into {folder}, once")
         common = dict(pretrained_model_name_or_path=str(path.parent), gguf_file=path.name)

@@ -332,7 +332,7 @@ class Memory:
             row["extra"] = json.dumps(dict(zip(row["extra"][::2], row["extra"][1::2], strict=True)))
         verdict = judge(row["steps"], row["truth"], row["answer"])
         row |= {"id": uuid.uuid4().hex, "chain": digest(json.dumps([row["question"], *row["steps"]])),
-                "rating": rating, "redactions": count or int(is_cut)}
+                "rating": rating, "redactions": count + is_cut}
         self.append(row | {"is_valid": verdict.is_valid, "reason": verdict.reason})
         return row["id"]
 

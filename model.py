@@ -201,7 +201,8 @@ class Transformer(nn.Module):
 
         positions: int [B or 1, T], 0 … T-1 by default. attn_allowed: bool [B or 1, T, T_keys]. context [B, T_ctx, C]
         or its `context_keys`, with context_allowed [B, T_ctx], for cross-attention. caches: see `new_caches`.
-        is_real bool [B, T]: where it is given the others are left out of all but attention, whose mask must bar them;
+        is_real bool [B, T]: where it is given the others are left out, of attention where rows are packed (otherwise
+        its mask must bar them);
         what comes out there is meaningless. kept: what `keep` makes of it, where that is known without asking a GPU.
         wanted bool [B, T]: where the output may be meaningless elsewhere, too.
         """
@@ -210,7 +211,8 @@ class Transformer(nn.Module):
             positions = torch.arange(T, device=x.device)[None]
         room, whole, only = ROW.get(x.device.type, 0), None, None
         # in training alone: otherwise a result would depend, in its last bits, on what else is in the batch
-        if self.training and is_real is not None and caches is None and context is None and 2 * T <= room:
+        short = is_real is not None and attn_allowed is not None and 2 * T <= room
+        if self.training and short and caches is None and context is None:
             index, slots, shape = pack(is_real, room)
             asked = slice(None) if wanted is None else keep(wanted.flatten()[index])
             whole, only, is_real = (index[asked], (B, T)), slots[asked], None
@@ -871,14 +873,15 @@ class RJEPA(Model):
 
     def flops_per_token(self, T: float) -> float:
         """Forward and backward of what is trained, the encoder on what is visible, and the target encoder's forward, of
-        wrong chains too where the last batch had them; of last blocks' MLPs what is asked for. Not the margin's passes.
-        """
+        wrong chains too where the last batch had them; of last blocks' MLPs what is asked for. Not counted: the
+        margin's passes, gradients of an online target encoder and through frozen networks (adapters_only)."""
         cfg = self.config
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         encoder = sum(p.numel() for p in self.jepa.target_encoder.parameters())
         attention = 16 * cfg.n_layer * cfg.n_embd + 12 * cfg.predictor_n_layer * cfg.predictor_n_embd
         hidden = 0.0 if cfg.adapters_only else 0.4  # of the latents, by the presets' masks
-        unasked = 16 * cfg.n_embd**2 * (1 / T + 0.6 * self.reads_wrong) + 48 * cfg.predictor_n_embd**2 * 0.6
+        unasked = 16 * cfg.n_embd**2 * (1 / T + 0.6 * self.reads_wrong)
+        unasked += 0.0 if cfg.adapters_only else 48 * cfg.predictor_n_embd**2 * 0.6
         return 6 * (trained - hidden * encoder) + 2 * encoder * (1 + self.reads_wrong) + attention * T - unasked
 
 
@@ -1052,7 +1055,7 @@ class TJEPA(Model):
         """Layer-normed target latents [B, T, C] fp32 of every token."""
         return self.project(self.encode(idx, segment >= 0, positions, segment))
 
-    def see(self, idx, positions, segment, is_target, **_):
+    def see(self, idx, positions, segment, is_target, **counts):
         """(what the context encoder makes of the visible tokens [B, T, C], visible [B, T]); it runs on them alone."""
         visible = (segment >= 0) & ~is_target
         kept = visible.int().argsort(dim=1, descending=True, stable=True)[:, : int(visible.sum(1).max())]
@@ -1060,7 +1063,7 @@ class TJEPA(Model):
                              *(x.gather(1, kept) for x in (positions, visible, segment)))  # (B, T_visible, C)
         return z.new_zeros(*idx.shape, z.shape[-1]).scatter(1, kept[..., None].expand_as(z), z), visible
 
-    def predict(self, idx, positions, segment, is_target, seen=None, **_):
+    def predict(self, idx, positions, segment, is_target, seen=None, **counts):
         """z_pred [N, C] fp32 of the N hidden tokens; seen: what `see` has returned already."""
         z_context, visible = seen or self.see(idx, positions, segment, is_target)
         return self.head(self.jepa.predictor(z_context, positions, visible, is_target, segment)).float()
@@ -1148,6 +1151,10 @@ class DistilledEncoder(Model):
         mse = F.mse_loss(z, z_teacher)
         return {"loss": mse, "mse": mse, "cos": F.cosine_similarity(z, z_teacher, dim=-1).mean()}
 
+    def flops_per_token(self, T: float) -> float:
+        """Embeddings are looked up, not multiplied by."""
+        return super().flops_per_token(T) - 6 * self.student.embed.weight.numel()
+
 
 class SpeakingTJEPA(Model):
     """T-JEPA's second phase: a TextEncoder reads the question, a Speaker that attends to it writes the response.
@@ -1183,6 +1190,10 @@ class SpeakingTJEPA(Model):
         allowed = real_tokens(questions, idx.device)
         with self.evaluating():
             return self.speaker.generate(self.read(idx, allowed), allowed, None, max_new_tokens, temperature, seed)
+
+    def flops_per_token(self, T: float) -> float:
+        """Of the Speaker alone: questions are counted as no tokens."""
+        return self.speaker.flops_per_token(T)
 
 
 # ----------------------------------------------------------------------------- optimiser, MFU

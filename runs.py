@@ -203,11 +203,14 @@ def not_written(path: Path, error: Exception) -> OSError:
 
 
 def append_line(path: Path, row: dict):
-    """One more line of a jsonl file; a line that a full disk or a kill has cut short is for the reader to drop."""
+    """One more line of a jsonl file: whole or, on a full disk, not at all. Half a line, of a kill, the reader drops."""
+    size = path.stat().st_size if path.exists() else 0
     try:
         with open(path, "a") as f:
             f.write(json.dumps(row) + "\n")
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)
         raise not_written(path, error) from error
 
 

@@ -16,6 +16,7 @@ import math
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import benchmarks
 import config as cfg
@@ -158,6 +160,31 @@ def test_parameter_counts():
     assert 2.5e6 < m.NanoJEPA(cfg.pick_preset("nanojepa-small")).n_params() < 3.5e6
     with torch.device("meta"):
         assert abs(m.RJEPA(cfg.PRESETS["rjepa"]).n_params() / 678e6 - 1) < 0.01
+
+
+def test_the_flops_that_mfu_counts_are_not_more_than_those_made():
+    """Beside those that PyTorch counts, at widths that matter: embeddings and padding make none."""
+    shape = dict(n_layer=2, n_head=4, n_embd=128, batch_size=64)
+    text = text_config(cfg.TJEPAConfig, block_size=64, **shape | dict(predictor_n_layer=2, predictor_n_embd=64))
+    answer = text_config(cfg.AnswerConfig, init_from="random", encoder_n_layer=2, encoder_n_head=4, encoder_n_embd=128,
+                         context_dim=128, **shape)
+    worlds = [rjepa_config(dim=64, hard_negatives=hard, **shape | dict(predictor_n_layer=2, predictor_n_embd=64))
+              for hard in (True, False)]
+    spoken = [{"question": q, "answer": a} for q, a in zip(token_lists(64, 8, 30), token_lists(64, 8, 30), strict=True)]
+    packed = data.Documents(documents(200), text)(0)
+    cases = [(m.RJEPA(c), latents.collate(latent_chains(64, 64), c, np.random.default_rng(0))) for c in worlds]
+    nano = cfg.NanoJEPAConfig(tokenizer="bpe", vocab_size=300, **shape)
+    cases += [(m.NanoJEPA(nano), data.collate(examples(64), nano))]
+    cases += [(m.TJEPA(text), packed), (m.DistilledEncoder(text_config(
+        cfg.DistillConfig, teacher="x", vocab_size=4096, teacher_dim=64, block_size=64, **shape)), packed | {
+            "z_teacher": torch.randn(*packed["idx"].shape, 64)})]
+    cases += [(m.SpeakingTJEPA(dataclasses.replace(answer, train_encoder=trained)),
+               jobs.collate_answers(spoken, answer.vocab_size - 2, "cpu")) for trained in (False, True)]
+    for model, batch in cases:
+        with FlopCounterMode(display=False) as counter:
+            model.train()(batch)["loss"].backward()
+        claimed = batch["n_tokens"] * model.flops_per_token(batch["n_tokens"] / jobs.n_rows(batch))
+        assert 0.5 < claimed / counter.get_total_flops() < 1.1, type(model).__name__
 
 
 # ----------------------------------------------------------------------------- JEPA core
@@ -768,6 +795,38 @@ def test_arguments_that_mean_nothing_are_refused_before_anything_is_read(main, a
 def test_values_that_make_nan_are_refused(kind, field, value):
     with pytest.raises(ValueError, match=f"--{field} {value}"):
         kind(init_from="out/run", **{field: value})
+
+
+def test_a_line_that_does_not_fit_leaves_nothing_behind(tmp_path):
+    path, limits = tmp_path / "log.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    runs.append_line(path, {"a": 1})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))
+    try:
+        with pytest.raises(OSError, match="log.jsonl"):
+            runs.append_line(path, {"a": "long"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    runs.append_line(path, {"a": 2})
+    assert verify.read_jsonl(path) == [{"a": 1}, {"a": 2}]
+
+
+def test_a_gguf_file_is_known_by_all_of_its_bytes(tmp_path, monkeypatch):
+    import transformers
+
+    made = SimpleNamespace(save_pretrained=lambda folder: Path(folder).mkdir(exist_ok=True))
+    for kind in ("AutoModelForCausalLM", "AutoTokenizer"):
+        monkeypatch.setattr(transformers, kind, SimpleNamespace(from_pretrained=lambda **more: made))
+    monkeypatch.setattr(llms, "CACHE", tmp_path)
+    (path := tmp_path / "a.gguf").write_bytes(bytes(5 << 20))
+    folders = [llms.convert_gguf(path)]
+    path.write_bytes(bytes(3 << 20) + b"1" + bytes((2 << 20) - 1))
+    assert llms.convert_gguf(path) != folders[0]
+
+
+def test_the_nearest_of_a_few_texts_are_told_by_their_own_cosine():
+    stored = torch.randn(3, 8)
+    found = infer.nearest_texts(stored[1], stored, ["a", "b", "c"], 1)
+    assert found[0]["text"] == "b" and found[0]["cos"] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("n, size", [(2, 1), (3, 2), (5, 4), (64, 64), (65, 64), (7, 100), (200, 64)])
@@ -3024,8 +3083,8 @@ def test_compiled_blocks_compute_the_same(monkeypatch):
         world, writer = m.RJEPA(rjepa_config()), tiny_model(answer_context="isolated").train()
         for net in (world, writer) if compiled else ():
             m.compile_blocks(net)
-        losses = [world(batch)["loss"], *(writer(data.collate(part, writer.config))["loss"]
-                                                   for part in (rows, rows[:9]))]
+        losses = [world(batch)["loss"],
+                  *(writer(data.collate(part, writer.config))["loss"] for part in (rows, rows[:9]))]
         sum(losses).backward()
         energy = world.energy(batch["h"], batch["is_real"]).nan_to_num()
         found[compiled].extend([*losses, energy, world.w_in.weight.grad, writer.embed.weight.grad])

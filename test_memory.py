@@ -143,7 +143,7 @@ def test_a_key_over_several_steps_and_a_test_question_do_not_get_far(tmp_path):
     key = ["-----BEGIN RSA PRIVATE KEY-----", "MIIEpAIBAAKCAQEAsecretbody", "-----END RSA PRIVATE KEY-----"]
     log_id = memory.log("demo", "What is this?", ["1+1 = 2", *key])
     logged = memory.interactions(log_id)[0]
-    assert logged["steps"] == ["1+1 = 2", "[KEY]"] and logged["redactions"] == 1
+    assert logged["steps"] == ["1+1 = 2", "[KEY]"] and logged["redactions"] == 2  # its first line, then all
     assert b"secretbody" not in bytes_beside(memory.path)
     for question in ("Who has 2 pens?", "Who has  2 PENS?", "Who has 3 pens?"):
         memory.log("demo", question, ["1+1 = 2"], truth="2")
@@ -533,7 +533,7 @@ def test_memory_command_line(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="layer: 2 there, 3 here"):
         use("recall", "--question", "3 pens?", "--memory", path)
     logged = use("log", "--kind", "cli", "--question", "3 + 4? ann@example.com", "--steps", "3+4 = 7",
-                        "#### 7", "--truth", 7, "--memory", path)
+                 "#### 7", "--truth", 7, "--memory", path)
     assert (logged["is_valid"], logged["reason"], logged["redactions"]) == (True, "ok", 1)
     assert use("export", "--out", tmp_path / "f.jsonl", "--memory", path)["chains"] == 1
     assert use("forget", "--domain", "toy", "--memory", path) == {"forgotten": 3}

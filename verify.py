@@ -583,7 +583,10 @@ def check_chains(path, limit=0):
         if steps is None and "####" in _field(row, str(path), "answer", str):
             steps = [line for line in row["answer"].splitlines() if line.strip()]
         try:
-            reasons[validate(row, {"id": row.get("id", ""), "steps": steps}).reason] += 1
+            verdict = validate(row, {"id": row.get("id", ""), "steps": steps})
+            reasons[verdict.reason] += 1
+            if not verdict.is_valid and reasons.total() - reasons["ok"] <= 20:
+                print(f"row {number}, {row.get('id', '')}: {verdict.reason} {verdict.detail[:200]}")
         except ValueError as e:
             raise ValueError(f"{path}, row {number}: {e}") from None
     return {"n": reasons.total(), "accepted": reasons["ok"], "reasons": dict(reasons.most_common())}
