@@ -539,7 +539,9 @@ def encode_problems(problems: list[dict], tokenizer: Tokenizer, config) -> list[
     examples = []
     for p in problems:
         q = tokenizer.encode(p["question"])
-        a, t = (tokenizer.encode(answer_text(p, kind)) for kind in (config.answer_text, config.target_text))
+        a = tokenizer.encode(answer_text(p, config.answer_text))
+        same = config.target_text == config.answer_text
+        t = a if same else tokenizer.encode(answer_text(p, config.target_text))
         n = len(q) + 1 + (len(a) if config.answer_context == "question" else 0)
         n = max(n, len(a) + 2, len(t) + 2)
         if n > config.block_size:

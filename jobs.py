@@ -111,8 +111,8 @@ class TextJob(Job):
         config.vocab_size, self.tokenizer = tokenizer.vocab_size, tokenizer
         self.train, self.val = (data.encode_problems(p, tokenizer, config) for p in (train, val))
         self.batches = data.Batches(self.train, config)
-        text = json.dumps([[e["question"], e["answer"], e["target"]] for e in self.train])
-        self.identity = {"vocab_size": asked_vocab_size, "training problems": runs.digest(text),
+        rows = ([e["question"], e["answer"], e["target"]] for e in self.train)
+        self.identity = {"vocab_size": asked_vocab_size, "training problems": runs.digest_of_list(rows),
                          "tokenizer": runs.tokenizer_digest(tokenizer)}
 
     def batch(self, index: int, device) -> dict:
@@ -368,7 +368,7 @@ class DocumentJob(Job):
         self.batches, self.val = data.Documents(documents["train"], config, tokenizer is None), documents["val"]
         self.train = self.batches.examples
         self.identity = {"vocab_size": asked_vocab_size, "tokenizer": runs.tokenizer_digest(self.tokenizer),
-                         "documents": runs.digest(json.dumps([d["tokens"] for d in documents["train"]]))}
+                         "documents": runs.digest_of_list(d["tokens"] for d in documents["train"])}
 
     def figures(self, model, device, autocast) -> dict:
         with autocast():
@@ -488,7 +488,7 @@ class AnswerJob(Job):
             runs.say(f"{longer} questions are longer than the {known} tokens a row that the encoder was trained on")
         self.batches = AnswerBatches(self.train, config)
         self.identity = {"vocab_size": asked_vocab_size, "tokenizer": runs.tokenizer_digest(self.tokenizer),
-                         "encoder": config.world, "training problems": runs.digest(json.dumps(self.train))}
+                         "encoder": config.world, "training problems": runs.digest_of_list(self.train)}
 
     def fit(self, model):
         """The encoder that init_from names."""

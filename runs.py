@@ -421,6 +421,15 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def digest_of_list(rows) -> str:
+    """`digest` of json.dumps of a list; a row at a time, since all token ids of a data set are a text of gigabytes."""
+    total = hashlib.sha256(b"[")
+    for i, row in enumerate(rows):
+        total.update((", " * (i > 0) + json.dumps(row)).encode())
+    total.update(b"]")
+    return total.hexdigest()[:16]
+
+
 def tokenizer_digest(tokenizer) -> str:
     return digest(repr(sorted(tokenizer.ranks.items())))
 

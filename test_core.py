@@ -810,6 +810,11 @@ def test_a_line_that_does_not_fit_leaves_nothing_behind(tmp_path):
     assert verify.read_jsonl(path) == [{"a": 1}, {"a": 2}]
 
 
+@pytest.mark.parametrize("rows", [[], [1], [[1, "ä"], {"a": [2]}, None]])
+def test_the_digest_of_a_list_is_that_of_its_text(rows):
+    assert runs.digest_of_list(iter(rows)) == runs.digest(json.dumps(rows))
+
+
 def test_a_gguf_file_is_known_by_all_of_its_bytes(tmp_path, monkeypatch):
     import transformers
 
