@@ -368,7 +368,7 @@ def evaluate_nudge(run: str, args) -> dict:
             runs.write_jsonl(path, [{"id": p["id"], "steps": c["steps"], "logprob": c["logprob"],
                                      "energy": infer.chain_energy(e) if c["steps"] else None}
                                     for p, c, e in zip(problems, written, found, strict=True)])
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = verify.read_jsonl(path)
         right = [bool(r["steps"]) and verify.check_answer(r["steps"][-1], t) for r, t in zip(rows, truths, strict=True)]
         energy = [r["energy"] for r in rows if r["energy"] is not None]
         methods[name] = method_figures(right, 0.0, 0.0, args.seed, recovered=False) | {

@@ -47,22 +47,23 @@ def pick_tokenizer(config, out: Path, texts: list[str], init_from: str = "") -> 
     return runs.load_tokenizer(init_from, config) if init_from else data.train_bpe(texts, config.vocab_size)
 
 
+def at_least_two(val: list, where: str) -> list:
+    """val itself: a control pairs what is validated on with another."""
+    if len(val) < 2:
+        raise ValueError(f"{where}: {len(val)} to validate on, two are needed (every {data.VAL_EVERY}th is kept)")
+    return val
+
+
 def train_and_val(config) -> tuple[list[dict], list[dict]]:
     """The problems that a config names. Raises ValueError where too few are left to validate on."""
     train, val = (data.run_problems(config, split) for split in ("train", "val"))
-    if len(val) < 2:
-        raise ValueError(f"{len(val)} validation problem of {config.dataset}: two are needed, from "
-                         f"{2 * data.VAL_EVERY} training problems on")
-    return train, val
+    return train, at_least_two(val, f"problems of {config.dataset}")
 
 
 def chains_to_train_on(config, rows: list[dict], manifest: dict, folder) -> tuple[list[dict], list[dict]]:
     """(train, val) of latents.training_chains, as many as a config names. Raises ValueError as train_and_val does."""
     train, val = latents.training_chains(rows, manifest, folder)
-    train, val = train[: config.limit or None], val[: config.val_problems]
-    if len(val) < 2:
-        raise ValueError(f"{folder}: {len(val)} chain to validate on: two are needed")
-    return train, val
+    return train[: config.limit or None], at_least_two(val[: config.val_problems], f"chains of {folder}")
 
 
 def held_out_chains(config) -> list[dict]:
@@ -70,9 +71,7 @@ def held_out_chains(config) -> list[dict]:
     rows, manifest = latents.load_latents(config.held_out)
     latents.check_same_llm(config, manifest, f"--held_out {config.held_out}")
     val = latents.training_chains(rows, manifest, config.held_out)[1][: config.val_problems]
-    if len(val) < 2:
-        raise ValueError(f"--held_out {config.held_out}: {len(val)} verified val chain, two are needed")
-    return val
+    return at_least_two(val, f"verified chains of --held_out {config.held_out}")
 
 
 class Job:
@@ -288,9 +287,7 @@ class SpeakJob(WorldJob):
     def __init__(self, config, out: Path):
         super().__init__(config, out)
         self.train, self.val = ([c for c in part if len(c["steps"]) > 1] for part in (self.train, self.val))
-        if len(self.val) < 2:
-            raise ValueError(f"{self.world_config.latents}: {len(self.val)} chain of two steps and more to "
-                             "validate on: two are needed")
+        at_least_two(self.val, f"chains of two steps and more in {self.world_config.latents}")
         rng = np.random.default_rng(config.seed)
         runs.say(f"reading {len(self.train) + len(self.val):,} chains with a step left out")
         for part in (self.train, self.val):
