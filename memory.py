@@ -563,7 +563,14 @@ class Rate(Stats):
 
 def run_rate(args: Rate) -> dict:
     Memory(args.memory).rate(args.id, args.rating, args.truth)
-    return {"id": args.id, "rating": args.rating, "truth": args.truth is not None}
+    return {"id": args.id, "rating": args.rating, "truth": args.truth}
+
+
+def run_forget(args: Forget) -> dict:
+    count = Memory(args.memory).forget(args.id, args.problem_id, args.domain, args.everything)
+    if not count and not args.everything:  # who misspelt it would think that it is gone
+        raise ValueError(f"{args.memory} holds no chain or interaction of that id, problem and domain: nothing forgotten")
+    return {"forgotten": count}
 
 
 @dataclass
@@ -585,8 +592,7 @@ class Latents(Stats):
 COMMANDS = {
     "stats": (Stats, lambda args: Memory(args.memory).stats()), "remember": (Remember, run_remember),
     "recall": (Recall, run_recall), "log": (Log, run_log), "rate": (Rate, run_rate),
-    "forget": (Forget, lambda args: {"forgotten": Memory(args.memory).forget(args.id, args.problem_id, args.domain,
-                                                                             args.everything)}),
+    "forget": (Forget, run_forget),
     "export": (Export, lambda args: Memory(args.memory).export(args.out, args.remembered, args.without)),
     "latents": (Latents, lambda args: {"out": args.out, "latents": Memory(args.memory).export_latents(args.out)}),
 }  # fmt: skip

@@ -536,7 +536,10 @@ def test_memory_command_line(tmp_path, capsys, monkeypatch):
                  "#### 7", "--truth", 7, "--memory", path)
     assert (logged["is_valid"], logged["reason"], logged["redactions"]) == (True, "ok", 1)
     assert use("export", "--out", tmp_path / "f.jsonl", "--memory", path)["chains"] == 1
+    assert use("rate", "--id", logged["id"], "--rating", "up", "--memory", path)["truth"] is None
     assert use("forget", "--domain", "toy", "--memory", path) == {"forgotten": 3}
+    with pytest.raises(SystemExit, match="nothing forgotten"):  # it may be misspelt, and still there
+        use("forget", "--domain", "toys", "--memory", path)
     assert use("stats", "--memory", path)["interactions"] == {"ok": 1}
     write_jsonl(tmp_path / "no.duckdb", [{"a": 1}] * 999)
     with pytest.raises(SystemExit, match="no.duckdb is no memory"):
