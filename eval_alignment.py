@@ -10,8 +10,8 @@
     python eval_alignment.py out/tjepa-speak                                    # token loss given the question
 
 Looks at problems that the run has never seen (`test`) and prints a table with its controls: mismatched pairs, the
-best constant prediction, the same network with fresh weights, and whether the prediction is nearer to the true
-answer than to a counterfactual one (same words, one step wrong), which the topic alone cannot tell. For R-JEPA:
+best constant prediction, the same network with fresh weights, words alone (TF-IDF), and whether the prediction is
+nearer to the true answer than to a counterfactual one (one step wrong), which the topic alone cannot tell. For R-JEPA:
 the error beside predict-the-mean and copy-a-neighbour, energy against correctness, and retrieval of a hidden step. For
 T-JEPA: the error of masked spans beside the same controls, and what a linear probe reads from a question's thought.
 """
@@ -63,6 +63,7 @@ class Args(Problems):
     step_errors: str = ""  # R-JEPA: a jsonl file of chains with the first wrong step known
     plan: bool = False  # R-JEPA: PLAN on the problems' own solutions with a middle step taken out
     quantile: float = 0.9  # PLAN: a gap is a next-step energy above this quantile of verified steps' energies
+    logprob_limit: int = 50  # PLAN: chains whose 100 candidates the LLM itself weighs, too; 0: of none
     decode_limit: int = 500  # PLAN: chains whose missing step is put into words; 0: of none, which needs no Speaker
     speaker: str = ""  # PLAN: the Speaker's run folder; empty: RUN-speak
     teacher: str = ""  # T-JEPA: a run whose outputs a linear map of this run's is fitted to
@@ -70,7 +71,7 @@ class Args(Problems):
     def __post_init__(self):
         super().__post_init__()
         shares(self, "quantile")
-        not_negative(self, "decode_limit")
+        not_negative(self, "decode_limit logprob_limit")
 
 
 def held_out(args, config) -> list[dict]:
@@ -83,12 +84,8 @@ def held_out(args, config) -> list[dict]:
     return data.load_problems(dataset, args.split, data_dir, limit, args.seed, config.max_problem_steps)
 
 
-@torch.no_grad()
-def counterfactual_pairs(model, config, tokenizer, problems, pred, seed) -> dict:
-    """How often pred_latent is nearer (cosine) to the true answer's latent than to a counterfactual one's.
-
-    Chance is 0.5. Problems whose solution allows no unambiguous counterfactual are left out; n says how many remain.
-    """
+def counterfactuals(problems, config, seed) -> tuple[list[int], list[str], list[str]]:
+    """(which problems, their true answers, counterfactual ones): those whose solution allows an unambiguous one."""
     kept, right, wrong = [], [], []
     for i, p in enumerate(problems):
         try:
@@ -96,20 +93,28 @@ def counterfactual_pairs(model, config, tokenizer, problems, pred, seed) -> dict
         except ValueError:
             continue
         kept.append(i)
-        right.append(tokenizer.encode(data.answer_text(p, config.target_text)))
-        wrong.append(tokenizer.encode("\n".join(chain["steps"]) if config.target_text == "solution"
-                                      else chain["steps"][-1]))
-    if not kept:
+        right.append(data.answer_text(p, config.target_text))
+        wrong.append("\n".join(chain["steps"]) if config.target_text == "solution" else chain["steps"][-1])
+    return kept, right, wrong
+
+
+def nearer(pred, right, wrong) -> dict:
+    """How often pred [N, C] is nearer (cosine, a tie counts ½) to right than to wrong; chance is 0.5."""
+    if not len(pred):
         return {"top1": None, "ci95": None, "n": 0}
-    questions = [tokenizer.encode(problems[i]["question"]) for i in kept]
-    true_latent, false_latent = model.encode(questions, right)[1], model.encode(questions, wrong)[1]
-    nearer = F.cosine_similarity(pred[kept], true_latent) > F.cosine_similarity(pred[kept], false_latent)
-    share = float(nearer.float().mean())
-    return {"top1": share, "ci95": list(wilson(share, len(kept))), "n": len(kept)}
+    gap = F.cosine_similarity(pred, right) - F.cosine_similarity(pred, wrong)
+    share = float(((gap > 1e-9).double() + 0.5 * (gap.abs() <= 1e-9)).mean())
+    return {"top1": share, "ci95": list(wilson(share, len(pred))), "n": len(pred)}
 
 
 def evaluate_nanojepa(run: str, args) -> dict:
-    """The figures of model.alignment for a run on held-out problems, with the controls named above."""
+    """The figures of model.alignment for a run on held-out problems, with the controls named above.
+
+    `counterfactual`: see `nearer`. `lexical` is no network: TF-IDF of the texts, words and numbers, whose weights come
+    from these very texts.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
     model, config = runs.load_run(run, args.device)
     tokenizer = runs.load_tokenizer(run, config)
     problems = held_out(args, config)
@@ -119,24 +124,34 @@ def evaluate_nanojepa(run: str, args) -> dict:
     questions, answers = [e["question"] for e in examples], [e["target"] for e in examples]
     pred, target = model.encode(questions, answers)
     result = alignment(pred, target)
-    result["counterfactual"] = counterfactual_pairs(model, config, tokenizer, problems, pred, args.seed)
+    kept, *versions = counterfactuals(problems, config, args.seed)
+    latent = [model.encode([questions[i] for i in kept], [tokenizer.encode(t) for t in texts])[1] if kept else pred[:0]
+              for texts in versions]
+    result["counterfactual"] = nearer(pred[kept], *latent)
 
     torch.manual_seed(args.seed)
     untrained = runs.build_model(config).to(pred.device).eval()
     untrained.fit_standardize(answers)  # on the very answers it is asked for: in favour of the control
     result["untrained"] = alignment(*untrained.encode(questions, answers))
+    texts = [[p["question"] for p in problems], [data.answer_text(p, config.target_text) for p in problems], *versions]
+    words = TfidfVectorizer(token_pattern=r"\w+").fit(sum(texts, []))
+    asked, said, *latent = (torch.from_numpy(words.transform(part).toarray()) for part in texts if part)
+    result["lexical"] = {k: v for k, v in alignment(asked, said).items() if k.startswith(("cos", "gap", "retrieval"))}
+    result["lexical"]["counterfactual"] = nearer(asked[kept], *latent or (asked[:0], asked[:0]))
     return result
 
 
 def print_table(result: dict):
     names = "cos_matched cos_mismatched gap retrieval_top1 chance_top1 effective_rank std predict_mean_cos".split()
-    print(f"{'':18}{'trained':>10}{'untrained':>11}")
+    print(f"{'':18}{'trained':>10}{'untrained':>11}{'lexical':>9}")
     for name in names:
-        print(f"{name:18}{result[name]:10.4f}{result['untrained'][name]:11.4f}")
+        lexical = f"{result['lexical'][name]:9.4f}" if name in result["lexical"] else ""
+        print(f"{name:18}{result[name]:10.4f}{result['untrained'][name]:11.4f}{lexical}")
     lo, hi = result["retrieval_ci95"]
     print(f"retrieval among {result['n']}: 95 % interval {lo:.4f} to {hi:.4f}")
     if (pairs := result["counterfactual"])["n"]:
-        print(f"nearer to the true than to a counterfactual answer: {pairs['top1']:.3f} of {pairs['n']} (chance 0.5)")
+        print(f"nearer to the true than to a counterfactual answer: {pairs['top1']:.3f} of {pairs['n']} (chance 0.5, "
+              f"by words alone {result['lexical']['counterfactual']['top1']:.3f})")
 
 
 # ----------------------------------------------------------------------------- R-JEPA
@@ -166,7 +181,7 @@ def rank_of_first(guess: torch.Tensor, among: torch.Tensor, barred=()) -> int:
 
 
 def rank_figures(ranks: dict[str, list[int]]) -> dict:
-    return {name: {"top1": float(np.mean(np.array(r) == 1)), "mrr": float(np.mean(1 / np.array(r)))}
+    return {name: {"top1": float(np.mean(np.array(r) == 1)), "mrr": float(np.mean(1 / np.array(r))), "n": len(r)}
             for name, r in ranks.items()}
 
 
@@ -215,7 +230,8 @@ def evaluate_plan(run: str, args) -> dict:
 
     `retrieval`: the true step's latent (as the LLM had it in the whole chain) among 100, in the LLM's standardised
     space by cosine, the chain's other steps among them; against the step before (copy), the mean of both neighbours,
-    the mean training latent of the position, and the prediction from the steps before alone (next_step).
+    the mean training latent of the position, and the prediction from the steps before alone (next_step). Beside it what
+    the LLM itself knows: every candidate's mean logprob after the steps before (llm_logprob, first --logprob_limit).
     `decoded`: share of texts whose equations hold, whose last number is the true step's, and both. The Speaker says
     the predicted latent (and another chain's, `shuffled`; without its surroundings, `alone`; with those before the gap
     alone, `before`, unless it reads what follows; the true latent instead, `true`; with as many `tries` as
@@ -252,9 +268,10 @@ def evaluate_plan(run: str, args) -> dict:
     ranks, predicted, predicted_next = {}, model.w_out(context[:, 0]), model.w_out(ahead)
     for c, k in enumerate(holes):
         own = [s for s in range(1, len(x[c])) if s != k]
-        far = [x[o][int(rng.integers(1, len(x[o])))]
+        far = [(o, int(rng.integers(1, len(x[o]))))
                for o in rng.choice([i for i in range(len(x)) if i != c], max(0, 99 - len(own)))]
-        among = torch.stack([x[c][k], *(x[c][s] for s in own), *far])
+        where = [(c, k), *((c, s) for s in own), *far]
+        among = torch.stack([x[o][s] for o, s in where])
         before, after = space(gapped[c][k - 1]), space(gapped[c][k])
         guesses = {"plan": predicted[c], "next_step": predicted_next[c], "copy": before,
                    "neighbours": (before + after) / 2, "position": mean_of[k]}
@@ -262,6 +279,10 @@ def evaluate_plan(run: str, args) -> dict:
         for name, guess in guesses.items():
             ranks.setdefault(name, []).append(
                 rank_of_first(guess, among, near if name in ("copy", "neighbours") else ()))
+        if c < args.logprob_limit:
+            question, before = chains[c]["question"], chains[c]["steps"][: k - 1]
+            means = llm.read_chains([(question, [*before, chains[o]["steps"][s - 1]]) for o, s in where], logprobs=True)
+            ranks.setdefault("llm_logprob", []).append(1 + sum(bool(m[-1] >= means[0][-1]) for m in means[1:]))
     retrieval = rank_figures(ranks)
 
     found = [[infer.find_gap(model, e["next_step"], args.quantile)[0] for e in infer.energies(model, zs)]

@@ -128,6 +128,14 @@ def pairwise(scores: np.ndarray, right: np.ndarray) -> float | None:
     return float(np.mean(wins)) if wins else None
 
 
+def paired_p(a: np.ndarray, b: np.ndarray) -> float:
+    """Exact McNemar test, two-sided: could two ways that are right [n] and [n] on the same problems be as good?"""
+    from scipy.stats import binomtest
+
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
 def method_figures(correct, random: float, oracle: float, seed: int, recovered: bool = True, pairs=None) -> dict:
     """What is reported of one way of answering, from whether (or how often) each problem came out right, [n]."""
     correct = np.asarray(correct, dtype=float)
@@ -245,8 +253,9 @@ def evaluate_candidates(run: str, args) -> dict:
     """Ways of picking one of a question's labelled candidates -> {"n", "k", "random", "oracle", "methods"}.
 
     `energy` is the mean leave-one-out energy, `energy_last` that of the last step alone, which with nothing after it
-    is its next-step energy too; `combined` adds the first to the mean logprob. Votes of `majority_energy` weigh as
-    much as the chain's coherence, those of `majority_combined` as much as it is likely to be right. The probe and the
+    is its next-step energy too; `combined` adds the first to the mean logprob. Votes of `majority_logprob` weigh as
+    much as a token's mean probability, of `majority_energy` as the chain's coherence, of `majority_combined` as it is
+    likely to be right. p_logprob, p_majority: see `paired_p`. The probe and the
     weights of `combined` are fitted on the labels of other questions; `contrast` sees no label. `ensemble` adds up the
     energies of the runs given. `gate` is any candidate whose equations hold, `gate_X` is X among those (among all,
     where none is left): the gate does not know the answer.
@@ -320,7 +329,7 @@ def evaluate_candidates(run: str, args) -> dict:
     picks = {name: np.array([m[s[m].argmax()] for m in members]) for name, s in scores.items()}
     coherence = np.array([float(model.coherence(e["leave_one_out"].to(model.quantiles.device)).mean())
                           if len(e["leave_one_out"]) else 0.0 for e in found])
-    votes = {"majority": np.ones(len(rows)), "majority_energy": coherence + 1e-6,
+    votes = {"majority": np.ones(len(rows)), "majority_logprob": np.exp(logprob), "majority_energy": coherence + 1e-6,
              "majority_combined": 1 / (1 + np.exp(-scores["combined"]))}
     for prefix, groups in (("", members), ("gate_", left)):
         for name, weights in votes.items():
@@ -331,7 +340,8 @@ def evaluate_candidates(run: str, args) -> dict:
     for name, picked in picks.items():
         pairs = balanced_pairwise([scores[name][m] for m in members], truth, sources) if name in scores else None
         alone = float(np.mean([by_source[rows[i]["source"]] for i in picked]))
-        methods[name] = figures(right[picked], pairs=pairs) | {"by_source_alone": alone}
+        methods[name] = figures(right[picked], pairs=pairs) | {"by_source_alone": alone} | {
+            f"p_{other}": paired_p(right[picked], right[picks[other]]) for other in ("logprob", "majority")}
     methods["oracle"] = figures([t.any() for t in truth])
     return {"n": len(ids), "k": max(map(len, members)), "random": random, "oracle": oracle, "methods": methods}
 

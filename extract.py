@@ -231,6 +231,7 @@ def ask_endpoint(args, splits: list[tuple[str, list[dict]]]) -> dict:
     except ImportError:
         raise ValueError("--endpoint needs openai: pip install openai") from None
     path, problems = Path(args.out) / "chains.jsonl", [p for _, part in splits for p in part]
+    split_of = {p["id"]: split for split, part in splits for p in part}
     if args.overwrite and path.is_file():
         os.replace(path, path.with_suffix(".jsonl.old"))  # they may have cost money
     if path.is_file() and not path.read_bytes().endswith(b"\n"):  # a half-written line
@@ -266,9 +267,10 @@ def ask_endpoint(args, splits: list[tuple[str, list[dict]]]) -> dict:
                 steps = data.split_steps(choice.message.content or "")
                 chain = {"id": f"{problem['id']}/{n + i}", "steps": steps}
                 verdict = verify.validate(problem | {"answer": truth}, chain)
-                row = {**chain, "problem_id": problem["id"], "question": problem["question"],
-                       "answer": verify.extract_answer(truth), "is_valid": verdict.is_valid, "reason": verdict.reason,
-                       "source": args.llm, "made_by": made_by, "tokens": 0 if i else spent}
+                row = {**chain, "problem_id": problem["id"], "split": split_of[problem["id"]],
+                       "question": problem["question"], "answer": verify.extract_answer(truth),
+                       "is_valid": verdict.is_valid, "reason": verdict.reason, "source": args.llm,
+                       "made_by": made_by, "tokens": 0 if i else spent}
                 with lines:
                     runs.append_line(path, row)
                     rows.append(row)

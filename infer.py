@@ -63,7 +63,7 @@ def llm_of(config, llm: str = "", device: str = "auto") -> LLM:
 def energies(model, chains: list[torch.Tensor], batch_size: int = 64) -> list[dict[str, torch.Tensor]]:
     """Latents [1 + S, D] of chains -> for each {"leave_one_out": [S], "next_step": [S]}, fp32 on the CPU.
 
-    Chains of like length share a batch; a chain's energies do not depend on its company.
+    Chains of like length share a batch; a chain's energies do not depend on its company, but for the last bits.
     """
     out, order = [{} for _ in chains], sorted(range(len(chains)), key=lambda i: len(chains[i]))
     for start in range(0, len(order), batch_size):
@@ -164,12 +164,15 @@ def chain_energy(found: dict[str, torch.Tensor]) -> float:
 def fit_weights(model, rows: list[dict], seed: int = 1, folds: int = 5) -> dict:
     """alpha and beta of RERANK from labelled candidates (rows of latents.load_latents with logprobs).
 
-    Logistic regression of right on logprob and -energy, both centred within their question. -> {"alpha", "beta", "n"
-    (questions), "accuracy", "random", "logprob"}: accuracies of picking, for the weights by cross-validation.
+    Logistic regression of right on logprob and -energy, both centred within their question; no weight is below 0, where
+    it would rank by what misleads. -> {"alpha", "beta", "n" (questions), "accuracy", "random", "logprob", "energy"}:
+    accuracies of picking, for such weights by cross-validation, and by one of the two alone.
     """
     from sklearn.linear_model import LogisticRegression
 
+    rng = np.random.default_rng(seed)
     rows = [r for r in rows if r["steps"]]
+    rows = [rows[i] for i in rng.permutation(len(rows))]  # a tie goes to the first: not to the first in the file
     ids = {name: i for i, name in enumerate(dict.fromkeys(r["problem_id"] for r in rows))}
     question, right = np.array([ids[r["problem_id"]] for r in rows]), np.array([r["is_valid"] for r in rows])
     logprob = np.array([mean_logprob(r) for r in rows])
@@ -178,19 +181,27 @@ def fit_weights(model, rows: list[dict], seed: int = 1, folds: int = 5) -> dict:
     if right.all() or not right.any():
         raise ValueError("right and wrong candidates are needed, these are all of one kind")
     x = np.stack((logprob, [-chain_energy(e) for e in energies(model, [r["h"] for r in rows])]), 1)
-    inside = centred(x, question)
-    scale = inside.std(0)
-    weights = LogisticRegression().fit(inside / scale, right).coef_[0] / scale
 
+    def weights(at):
+        """Of the rows `at` [n], a mask."""
+        if right[at].all() or not right[at].any():
+            return np.array([1.0, 0.0])
+        inside = centred(x[at], question[at])
+        scale = inside.std(0) + 1e-12
+        return (LogisticRegression().fit(inside / scale, right[at]).coef_[0] / scale).clip(0)
+
+    fold_of, scores = rng.permutation(len(ids)) % folds, np.zeros(len(rows))
+    for held_out in (fold_of[question] == fold for fold in range(folds)):
+        scores[held_out] = x[held_out] @ weights(~held_out)
     members = [np.flatnonzero(question == q) for q in ids.values()]
 
     def accuracy(score):
         return float(np.mean([right[m[score[m].argmax()]] for m in members]))
 
-    alpha, beta = (max(0.0, float(w)) for w in weights)  # below 0 it would rank by what misleads
-    return {"alpha": alpha, "beta": beta, "n": len(ids),
-            "accuracy": accuracy(cross_validated(x, right, question, folds, seed, 1.0)),
-            "random": float(np.mean([right[m].mean() for m in members])), "logprob": accuracy(logprob)}
+    alpha, beta = map(float, weights(np.full(len(rows), True)))
+    return {"alpha": alpha, "beta": beta, "n": len(ids), "accuracy": accuracy(scores),
+            "random": float(np.mean([right[m].mean() for m in members])), "logprob": accuracy(logprob),
+            "energy": accuracy(x[:, 1])}
 
 
 def rerank(model, chains: list[dict], alpha: float, beta: float, gate: bool = False) -> list[dict]:

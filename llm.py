@@ -119,7 +119,8 @@ def few_shot(tokenizer) -> str:
 
 def chat_text(tokenizer, messages: list[dict]) -> str:
     """Messages in the tokenizer's chat template, up to where the answer begins; less a token that it adds by itself."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    fixed = {"date_string": "26 Jul 2024", "enable_thinking": False}  # templates that would tell today's date, or think
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **fixed)
     adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     return text.removeprefix(tokenizer.bos_token) if adds_bos else text
 
@@ -157,6 +158,7 @@ class LLM:
     unwritten = -100  # a token that is read and never written: it has no logprob
     positions = 128  # whose logits are in memory at a time, on a GPU four times as many
     prompt, prompt_ids, after = "", [], "\n"  # `set_prompt`; tokens before every question, text after it
+    end_of_turn = None  # of a chat, the token that ends it
     blend = None  # (alpha, target [B, D]) while `advance` runs: see there
 
     def check_room(self, rows, room: int):
@@ -271,13 +273,14 @@ class LLM:
         return F.embedding_bag(torch.arange(len(at), device=at.device), both, offsets, mode="sum",
                                include_last_offset=True)
 
-    def read_chains(self, chains: list[tuple[str, list[str]]], token_budget: int = 0) -> list[torch.Tensor]:
-        """Latents [1 + S, D] fp32 of chains (question, steps), in batches of like length."""
+    def read_chains(self, chains: list[tuple[str, list[str]]], token_budget: int = 0, logprobs: bool = False):
+        """Latents [1 + S, D] fp32 of chains (question, steps), or their units' mean logprobs [1 + S]; in batches of
+        like length."""
         coded, out = [self.encode(question, steps) for question, steps in chains], [None] * len(chains)
         for batch in batches_by_length([len(ids) for ids, _ in coded], token_budget or self.token_budget):
             rows, spans = zip(*(coded[i] for i in batch), strict=True)
-            found, _ = self.latents(rows, spans, [(self.layer, self.pooling)])
-            for i, z in zip(batch, found[self.layer, self.pooling], strict=True):
+            found, means = self.latents(rows, spans, [(self.layer, self.pooling)], logprobs)
+            for i, z in zip(batch, means if logprobs else found[self.layer, self.pooling], strict=True):
                 out[i] = z
         self.wait()
         return out
@@ -400,10 +403,15 @@ class HuggingFaceLLM(LLM):
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     @property
+    def end_of_turn(self) -> int | None:
+        """Of a chat, the token that ends a turn; a prompt without one is plain text."""
+        return next((i for i in sorted(self.stop_ids) if self.tokenizer.decode([i]) in self.prompt), None)
+
+    @property
     def end_id(self) -> int:
         """The token after a finished chain: the end of a chat's turn, else a line end."""
-        chat = self.tokenizer.eos_token and self.tokenizer.eos_token in self.prompt
-        return self.tokenizer.eos_token_id if chat else self.tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+        newline = self.tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+        return newline if self.end_of_turn is None else self.end_of_turn
 
     @torch.no_grad()
     def begin(self, rows: list[list[int]], k: int, room: int):
@@ -618,8 +626,11 @@ def sample(logits, temperature: float, top_p: float, generators) -> torch.Tensor
     return order.gather(1, drawn.to(order.device)[:, None])[:, 0]
 
 
-def written_steps(text: str) -> tuple[list[str], list[tuple[int, int]], bool]:
-    """(steps of a text, a line each, where each lies, whether it is over): over after '#### n' or an empty line."""
+def written_steps(text: str, is_chat: bool = False) -> tuple[list[str], list[tuple[int, int]], bool]:
+    """(steps of a text, a line each, where each lies, whether it is over): over after '#### n' or an empty line.
+
+    is_chat: not after an empty line. It says itself when it has ended.
+    """
     steps, spans, at = [], [], 0
     for line in text.splitlines(keepends=True):
         stripped = line.strip()
@@ -627,7 +638,7 @@ def written_steps(text: str) -> tuple[list[str], list[tuple[int, int]], bool]:
             begin = at + line.index(stripped)
             steps.append(stripped), spans.append((begin, begin + len(stripped)))
         at += len(line)
-        if line.endswith("\n") and (stripped.startswith("####") or (steps and not stripped)):
+        if line.endswith("\n") and (stripped.startswith("####") or (steps and not stripped and not is_chat)):
             return steps, spans, True
     return steps, spans, bool(steps) and steps[-1].startswith("####")
 
@@ -685,7 +696,7 @@ class Row:
     def chain(self) -> dict:
         """{"steps", "h" [1 + S, D] fp32 on the CPU, "logprobs" [S], "logprob" (mean over the tokens of all steps)}."""
         text = self.llm.decode(self.ids)
-        steps, units, is_over = written_steps(text)
+        steps, units, is_over = written_steps(text, self.llm.end_of_turn is not None)
         for i in range(len(self.ends), len(self.ids)):  # where each token ends in the text, once for all calls
             self.ends.append(len(self.llm.decode(self.ids[: i + 1])))
         ends = [min(end, len(text)) for end in self.ends]
@@ -737,7 +748,7 @@ def generate(llm: LLM, questions: list[str], k: int = 1, temperature: float = 0.
             if token in llm.stop_ids:
                 continue
             if row.append(token, h[j], logprob[j]):
-                steps, _, is_over = written_steps(row.text)
+                steps, _, is_over = written_steps(row.text, llm.end_of_turn is not None)
                 if is_over or (one_step and steps):
                     continue
                 if nudge is not None:

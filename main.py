@@ -149,7 +149,8 @@ class Watch:
             job = pool.submit(generate, llm, [question], k, nudge=self, **options)
             try:
                 while not wait([job], 0.25).done:
-                    yield [written_steps(llm.decode(list(row.ids)))[0] for row in self.rows]
+                    is_chat = llm.end_of_turn is not None
+                    yield [written_steps(llm.decode(list(row.ids)), is_chat)[0] for row in self.rows]
             finally:
                 self.stop.set()
         self.chains = job.result()[0]

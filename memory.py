@@ -213,8 +213,9 @@ class Memory:
     def recall(self, z, k: int = 5, domain: str = "", positions: str = "steps") -> list[dict]:
         """The k latents nearest to z [D] by cosine (exact, over all), with the texts that they point to.
 
-        positions: "steps", "questions" or "all". -> [{"cos", "chain_id", "position" (0: the question), "text",
-        "question", "domain"}], best first. Raises ValueError for another width than the memory's.
+        positions: "steps", "questions" or "all". -> [{"cos", "cos_mean" (of z and all that was looked at: what a cosine
+        has to be above), "chain_id", "position" (0: the question), "text", "question", "domain"}], best first. Raises
+        ValueError for another width than the memory's.
         """
         if positions not in WHERE or k < 1:
             raise ValueError(f"positions {positions!r}, k {k}: use one of {', '.join(WHERE)}, and at least 1")
@@ -226,14 +227,16 @@ class Memory:
                 raise ValueError(f"{self.path} holds latents of width {meta['dim']}, the query has shape "
                                  f"{list(z.shape)}; it must be finite and not zero")
             rows = connection.execute(f"""
-                SELECT cos, chain, position, {TEXT}, question, domain
-                FROM (SELECT chain, position, array_cosine_similarity(z, ?::FLOAT[{meta["dim"]:d}]) AS cos FROM latents
-                      WHERE {WHERE[positions]} AND (? = '' OR chain IN (SELECT id FROM texts WHERE domain = ?))
-                      AND NOT isnan(cos) ORDER BY cos DESC, chain, position LIMIT ?) AS nearest
+                SELECT cos, cos_mean, chain, position, {TEXT}, question, domain
+                FROM (SELECT *, avg(cos) OVER () AS cos_mean FROM (
+                          SELECT chain, position, array_cosine_similarity(z, ?::FLOAT[{meta["dim"]:d}]) AS cos
+                          FROM latents WHERE {WHERE[positions]} AND NOT isnan(cos)
+                          AND (? = '' OR chain IN (SELECT id FROM texts WHERE domain = ?)))
+                      ORDER BY cos DESC, chain, position LIMIT ?) AS nearest
                 JOIN texts ON texts.id = nearest.chain ORDER BY cos DESC, chain, position""",
                 [z.tolist(), domain, domain, k]).fetchall()  # fmt: skip
-        return [dict(zip(("cos", "chain_id", "position", "text", "question", "domain"), row, strict=True))
-                for row in rows]
+        names = "cos", "cos_mean", "chain_id", "position", "text", "question", "domain"
+        return [dict(zip(names, row, strict=True)) for row in rows]
 
     def vectors(self, domain: str = "", positions: str = "steps") -> tuple[torch.Tensor, list[dict]]:
         """(all latents [N, D] fp32, [{"chain_id", "position", "text"}]), in the order in which they were stored."""
@@ -569,7 +572,7 @@ def run_rate(args: Rate) -> dict:
 def run_forget(args: Forget) -> dict:
     count = Memory(args.memory).forget(args.id, args.problem_id, args.domain, args.everything)
     if not count and not args.everything:  # who misspelt it would think that it is gone
-        raise ValueError(f"{args.memory} holds no chain or interaction of that id, problem and domain: nothing forgotten")
+        raise ValueError(f"{args.memory} holds no chain or interaction of that id, problem, domain: nothing forgotten")
     return {"forgotten": count}
 
 
@@ -607,7 +610,8 @@ def main(argv=None):
     args = tyro.cli(kind, args=argv[1:], prog=f"memory.py {argv[0]}")
     result = function(args)
     for found in result.get("nearest", []):
-        print(f"{found['cos']:.3f}  {found['chain_id']} {found['position']}  {found['text'][:90]}")
+        cos = f"{found['cos']:.3f} (mean {found['cos_mean']:.3f})"
+        print(f"{cos}  {found['chain_id']} {found['position']}  {found['text'][:90]}")
     print(json.dumps(result, allow_nan=False))
 
 

@@ -775,14 +775,16 @@ class RJEPA(Model):
         parts = {"l1": (z_pred - z_target).abs().mean()}
         parts["variance"] = F.relu(1 - z_pred.var(0, correction=0).add(1e-4).sqrt()).mean()
         p, t = F.normalize(z_pred, dim=-1), F.normalize(z_target, dim=-1)
-        logits = p @ t.T / cfg.tau  # (N, N)
+        with torch.autocast(p.device.type, enabled=False):  # over tau a rounding to bf16 would be up to 0.08
+            logits = p @ t.T / cfg.tau  # (N, N)
         if hard:
             own_wrong = (p * F.normalize(z_wrong[is_target], dim=-1)).sum(-1, keepdim=True) / cfg.tau
             has_wrong = batch["is_wrong"][is_target][:, None]
             logits = torch.cat((logits, own_wrong.masked_fill(~has_wrong, float("-inf"))), dim=1)
         parts["infonce"] = F.cross_entropy(logits, torch.arange(len(p), device=p.device))
         chain, step = is_target.nonzero(as_tuple=True)
-        own = (F.normalize(z_all, dim=-1)[chain] @ p[:, :, None])[..., 0] / cfg.tau  # (N, S)
+        with torch.autocast(p.device.type, enabled=False):
+            own = (F.normalize(z_all, dim=-1)[chain] @ p[:, :, None])[..., 0] / cfg.tau  # (N, S)
         parts["own"] = F.cross_entropy(own.masked_fill(~is_step[chain], float("-inf")), step)
         parts["reconstruction"] = (self.w_out(z_pred.to(h.dtype)) - h[is_target]).abs().mean()
         parts["margin"] = z_pred.new_zeros(())

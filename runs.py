@@ -228,12 +228,15 @@ def is_run(folder) -> bool:
 
 
 def llm_label(config, folder: str = "") -> str:
-    """What a cache made with an R-JEPA's LLM is called after: its name, prompt and, for a run, its present weights.
+    """What a cache made with an R-JEPA's LLM is called after: its name, prompt and, where it is here, present weights.
 
     folder: where it lies, if not under its name.
     """
     name, folder = "".join(c if c.isalnum() or c in "-." else "-" for c in config.llm), folder or config.llm
-    more = [x for x in (config.prompt, weights_digest(folder) if is_run(folder) else "") if x]
+    files = [Path(folder)] if Path(folder).is_file() else sorted(Path(folder).glob("*.safetensors"))
+    of_files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]  # a fine-tune may have its base's name
+    weights = weights_digest(folder) if is_run(folder) else digest(str(of_files)) if files else ""
+    more = [x for x in (config.prompt, weights) if x]
     return f"{name}-{digest(json.dumps(more))[:6]}" if more else name
 
 

@@ -911,6 +911,7 @@ def test_evaluation_scripts_report_what_the_contract_names(finished, capsys):
     result = script(eval_alignment, "--limit", "12")
     names = "cos_matched cos_mismatched gap retrieval_top1 chance_top1 effective_rank std predict_mean_cos n"
     assert set(names.split()) <= set(result) and result["n"] == 12 and result["counterfactual"]["n"] > 0
+    assert 0 < result["lexical"]["retrieval_top1"] <= 1 and result["lexical"]["counterfactual"]["n"] > 0
     assert result == script(eval_alignment, "--limit", "12")
     for argv in (["--limit", "-1"], ["--dataset", "foo"], ["--k", "0"], ["--max_new_tokens", "-1"]):
         with pytest.raises(SystemExit) as caught:
@@ -1658,6 +1659,17 @@ def test_pairs_are_balanced_over_both_directions_of_two_sources():
     assert evaluate_accuracy.pairwise(scores, np.array(right)) == 0.75
 
 
+def test_nearer_counts_ties_half_and_paired_p_is_mcnemars():
+    pred, right = torch.eye(4), torch.tensor([0, 1, 3, 0])  # the third as far as the wrong one, the last farther
+    found = eval_alignment.nearer(pred, pred[right], pred[torch.tensor([1, 2, 0, 3])])
+    assert (found["top1"], found["n"]) == ((1 + 1 + 0.5 + 0) / 4, 4)
+    assert eval_alignment.nearer(pred, pred, pred)["top1"] == 0.5
+    assert eval_alignment.nearer(pred[:0], pred[:0], pred[:0]) == {"top1": None, "ci95": None, "n": 0}
+    a = np.array([1] * 5 + [0] + [1] * 9, dtype=bool)
+    b = np.array([0] * 5 + [1] + [1] * 9, dtype=bool)
+    assert evaluate_accuracy.paired_p(a, b) == pytest.approx(2 * 7 / 64) and evaluate_accuracy.paired_p(a, a) == 1
+
+
 def test_cross_validation_never_fits_on_the_question_it_scores():
     rng = np.random.default_rng(0)
     question, right = np.repeat(np.arange(60), 4), rng.random(240) < 0.4
@@ -1702,6 +1714,27 @@ def tiny_llm(family="Llama"):
     torch.manual_seed(0)
     net = net(config(**SIZES | FAMILIES[family])).eval().requires_grad_(False)
     return llms.HuggingFaceLLM(net, tokenizer, f"tiny {family}", "none").choose(-2, "last")
+
+
+CHAT = ("{%- if date_string is not defined %}{%- set date_string = strftime_now('%H:%M:%S.%f') %}{%- endif %}"
+        "{{ date_string }}{%- if enable_thinking is not defined or enable_thinking %}<think>{%- endif %}"
+        "{%- for m in messages %}<s>{{ m['content'] }}<turn>{%- endfor %}<s>")
+
+
+def test_a_chat_is_the_same_tomorrow_does_not_think_and_ends_its_turn_itself():
+    tiny_llm.cache_clear()  # this tokenizer is changed
+    llm = tiny_llm()
+    tiny_llm.cache_clear()
+    llm.tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    llm.tokenizer.chat_template, turn = CHAT, llm.tokenizer.convert_tokens_to_ids("<turn>")
+    assert llm.end_of_turn is None and llm.end_id not in llm.stop_ids
+    llm.prompt, llm.stop_ids = llms.few_shot(llm.tokenizer), {1, turn}
+    assert llm.prompt == llms.few_shot(llm.tokenizer) and "think" not in llm.prompt
+    assert llm.end_of_turn == llm.end_id == turn
+    text = "First.\n\nThen 1+1 = 2.\n"
+    assert llms.written_steps(text)[0::2] == (["First."], True)
+    assert llms.written_steps(text, is_chat=True)[0::2] == (["First.", "Then 1+1 = 2."], False)
+    assert llms.written_steps(text + "#### 2\n", is_chat=True)[2]
 
 
 def check_logprobs(means, ids, spans, logits, unwritten=None):
@@ -1850,7 +1883,7 @@ def test_an_endpoint_is_asked_judged_and_resumed(tmp_path, capsys, monkeypatch):
     assert ask(server)["chains"] == 36 and len(server.requests) == n
     records = latents.chains_of_file(str(path), "chains")
     assert sum(r["is_valid"] for r in records) == sum(r["is_valid"] for r in there) and all(r["steps"] for r in records)
-    assert {r["split"] for r in records} == {"test"}
+    assert {r["split"] for r in records} == {"test"} == {r["split"] for r in there}
     with pytest.raises(SystemExit, match="of m temperature 0.8 .*--overwrite"):
         ask(server, "--temperature", "1")
     with runs.lock(tmp_path / "out", "--out"), pytest.raises(SystemExit, match="out: another process is writing there"):
@@ -2225,7 +2258,8 @@ def test_chains_of_files(tmp_path):
 
     [record] = read("chains")
     assert record["steps"] == ["a", "#### 21"] and record["question"] == "q" and record["answer"] == "0"
-    assert record["split"] == "train" and read("chains", id="gsm8k-test-3")[0]["split"] == "test"
+    assert record["split"] == "train" and read("chains", split="val")[0]["split"] == "val"
+    assert read("chains", split="test")[0]["split"] == read("chains", id="gsm8k-test-3")[0]["split"] == "test"
     both = [{"steps": ["a"], "is_correct": True, "source": "x"}, {"steps": ["b"], "is_correct": False}]
     first, second = read("candidates", id="gsm8k-train-3", candidates=both)
     assert (first["id"], first["problem_id"], first["source"]) == ("gsm8k-train-3/0", "gsm8k-train-3", "x")
@@ -2381,7 +2415,8 @@ def test_plan_and_rerank_commands(world, capsys, tmp_path):
     extract.main(["--candidates", candidates, "--llm", str(base / "llm"), "--pooling", "both", "--logprobs",
                   "--out", str(folder), "--device", "cpu"])  # fmt: skip
     fitted = use("rerank", rjepa, "--fit", folder)
-    assert fitted["n"] == 12 and fitted["random"] == pytest.approx(2 / 3) and 0 <= fitted["accuracy"] <= 1
+    assert fitted["n"] == 12 and fitted["random"] == pytest.approx(2 / 3) and min(fitted["alpha"], fitted["beta"]) >= 0
+    assert 0 <= fitted["accuracy"] <= 1 and 0 <= fitted["energy"] <= 1
     found = use("rerank", rjepa, "--question", QUESTION, "--k", 3, "--max_new_tokens", 40)
     assert len(found["candidates"]) == 3 and found["alpha"] == fitted["alpha"]
     scores = [c["score"] for c in found["candidates"] if c["score"] is not None]
@@ -2395,6 +2430,7 @@ def test_plan_and_rerank_commands(world, capsys, tmp_path):
     methods = among(2)["methods"]  # one of the right ones
     with pytest.raises(SystemExit, match="--k 4: .* holds 3 candidates"):
         among(4)
+    assert methods["majority"]["p_majority"] == 1 and 0 < methods["majority_logprob"]["p_logprob"] <= 1
     assert methods["random"]["accuracy"] == 0.5  # the gate sees neither labels nor answers, and finds them:
     assert all(methods[name]["accuracy"] == 1 for name in methods if name.startswith("gate")) and "gate" in methods
 
@@ -2620,7 +2656,9 @@ def test_evaluation_of_plan_and_nudge(world, monkeypatch, capsys):
     plan = functools.partial(result_of, capsys, eval_alignment.main, *problems, "--plan", "--decode_limit")
     found = plan(5)
     assert plan(0, "--speaker", "nowhere") == {key: found[key] for key in ("n", "retrieval", "gaps")}
-    assert found["n"] >= 20 and set(found["retrieval"]) == {"plan", "next_step", "copy", "neighbours", "position"}
+    names = {"plan", "next_step", "copy", "neighbours", "position"}
+    assert found["n"] >= 20 and set(found["retrieval"]) == names | {"llm_logprob"}
+    assert set(plan(0, "--logprob_limit", 0)["retrieval"]) == names
     assert {"llm_before", "llm_before_tries", "speaker", "speaker_true", "speaker_shuffled", "speaker_tries",
             "speaker_tries_shuffled"} < set(found["decoded"])
     assert found["decoded"]["llm_before"]["n"] == 5
@@ -2846,7 +2884,8 @@ def test_the_document_mean_is_of_visible_tokens_alone():
                 means += [seen] * int((here & hidden).sum())
                 targets.append(z[row, here & hidden])
     means, targets = torch.stack(means), torch.cat(targets)
-    expected = ((means - targets) / targets.std(0, correction=0).clamp_min(1e-3)).square().mean()
+    means, targets = ((x - targets.mean(0)) / targets.std(0, correction=0).clamp_min(1e-3) for x in (means, targets))
+    expected = min((a * means - targets).square().mean() for a in torch.linspace(0, 1.5, 3001))  # the best factor
     found = jobs.span_figures(model, parts, "cpu")
     assert found["mse_document_mean"] == pytest.approx(float(expected), rel=1e-4) and found["n"] == len(targets)
     assert found["mse_gain"] == pytest.approx(found["mse_document_mean"] - found["mse"], abs=1e-6)

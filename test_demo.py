@@ -126,7 +126,7 @@ def test_what_a_model_writes_is_escaped_and_stop_ends_the_writing(monkeypatch, d
 
     watch = main.Watch()
     monkeypatch.setattr(main, "generate", slow)
-    shown = watch.run(SimpleNamespace(decode=lambda ids: "\n".join(steps)), "q", 2)
+    shown = watch.run(SimpleNamespace(decode=lambda ids: "\n".join(steps), end_of_turn=None), "q", 2)
     assert next(shown) in ([], [steps, steps]) and next(shown) == [steps, steps]
     shown.close()
     assert state.tokens < 900 and watch.chains is None

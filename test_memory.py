@@ -99,7 +99,8 @@ def test_recall_is_exact_cosine(tmp_path):
             found = memory.recall(z, 7, domain, positions)
             assert [f["text"] for f in found] == [texts[i] for i in best]
             assert np.allclose([f["cos"] for f in found], cos[best], atol=1e-6)
-    assert set(found[0]) == {"cos", "chain_id", "position", "text", "question", "domain"}
+            assert found[0]["cos_mean"] == pytest.approx(float(cos.mean()), abs=1e-6)
+    assert set(found[0]) == {"cos", "cos_mean", "chain_id", "position", "text", "question", "domain"}
     h, rows = memory.vectors(domain="others")
     assert torch.equal(h, torch.cat([h[1:] for *_, h in chains[40:]])) and rows[0]["text"] == chains[40][1]["steps"][0]
     assert torch.equal(memory.latent(rows[4]["chain_id"], 2), h[4])
