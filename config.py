@@ -347,12 +347,12 @@ def check(config, name: str, ok: bool, rule: str):
 
 def positive(config, names: str):
     for name in names.split():
-        check(config, name, getattr(config, name) > 0, "must be positive")
+        check(config, name, 0 < getattr(config, name) < float("inf"), "must be positive and finite")
 
 
 def not_negative(config, names: str):
     for name in names.split():
-        check(config, name, getattr(config, name) >= 0, "must not be negative")
+        check(config, name, 0 <= getattr(config, name) < float("inf"), "must not be negative, but finite")
 
 
 def shares(config, names: str):
