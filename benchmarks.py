@@ -144,6 +144,8 @@ def load(name: str, split: str, data_dir: str = "") -> list[dict]:
             read_hub(name, config, official), f"{bench.hub} {config or ''} {official}")
         for i, row in enumerate(rows):
             problem = as_problem(bench, row, f"{where}, row {i}")
+            if "id" in problem:
+                problem["id"] = str(problem["id"])
             subject = problem.get("subject") or (config if len(bench.configs) > 1 else "")
             prefix = f"{name}-{config}" if len(bench.configs) > 1 else name
             problems.append({"id": f"{prefix}-{official}-{i}", **problem, "kind": bench.kind, "subject": subject})
@@ -175,7 +177,7 @@ def as_problem(bench: Benchmark, row: dict, where: str) -> dict:
     for key in ("question", "answer"):
         if not isinstance(problem[key], str) or not problem[key].strip():
             raise ValueError(f"{where}: field '{key}' must be a text that is not empty")
-    if "label" in problem and not 0 <= problem["label"] < len(problem["choices"]):
+    if "choices" in problem and not 0 <= problem["label"] < len(problem["choices"]):
         raise ValueError(f"{where}: the right answer is none of the {len(problem['choices'])} choices")
     return problem
 

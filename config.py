@@ -72,6 +72,7 @@ class RunConfig:
                       f"must be of type {field.type.__name__}")
         positive(self, "epochs batch_size grad_accum lr grad_clip log_every eval_every save_every max_problem_steps")
         not_negative(self, "seed limit n_synthetic max_steps threads weight_decay")
+        check(self, "seed", self.seed < 10**9, "must be below 1,000,000,000")
         shares(self, "min_lr_ratio warmup_ratio beta2 ema_start ema_end")
         check(self, "val_problems", self.val_problems >= 2, "must be at least 2 (a pair is needed to mismatch)")
         check(self, "max_problem_steps", self.max_problem_steps <= 8, "must be at most 8")

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 
+import config as cfg
 import data
 import extract
 import infer
@@ -518,6 +519,8 @@ def evaluate_tjepa(run: str, args) -> dict:
                    (runs.load_run(run, args.device)[0], runs.build_model(config).to(device).eval())]
         result |= figures[0] | {"untrained": figures[1]}
     if len(problems) < 2:
+        if args.teacher:
+            raise ValueError(f"--teacher is looked at on problems, here {len(problems)}: name a --dataset")
         return result
     dataset = args.dataset or config.dataset
     data_dir = args.data_dir or (config.data_dir if dataset == config.dataset else "")
@@ -589,6 +592,9 @@ def main(argv=None):
     elif isinstance(config, TextConfig):
         result = (evaluate_answers if isinstance(config, AnswerConfig) else evaluate_tjepa)(args.run, args)
         print_figures(result)
+    elif isinstance(config, (cfg.GuideConfig, cfg.SpeakConfig)):
+        raise ValueError(f"{args.run} is a guide or Speaker of an R-JEPA: evaluate_accuracy.py --method nudge and "
+                         "eval_alignment.py --plan look at these, beside their R-JEPA")
     else:
         result = evaluate_nanojepa(args.run, args)
         print_table(result)

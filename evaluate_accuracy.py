@@ -146,16 +146,17 @@ def method_figures(correct, random: float, oracle: float, seed: int, recovered: 
 def evaluate_run(run: str, args) -> dict:
     """Generates, saves and scores -> {"n", "k", "random", "oracle", "methods": {NAME: figures}}."""
     model, config = runs.load_run(run, args.device)
-    tokenizer = runs.load_tokenizer(run, config)
-    problems = eval_alignment.held_out(args, config)
     if not isinstance(config, (NanoJEPAConfig, AnswerConfig)):
         hint = f": python train.py tjepa-speak --init_from {run}" if isinstance(config, TextConfig) else ""
         raise ValueError(f"{run} is a run of preset '{model.preset}', which writes no answers{hint}")
+    tokenizer = runs.load_tokenizer(run, config)
+    problems = eval_alignment.held_out(args, config)
     texts = generate(model, [tokenizer.encode(p["question"]) for p in problems], tokenizer, args)
     truths = [data.answer_text(p, "final") for p in problems]
     right = np.array([[verify.check_answer(t, truth) for t in row] for row, truth in zip(texts, truths, strict=True)])
     name = (f"generations-{args.dataset or config.dataset}-{args.split}-n{len(problems)}-k{args.k}"
-            f"-t{args.temperature}-m{args.max_new_tokens}-seed{args.seed}.jsonl")
+            f"-t{args.temperature}-m{args.max_new_tokens}-seed{args.seed}"
+            f"-{runs.digest_of_list(p['question'] for p in problems)[:6]}.jsonl")
     runs.write_jsonl(Path(run) / name, [
         {"id": p["id"], "question": p["question"], "truth": truth,
          "candidates": [{"text": t, "is_correct": bool(r)} for t, r in zip(row, ok, strict=True)]}

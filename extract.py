@@ -159,8 +159,10 @@ def claim(out: Path, folders, overwrite: bool, n_shards: int):
 
 def common_header(llm: LLM, logprobs: bool, description: dict) -> dict:
     """What every shard and the manifest say of latents, whatever the layer and pooling."""
-    return {"schema": latents.SCHEMA, "llm": llm.name, "dtype": llm.dtype, "quantization": llm.quantization,
-            "tokenizer": llm.tokenizer_hash, "prompt": llm.prompt, "logprobs": logprobs, **description}
+    weights = runs.weights_digest(llm.name) if runs.is_run(llm.name) else ""  # it may be trained again under its name
+    return {"schema": latents.SCHEMA, "llm": llm.name, "weights": weights, "dtype": llm.dtype,
+            "quantization": llm.quantization, "tokenizer": llm.tokenizer_hash, "prompt": llm.prompt,
+            "logprobs": logprobs, **description}
 
 
 def extract_written(llm: LLM, splits: list[tuple[str, list[dict]]], out: Path, dataset: str, k: int, temperature: float,
@@ -233,7 +235,8 @@ def ask_endpoint(args, splits: list[tuple[str, list[dict]]]) -> dict:
     path, problems = Path(args.out) / "chains.jsonl", [p for _, part in splits for p in part]
     split_of = {p["id"]: split for split, part in splits for p in part}
     if args.overwrite and path.is_file():
-        os.replace(path, path.with_suffix(".jsonl.old"))  # they may have cost money
+        n_old = len(list(path.parent.glob("chains.jsonl.old*")))
+        os.replace(path, path.with_suffix(f".jsonl.old{n_old or ''}"))  # they may have cost money
     if path.is_file() and not path.read_bytes().endswith(b"\n"):  # a half-written line
         whole = path.read_bytes().rpartition(b"\n")[0]
         runs.write_atomic(path, lambda p: p.write_bytes(whole + b"\n" * bool(whole)))

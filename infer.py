@@ -199,6 +199,9 @@ def fit_weights(model, rows: list[dict], seed: int = 1, folds: int = 5) -> dict:
         return float(np.mean([right[m[score[m].argmax()]] for m in members]))
 
     alpha, beta = map(float, weights(np.full(len(rows), True)))
+    if alpha == beta == 0 or len(ids) < 2:
+        raise ValueError("neither logprob nor energy is higher where these candidates are right, or they are of one "
+                         "question: nothing was fitted")
     return {"alpha": alpha, "beta": beta, "n": len(ids), "accuracy": accuracy(scores),
             "random": float(np.mean([right[m].mean() for m in members])), "logprob": accuracy(logprob),
             "energy": accuracy(x[:, 1])}
@@ -733,7 +736,7 @@ def main(argv=None):
     args = tyro.cli(kind, args=argv[1:], prog=f"infer.py {argv[0]}")
     if args.truth and (not args.log or verify.answer_value(args.truth) is None):
         raise ValueError(f"--truth {args.truth}: needs a number, and --log FILE to be kept in")
-    if args.log and (argv[0] == "think" or not args.question.strip()):
+    if args.log and (argv[0] == "think" or not args.question.strip() or getattr(args, "fit", "")):
         raise ValueError("--log is for the answer to one --question")
     result = function(args)
     if args.log:

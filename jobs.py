@@ -11,6 +11,7 @@ are of held-out data, and `write(folder)`.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import sys
@@ -556,7 +557,9 @@ JOBS = {cfg.NanoJEPAConfig: TextJob, cfg.RJEPAConfig: LatentJob, cfg.GuideConfig
 
 def default_latents(config) -> Path:
     """Where the latents of a job lie unless --latents names a folder: the name follows from what is extracted."""
-    which = [config.limit, config.data_dir, config.seed]
+    files = sorted(Path(config.data_dir).rglob("train*")) if config.data_dir else []
+    which = [config.limit, config.data_dir, config.seed,
+             *(hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file())]
     if config.dataset == "synthetic":
         which = [config.n_synthetic, config.max_problem_steps, config.seed]
     which = runs.digest(json.dumps(which))[:6]

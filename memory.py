@@ -344,6 +344,8 @@ class Memory:
 
         No row is ever changed: the latest rating and the latest truth count.
         """
+        if not id:
+            raise ValueError("rate needs the --id of an interaction, as `log` printed it")
         if rating is None and truth is None:
             raise ValueError("rate needs a rating, or the truth")
         row, count = redact_row({"truth": truth})

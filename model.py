@@ -471,8 +471,10 @@ def write(transformer, embed, eos_id: int, x, lengths, max_new_tokens: int, max_
         out.append(torch.where(done[:, None], eos_id, token))
         done |= token[:, 0] == eos_id
         positions = (lengths + len(out) - 1)[:, None]  # (B, 1), where the new token goes
-        if len(out) == max_new_tokens or done.all() or int(positions.max()) >= max_tokens:
+        done |= positions[:, 0] >= max_tokens
+        if len(out) == max_new_tokens or done.all():
             break
+        positions = positions.clamp_max(max_tokens - 1)  # of rows that are done
         x = embed(out[-1])
     tokens = torch.cat(out, dim=1).tolist()
     return [t[: t.index(eos_id)] if eos_id in t else t for t in tokens]

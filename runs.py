@@ -497,4 +497,5 @@ def publish(run: str, folder: str, llm: str = "") -> dict:
 if __name__ == "__main__":
     import tyro
 
-    print(json.dumps(tyro.cli(publish)))
+    with cfg.plain_errors():
+        print(json.dumps(tyro.cli(publish)))

@@ -2259,6 +2259,8 @@ def test_chains_of_files(tmp_path):
     [record] = read("chains")
     assert record["steps"] == ["a", "#### 21"] and record["question"] == "q" and record["answer"] == "0"
     assert record["split"] == "train" and read("chains", split="val")[0]["split"] == "val"
+    assert read("chains", steps=["a", "A: 1/2"])[0]["steps"] == ["a", "#### 1/2"]
+    assert verify.check_answer("#### 1/2", "0.5") and not verify.check_answer("#### 1/2", "1")
     assert read("chains", split="test")[0]["split"] == read("chains", id="gsm8k-test-3")[0]["split"] == "test"
     both = [{"steps": ["a"], "is_correct": True, "source": "x"}, {"steps": ["b"], "is_correct": False}]
     first, second = read("candidates", id="gsm8k-train-3", candidates=both)

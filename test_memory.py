@@ -537,6 +537,8 @@ def test_memory_command_line(tmp_path, capsys, monkeypatch):
                  "#### 7", "--truth", 7, "--memory", path)
     assert (logged["is_valid"], logged["reason"], logged["redactions"]) == (True, "ok", 1)
     assert use("export", "--out", tmp_path / "f.jsonl", "--memory", path)["chains"] == 1
+    with pytest.raises(SystemExit, match="rate needs the --id"):
+        use("rate", "--rating", "up", "--truth", 7, "--memory", path)
     assert use("rate", "--id", logged["id"], "--rating", "up", "--memory", path)["truth"] is None
     assert use("forget", "--domain", "toy", "--memory", path) == {"forgotten": 3}
     with pytest.raises(SystemExit, match="nothing forgotten"):  # it may be misspelt, and still there

@@ -32,6 +32,8 @@ from jobs import JOBS, n_rows
 from model import compile_blocks, configure_optimizers, estimate_mfu
 from parallel import copy_tensors, full, gathered, load_state, save_state, sync_gradients, wrap
 
+load_run = runs.load_run  # (model, config) of any run folder
+
 
 def learning_rate(step: int, n_steps: int, config) -> float:
     """Linear warm-up, then a cosine to lr * min_lr_ratio at the last step."""

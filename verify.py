@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class Rejected(ValueError):
 
 # ----------------------------------------------------------------------------- answers
 
-STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
+STRICT = re.compile(r"#### (\-?[0-9\.\,]+(?:\s*/\s*[0-9]+)?)")
 FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 DECLARED = re.compile(r"^[ \t]*A:(.+)$|\\boxed\{([^{}]*)\}", re.M)
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
@@ -66,7 +67,8 @@ def extract_answer(text, mode=None):
 
     mode "strict": the first `#### n`; "flexible": an `A: n` line or \\boxed{n}, else the last number; None: strict,
     else flexible. Source: lm-evaluation-harness, gsm8k.yaml (filters strict-match and flexible-extract). Deviations:
-    `A:` and \\boxed, U+2212 is read as a minus, and a match without a digit ("...") is passed over.
+    `A:` and \\boxed, fractions (`#### 1/2`, which it reads as 1), U+2212 is read as a minus, and a match without a
+    digit ("...") is passed over.
     """
     if mode not in (None, "strict", "flexible"):
         raise ValueError(f"mode {mode!r}: use 'strict', 'flexible' or None (strict first)")
@@ -568,8 +570,8 @@ def read_jsonl(path, fields=(), limit=0):
                 if missing := [field for field in fields if field not in row]:
                     raise ValueError(f"{path}, line {number}: field {missing[0]!r} is missing")
                 rows.append(row)
-        except (UnicodeDecodeError, EOFError) as e:
-            raise ValueError(f"{path}: no UTF-8 text: {e}") from None
+        except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as e:
+            raise ValueError(f"{path}: damaged, or no UTF-8 text: {e}") from None
     if not rows:
         raise ValueError(f"{path}: no rows")
     return rows
