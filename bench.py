@@ -286,7 +286,7 @@ class Bench:
 
     def nanojepa_llm_jepa(self):
         def questions(part):
-            rows = [m.question_row(e["question"], self.config.vocab_size - 1) for e in part]
+            rows = [[*e["question"], self.config.vocab_size - 1] for e in part]
             at, kept = torch.tensor([len(row) - 1 for row in rows]), m.keep(m.real_tokens(rows))
             return data.move({"question": m.pad_rows(rows, 0), "question_at": at, "question_kept": kept}, self.device)
 
@@ -352,7 +352,7 @@ class Bench:
     def generate(self):
         torch.manual_seed(0)
         model = m.NanoJEPA(dataclasses.replace(self.config, answer_context="question")).to(self.device).eval()
-        rows = [m.question_row(self.tokenizer.encode(p["question"]), model.pred_id) for p in self.problems[:16]]
+        rows = [[*self.tokenizer.encode(p["question"]), model.pred_id] for p in self.problems[:16]]
         length, new = min(map(len, rows)), 100
         idx = torch.tensor([r[:length] for r in rows], device=self.device)
 

@@ -346,19 +346,14 @@ def check(config, name: str, ok: bool, rule: str):
         raise ValueError(f"--{name} {getattr(config, name)}: {rule}")
 
 
-def positive(config, names: str):
-    for name in names.split():
-        check(config, name, 0 < getattr(config, name) < float("inf"), "must be positive and finite")
+def every(ok, rule: str):
+    """A function that checks several fields of a config, their names in one text."""
+    return lambda config, names: [check(config, name, ok(getattr(config, name)), rule) for name in names.split()]
 
 
-def not_negative(config, names: str):
-    for name in names.split():
-        check(config, name, 0 <= getattr(config, name) < float("inf"), "must not be negative, but finite")
-
-
-def shares(config, names: str):
-    for name in names.split():
-        check(config, name, 0 <= getattr(config, name) <= 1, "must lie in [0, 1]")
+positive = every(lambda value: 0 < value < float("inf"), "must be positive and finite")
+not_negative = every(lambda value: 0 <= value < float("inf"), "must not be negative, but finite")
+shares = every(lambda value: 0 <= value <= 1, "must lie in [0, 1]")
 
 
 RJEPA_SMALL = RJEPAConfig(

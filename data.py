@@ -20,7 +20,7 @@ import torch
 import benchmarks
 import verify
 from benchmarks import VAL_EVERY
-from model import answer_row, keep, pad_rows, pool_weights, question_row, real_tokens
+from model import answer_row, keep, pad_rows, pool_weights, real_tokens
 
 # ----------------------------------------------------------------------------- problems
 
@@ -467,12 +467,7 @@ class Tokenizer:
         self.ranks, n = ranks, len(ranks)
         self.eos_id, self.pred_id, self.vocab_size = n, n + 1, n + 2
         self.bpe = tiktoken.Encoding("nano-jepa", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-
-    def encode(self, text: str) -> list[int]:
-        return self.bpe.encode_ordinary(text)
-
-    def decode(self, ids: list[int]) -> str:
-        return self.bpe.decode(ids)
+        self.encode, self.decode = self.bpe.encode_ordinary, self.bpe.decode  # text -> token ids, and back
 
     def save(self, path):
         """As text in tiktoken's format: a line a token, base64 of its bytes, then its rank."""
@@ -532,21 +527,21 @@ def load_bpe(path) -> Tokenizer:
 
 
 def encode_problems(problems: list[dict], tokenizer: Tokenizer, config) -> list[dict]:
-    """Problems -> examples {"id", "question", "answer", "target": token ids}, as config's *_text fields say.
+    """Problems -> examples {"id", "question", "answer", for nanoJEPA "target": token ids}, as *_text fields say.
 
     Raises ValueError naming the first problem whose longest row would not fit config.block_size.
     """
     examples = []
     for p in problems:
-        q = tokenizer.encode(p["question"])
-        a = tokenizer.encode(answer_text(p, config.answer_text))
-        same = config.target_text == config.answer_text
-        t = a if same else tokenizer.encode(answer_text(p, config.target_text))
-        n = len(q) + 1 + (len(a) if config.answer_context == "question" else 0)
-        n = max(n, len(a) + 2, len(t) + 2)
+        q, a = (tokenizer.encode(t) for t in (p["question"], answer_text(p, config.answer_text)))
+        example, n = {"id": p["id"], "question": q, "answer": a}, max(len(q), len(a) + 1)
+        if hasattr(config, "target_text"):  # nanoJEPA: both views have special tokens
+            same = config.target_text == config.answer_text
+            t = example["target"] = a if same else tokenizer.encode(answer_text(p, config.target_text))
+            n = max(len(q) + 1 + (len(a) if config.answer_context == "question" else 0), len(a) + 2, len(t) + 2)
         if n > config.block_size:
             raise ValueError(f"problem {p['id']} needs a row of {n} tokens, more than --block_size {config.block_size}")
-        examples.append({"id": p["id"], "question": q, "answer": a, "target": t})
+        examples.append(example)
     return examples
 
 
@@ -570,10 +565,10 @@ class Batches:
 
     def measure(self, config) -> np.ndarray:
         """The lengths [n, 2] by which examples are grouped."""
-        q, a, t = np.array([[len(e[k]) for k in ("question", "answer", "target")] for e in self.examples],
+        q, a, t = np.array([[len(e.get(k, ())) for k in ("question", "answer", "target")] for e in self.examples],
                            dtype=float).T
         # with `question` one row, and the target's; without one (lambda_jepa = 0) the batches stay the same
-        return np.stack([q, a] if config.answer_context != "question" else [q + a, t], axis=1)
+        return np.stack([q + a, t] if getattr(config, "answer_context", "") == "question" else [q, a], axis=1)
 
     def indices(self, index: int) -> np.ndarray:
         """Which examples make a batch."""
@@ -605,7 +600,7 @@ def collate(examples: list[dict], config, device=None, packed: bool = False) -> 
     (answer_context = isolated, target = the answer itself).
     """
     eos_id, pred_id = config.vocab_size - 2, config.vocab_size - 1
-    questions = [question_row(e["question"], pred_id) for e in examples]
+    questions = [[*e["question"], pred_id] for e in examples]
     answers = [answer_row(e["answer"], eos_id) for e in examples]
     batch, n_question = {}, torch.tensor([len(q) for q in questions])
     batch["pred_at"] = n_question - 1
@@ -779,20 +774,15 @@ def pack(lengths: list[int], block_size: int) -> list[list[int]]:
 
 def collate_documents(rows: list[list[dict]], config, rng, device=None) -> dict:
     """Rows of documents -> the batch that TJEPA.forward documents; without rng nothing is masked."""
-    T = max(sum(len(d["tokens"]) for d in row) for row in rows)
-    idx, positions = torch.zeros(len(rows), T, dtype=torch.long), torch.zeros(len(rows), T, dtype=torch.long)
-    segment, is_target = torch.full((len(rows), T), -1), torch.zeros(len(rows), T, dtype=torch.bool)
-    for b, row in enumerate(rows):
-        at = 0
-        for number, d in enumerate(row):
-            here = slice(at, at := at + len(d["tokens"]))
-            idx[b, here], positions[b, here] = torch.tensor(d["tokens"]), torch.arange(len(d["tokens"]))
-            segment[b, here] = number
-            if rng is not None:
-                is_target[b, here] = torch.from_numpy(draw_spans(d, config, rng).repeat(d["sentences"]))
-    batch = {"idx": idx, "positions": positions, "segment": segment, "is_target": is_target}
-    n = int((segment >= 0).sum())
-    return {**move(batch, device), "n_tokens": n, "n_filled": n, "n_slots": idx.numel()}
+    def laid_out(of_tokens, fill: int = 0):
+        return pad_rows([[x for item in enumerate(row) for x in of_tokens(*item)] for row in rows], fill)
+
+    batch = {"idx": laid_out(lambda i, d: d["tokens"]), "positions": laid_out(lambda i, d: range(len(d["tokens"]))),
+             "segment": laid_out(lambda i, d: [i] * len(d["tokens"]), -1),
+             "is_target": laid_out(lambda i, d: [False] * len(d["tokens"]) if rng is None else
+                                   draw_spans(d, config, rng).repeat(d["sentences"]).tolist()).bool()}
+    n = int((batch["segment"] >= 0).sum())
+    return {**move(batch, device), "n_tokens": n, "n_filled": n, "n_slots": batch["idx"].numel()}
 
 
 def packed(documents: list[dict], config, device, masks: bool = True):

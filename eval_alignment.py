@@ -554,7 +554,7 @@ def evaluate_answers(run: str, args) -> dict:
     tokenizer, problems = runs.load_tokenizer(run, config), held_out(args, config)
     if len(problems) < 2:
         raise ValueError(f"{len(problems)} problem: a pair is needed to mismatch, raise --limit")
-    examples = jobs.encode_answers(problems, tokenizer, config)
+    examples = data.encode_problems(problems, tokenizer, config)
     losses = jobs.answer_losses(model, examples, config, model.text_encoder.embed.weight.device)
     own, other, n = losses["lm_loss"][:, 0], losses["lm_loss_shuffled"][:, 0], losses["lm_loss"][:, 1]
     draws = np.random.default_rng(args.seed).integers(0, len(n), (1000, len(n)))

@@ -239,17 +239,6 @@ def chain_features(z: torch.Tensor) -> np.ndarray:
     return torch.cat((z[-1], z[1:].mean(0) if len(z) > 1 else z[0], z[0])).float().numpy()
 
 
-def candidate_folder(config, args) -> Path:
-    """Latents of the candidates that the arguments name: given, in a file, or written by the run's LLM."""
-    if args.latents:
-        return Path(args.latents)
-    if args.candidates:
-        return extract.latents_of_file(config, "candidates", args.candidates, device=args.device, limit=args.limit,
-                                       llm=args.llm)
-    dataset = args.dataset or config.dataset
-    return extract.written_for(config, eval_alignment.held_out(args, config), dataset, args.split, args)
-
-
 def evaluate_candidates(run: str, args) -> dict:
     """Ways of picking one of a question's labelled candidates -> {"n", "k", "random", "oracle", "methods"}.
 
@@ -262,7 +251,11 @@ def evaluate_candidates(run: str, args) -> dict:
     where none is left): the gate does not know the answer.
     """
     model, config = infer.load_world_model(run, args.device)
-    folder = candidate_folder(config, args)
+    folder = args.latents or (
+        extract.latents_of_file(config, "candidates", args.candidates, device=args.device, limit=args.limit,
+                                llm=args.llm) if args.candidates else
+        extract.written_for(config, eval_alignment.held_out(args, config), args.dataset or config.dataset, args.split,
+                            args))
     rows, manifest = latents.load_latents(folder)
     latents.check_same_llm(config, manifest, f"{run} and {folder}")
     rows = latents.first_problems(rows, args.limit)

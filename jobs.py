@@ -98,10 +98,7 @@ class Job:
 
 
 class TextJob(Job):
-    """What the loop needs to train NanoJEPA: its data, its batches, its evaluation.
-
-    The tokenizer is the run folder's own, else GPT-2's or a BPE trained here; sets config.vocab_size to the true size.
-    """
+    """What the loop needs to train NanoJEPA: its data, its batches, its evaluation."""
 
     def __init__(self, config, out: Path):
         self.config, asked_vocab_size = config, config.vocab_size
@@ -119,10 +116,7 @@ class TextJob(Job):
         return data.collate(self.batches(index), self.config, device)
 
     def figures(self, model, device, autocast) -> dict:
-        """Held-out lm_loss, jepa_loss and the collapse diagnostics of model.alignment; draws no random number.
-
-        First takes the latents' statistics from training examples.
-        """
+        """Held-out lm_loss, jepa_loss and the collapse diagnostics of model.alignment; draws no random number."""
         config, total, n = self.config, 0.0, 0
         by_length = sorted(self.val, key=lambda e: len(e["question"]) + len(e["answer"]))
         for start in range(0, len(by_length), config.batch_size):
@@ -483,11 +477,11 @@ class AnswerJob(Job):
         if self.start is None:
             self.tokenizer = pick_tokenizer(config, out, [data.document_text(p) for p in train])
         config.vocab_size, config.context_dim = self.tokenizer.vocab_size, config.encoder_n_embd
-        self.train, self.val = (encode_answers(p, self.tokenizer, config) for p in (train, val))
+        self.train, self.val = (data.encode_problems(p, self.tokenizer, config) for p in (train, val))
         known = runs.encoder_block_size(config)
         if longer := sum(len(e["question"]) > known for e in self.train):
             runs.say(f"{longer} questions are longer than the {known} tokens a row that the encoder was trained on")
-        self.batches = AnswerBatches(self.train, config)
+        self.batches = data.Batches(self.train, config)
         self.identity = {"vocab_size": asked_vocab_size, "tokenizer": runs.tokenizer_digest(self.tokenizer),
                          "encoder": config.world, "training problems": runs.digest_of_list(self.train)}
 
@@ -503,25 +497,6 @@ class AnswerJob(Job):
         with autocast():
             losses = answer_losses(model, self.val, self.config, device)
         return {name: float(np.average(a[:, 0], weights=a[:, 1])) for name, a in losses.items()}
-
-
-class AnswerBatches(data.Batches):
-    """Deterministic batches of questions and answers of like length."""
-
-    def measure(self, config) -> np.ndarray:
-        return np.array([[len(e["question"]), len(e["answer"])] for e in self.examples], dtype=float)
-
-
-def encode_answers(problems: list[dict], tokenizer, config) -> list[dict]:
-    """Problems -> {"id", "question", "answer": token ids}. Raises ValueError naming one that is too long."""
-    examples = []
-    for p in problems:
-        q, a = (tokenizer.encode(t) for t in (p["question"], data.answer_text(p, config.answer_text)))
-        if max(len(q), len(a) + 1) > config.block_size:
-            raise ValueError(f"problem {p['id']} has a question of {len(q)} and a response of {len(a) + 1} tokens; "
-                             f"both must fit --block_size {config.block_size}")
-        examples.append({"id": p["id"], "question": q, "answer": a})
-    return examples
 
 
 def collate_answers(examples: list[dict], eos: int, device, questions: list[dict] = ()) -> dict:

@@ -34,28 +34,14 @@ import tyro
 
 import data
 import infer
+import pictures as pic
 import verify
 from config import check, plain_errors
 from evaluate_accuracy import majority
 from llm import generate, written_steps
 from memory import Memory, checked
-from model import answer_row, attn_allowed, question_row
-from pictures import (
-    COSINE,
-    CSS,
-    RANGE,
-    arithmetic,
-    bars,
-    changed,
-    chip,
-    curve,
-    figures,
-    legend,
-    listed,
-    mask_picture,
-    scatter,
-    tag,
-)
+from model import answer_row, attn_allowed
+from pictures import COSINE, CSS, RANGE, arithmetic, bars, changed, chip, curve, figures, legend, listed, scatter, tag
 from runs import encoder_block_size, is_run, load_config, load_run, load_tokenizer, pick_device
 
 WORLDS = {  # R-JEPA runs that the page offers, and what makes them
@@ -442,12 +428,12 @@ class Demo:
         chart = [tag("h4", "Cosine of [PRED] with the latents of answers"), bars(rows, int(np.argmax(cos))),
                  legend(*COSINE)] if cos else []
         spoken = tokenizer.encode(texts[0] if texts else "#### 0")
-        q, a = question_row(ids[:8], model.pred_id), answer_row(spoken[:8], model.eos_id)
+        q, a = [*ids[:8], model.pred_id], answer_row(spoken[:8], model.eos_id)
         allowed = attn_allowed(torch.tensor([[0] * len(q) + [1] * len(a)]))[0]
         words = [[tokenizer.decode([i]).strip() or "␣" for i in ids] for ids in (q[:-1], a[1:-1])]
         picture = tag("div", tag("h4", "Greedy answer"), tag("pre", answer or "(nothing)"), *chart,
                       tag("h4", "Isolation: the two views"),
-                      mask_picture([*words[0], "[PRED]", "[EOS]", *words[1], "[EOS]"], allowed),
+                      pic.mask_picture([*words[0], "[PRED]", "[EOS]", *words[1], "[EOS]"], allowed),
                       legend(("cell", "row may look at column"), ("empty", "may not")),
                       tag("p", "The first tokens of both views. [PRED] sees the question and nothing of the answer. "
                                f"The text is written with answer_context = {config.answer_context}."))

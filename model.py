@@ -400,13 +400,8 @@ class Model(nn.Module):
 # ----------------------------------------------------------------------------- nanoJEPA
 
 
-def question_row(question: list[int], pred_id: int) -> list[int]:
-    """The question view: its tokens, then [PRED]."""
-    return question + [pred_id]
-
-
 def answer_row(answer: list[int], eos_id: int) -> list[int]:
-    """The answer view: [EOS] as start, its tokens, [EOS]; `pool_weights` makes one latent of its states."""
+    """The answer view: [EOS] as start, its tokens, [EOS]; the question's is its tokens and [PRED]."""
     return [eos_id, *answer, eos_id]
 
 
@@ -644,7 +639,7 @@ class NanoJEPA(Model):
         Special tokens are added here. The answer's latent comes from the target encoder (its EMA copy where
         config.target_encoder says so). Raises ValueError for an empty text or one longer than config.block_size.
         """
-        q_rows = self.check_rows([question_row(q, self.pred_id) for q in questions], "question", 2)
+        q_rows = self.check_rows([[*q, self.pred_id] for q in questions], "question", 2)
         a_rows = self.check_rows([answer_row(a, self.eos_id) for a in answers], "answer", 3)
         with self.evaluating():
             return (in_batches(q_rows, batch_size, self.predict_latent),
@@ -673,13 +668,9 @@ class NanoJEPA(Model):
 
     @torch.no_grad()
     def generate(self, questions: list[list[int]], max_new_tokens: int, temperature: float = 0.0, seed: int = 0):
-        """Answers token by token with a KV cache -> list of B token lists, without specials, up to [EOS].
-
-        Greedy at temperature 0, else sampled from a generator of its own. What the answer is conditioned on follows
-        from config.answer_context: nothing, the predicted latent, or the question.
-        """
+        """Answers to questions (token ids), see `write`; what they follow from, config.answer_context says."""
         device, B = self.embed.weight.device, len(questions)
-        rows = self.check_rows([question_row(q, self.pred_id) for q in questions], "question", 2)
+        rows = self.check_rows([[*q, self.pred_id] for q in questions], "question", 2)
         with self.evaluating():
             if self.config.answer_context == "question":
                 lengths = torch.tensor([len(r) for r in rows], device=device)
@@ -897,10 +888,7 @@ def mean_error(z_pred, z_target, is_target, counts):
 
 
 class Guidance(Model):
-    """NUDGE's head: a bias over the LLM's vocabulary from the predicted next step and the state of the current token.
-
-    Trained with LLM and R-JEPA frozen: cross-entropy of logits + bias, plus lambda_bias times the mean square of bias.
-    """
+    """NUDGE's head: a bias over the LLM's vocabulary from the predicted next step and the current token's state."""
 
     def __init__(self, config):
         super().__init__()
@@ -1161,10 +1149,7 @@ class DistilledEncoder(Model):
 
 
 class SpeakingTJEPA(Model):
-    """T-JEPA's second phase: a TextEncoder reads the question, a Speaker that attends to it writes the response.
-
-    The encoder is frozen unless config.train_encoder.
-    """
+    """T-JEPA's second phase: a TextEncoder reads the question, a Speaker that attends to it writes the response."""
 
     def __init__(self, config):
         super().__init__()

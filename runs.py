@@ -1,7 +1,5 @@
 """Run folders: what a run writes, how it is loaded, on which device; used by every script.
 
-A run folder holds model.safetensors, config.json, state.pt (what resuming needs), log.jsonl and its plots.
-
     python runs.py --run out/rjepa-small --folder pretrained/rjepa-smollm2      # what is needed to use it, in bf16
 """
 

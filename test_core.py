@@ -396,7 +396,7 @@ def test_generation_with_the_cache_equals_recomputing(context):
     out = net.generate(questions, 8)
     assert out == [net.generate([q], 8)[0] for q in questions]
     for q, tokens in zip(questions, out, strict=True):
-        row = m.question_row(q, net.pred_id)
+        row = [*q, net.pred_id]
         x = net.embed(torch.tensor([row if context == "question" else [net.eos_id]]))
         if context == "latent":
             x = net.prefix(net.predict_latent([row]))[:, None]
@@ -2913,7 +2913,7 @@ def test_phase_two_leaves_the_encoder_as_it_was_and_trains_the_speaker_alone(thi
         assert torch.equal(a, b), name
     model, _ = runs.load_run(thinkers / "speak", "cpu")
     problems = data.synthetic_problems(6, "val", 1, 3)
-    batch = jobs.collate_answers(jobs.encode_answers(
+    batch = jobs.collate_answers(data.encode_problems(
         problems, runs.load_tokenizer(thinkers / "speak", config), config), model.eos_id, "cpu")
     for trained in (False, True):
         model = m.SpeakingTJEPA(dataclasses.replace(config, train_encoder=trained))
@@ -2925,7 +2925,7 @@ def test_phase_two_leaves_the_encoder_as_it_was_and_trains_the_speaker_alone(thi
 def test_answer_losses_are_those_of_the_question_named_and_in_the_order_given(thinkers):
     model, config = runs.load_run(thinkers / "speak", "cpu")
     tokenizer = runs.load_tokenizer(thinkers / "speak", config)
-    examples = jobs.encode_answers(data.synthetic_problems(7, "val", 1, 3), tokenizer, config)
+    examples = data.encode_problems(data.synthetic_problems(7, "val", 1, 3), tokenizer, config)
     losses = jobs.answer_losses(model, examples, config, "cpu")
 
     @torch.no_grad()

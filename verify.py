@@ -433,14 +433,6 @@ def check_program(problem, completion, timeout_s=10, memory_mb=512, allow_unsafe
 
 # ----------------------------------------------------------------------------- problems and chains
 
-def _final_answer(steps):
-    """(the answer that the last step declares with ####, A: or \\boxed, or None; else what its last equation gives)."""
-    last = steps[-1]
-    if STRICT.search(last) or DECLARED.search(last):
-        return extract_answer(last), None
-    return None, extract_answer(last.rpartition("=")[2] if "=" in last else last, "flexible")
-
-
 def _field(record, kind, name, types):
     """record[name], or a ValueError that says what `kind` of record lacks it."""
     value = record.get(name) if isinstance(record, dict) else None
@@ -485,8 +477,10 @@ def _validate_number(problem, steps, stated):
     truth = _field(problem, f"problem {problem.get('id', '')!r}", "answer", str)
     if answer_value(truth) is None:
         raise ValueError(f"problem {problem.get('id', '')!r}: field 'answer' holds no number: {truth!r:.60}")
-    declared, implied = _final_answer(steps)
-    answers = [answer for answer in (stated, declared) if answer is not None] or [implied]
+    last = steps[-1]
+    declared = extract_answer(last) if STRICT.search(last) or DECLARED.search(last) else None
+    answers = [answer for answer in (stated, declared) if answer is not None] or [
+        extract_answer(last.rpartition("=")[2] if "=" in last else last, "flexible")]  # of its last equation
     for answer in answers:
         if answer is None or answer_value(answer) is None:
             return Verdict(False, "no_answer", f"no number in {answer or steps[-1]!r}")
