@@ -395,6 +395,11 @@ def test_generation_with_the_cache_equals_recomputing(context):
     questions = token_lists(4, 2, 11)
     out = net.generate(questions, 8)
     assert out == [net.generate([q], 8)[0] for q in questions]
+    full = dataclasses.replace(net.config, block_size=16)
+    with contextlib.ExitStack() as stack:
+        stack.callback(setattr, net, "config", net.config)
+        net.config = full  # a long row beside it does not cut a short one's answer
+        assert net.generate(questions, 16) == [net.generate([q], 16)[0] for q in questions]
     for q, tokens in zip(questions, out, strict=True):
         row = [*q, net.pred_id]
         x = net.embed(torch.tensor([row if context == "question" else [net.eos_id]]))
@@ -604,6 +609,16 @@ def test_prompts_are_those_of_the_field(tmp_path):
     arc = data.load_problems("arc_easy", "test", str(tmp_path))[0]
     assert benchmarks.prompt(benchmarks.BENCHMARKS["arc_easy"], arc) == "Question: Which animal barks?\nAnswer:"
     assert benchmarks.continuations(arc) == [" a cat", " a dog", " a fish"]
+
+
+def test_problems_may_have_ids_that_are_numbers_and_columns_of_their_own(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"id": i, "question": "1+1?", "answer": "#### 2", "label": 1}
+                                           for i in range(40)])
+    assert {type(p["id"]) for p in data.load_problems("gsm8k", "train", str(tmp_path))} == {str}
+    assert train.load_run is runs.load_run
+    for module in (eval_alignment, evaluate_accuracy):
+        with pytest.raises(SystemExit, match="guide"):
+            module.main([str(ROOT / "pretrained/rjepa-student-guide"), "--limit", "3", "--device", "cpu"])
 
 
 def test_benchmarks_group_and_refuse(tmp_path):
