@@ -180,6 +180,8 @@ def fit_weights(model, rows: list[dict], seed: int = 1, folds: int = 5) -> dict:
         raise ValueError("the candidates' latents hold no logprobs: extract with --logprobs")
     if right.all() or not right.any():
         raise ValueError("right and wrong candidates are needed, these are all of one kind")
+    if len(ids) < 2:
+        raise ValueError("candidates of at least two questions are needed")
     x = np.stack((logprob, [-chain_energy(e) for e in energies(model, [r["h"] for r in rows])]), 1)
 
     def weights(at):
@@ -199,9 +201,6 @@ def fit_weights(model, rows: list[dict], seed: int = 1, folds: int = 5) -> dict:
         return float(np.mean([right[m[score[m].argmax()]] for m in members]))
 
     alpha, beta = map(float, weights(np.full(len(rows), True)))
-    if alpha == beta == 0 or len(ids) < 2:
-        raise ValueError("neither logprob nor energy is higher where these candidates are right, or they are of one "
-                         "question: nothing was fitted")
     return {"alpha": alpha, "beta": beta, "n": len(ids), "accuracy": accuracy(scores),
             "random": float(np.mean([right[m].mean() for m in members])), "logprob": accuracy(logprob),
             "energy": accuracy(x[:, 1])}
@@ -584,6 +583,8 @@ def run_rerank(args: Rerank) -> dict:
         fitted = {"world": weights_digest(args.run), **fit_weights(model, rows, args.seed)}
         if fitted["n"] < 50:
             print(f"{fitted['n']} questions are few: the weights may be far off")
+        if fitted["alpha"] == fitted["beta"] == 0:
+            print("neither logprob nor energy is higher where these candidates are right: weights of 0 rank nothing")
         write_jsonl(path := Path(args.run) / "rerank.json", [fitted])
         return {"fitted": str(path), **fitted}
     weights = {"alpha": args.alpha, "beta": args.beta}
