@@ -532,7 +532,8 @@ JOBS = {cfg.NanoJEPAConfig: TextJob, cfg.RJEPAConfig: LatentJob, cfg.GuideConfig
 
 def default_latents(config) -> Path:
     """Where the latents of a job lie unless --latents names a folder: the name follows from what is extracted."""
-    files = sorted(Path(config.data_dir).rglob("train*")) if config.data_dir else []
+    folders = [Path(config.data_dir), Path(config.data_dir) / config.dataset] if config.data_dir else []
+    files = [path for folder in folders for path in sorted(folder.glob("train*"))]
     which = [config.limit, config.data_dir, config.seed,
              *(hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file())]
     if config.dataset == "synthetic":

@@ -2630,6 +2630,14 @@ def test_what_an_llm_that_was_trained_again_has_made_is_not_taken_for_the_new_on
     run(tmp_path / "llm", max_steps=2, overwrite=True)
     assert len(names | {jobs.default_latents(config)}) == 3
     assert jobs.default_latents(cfg.RJEPAConfig(llm="Qwen/Qwen3-8B")).name.startswith("gsm8k-Qwen-Qwen3-8B-layer")
+    local = cfg.RJEPAConfig(data_dir=str(tmp_path))
+    for text in ("a", "b"):  # other problems in a file of the same name; a folder of weights that was fine-tuned
+        (tmp_path / "train.jsonl").write_text(text)
+        names.add(jobs.default_latents(local))
+        (tmp_path / "model.safetensors").write_text(text * 9)
+        names.add(runs.llm_label(cfg.RJEPAConfig(llm="base"), str(tmp_path)))
+        (tmp_path / "model.safetensors").unlink()
+    assert len(names) == 2 + 4
 
 
 def test_a_step_is_said_again_until_its_arithmetic_holds():
