@@ -35,7 +35,6 @@ import jobs
 import latents
 import runs
 import verify
-from config import AnswerConfig, RJEPAConfig, TextConfig, TJEPAConfig, not_negative, plain_errors, shares
 from model import TextEncoder, alignment, latent_figures, wilson
 
 
@@ -54,7 +53,7 @@ class Problems:
     device: str = "auto"
 
     def __post_init__(self):
-        not_negative(self, "limit seed")
+        cfg.not_negative(self, "limit seed")
 
 
 @dataclass
@@ -71,8 +70,8 @@ class Args(Problems):
 
     def __post_init__(self):
         super().__post_init__()
-        shares(self, "quantile")
-        not_negative(self, "decode_limit logprob_limit")
+        cfg.shares(self, "quantile")
+        cfg.not_negative(self, "decode_limit logprob_limit")
 
 
 def held_out(args, config) -> list[dict]:
@@ -266,6 +265,8 @@ def evaluate_plan(run: str, args) -> dict:
         raise ValueError(f"{folder} holds no verified chain of a training split")
     mean_of = {k: space(torch.stack([z[min(k, len(z) - 1)] for z in seen]).float()).mean(0) for k in set(holes)}
     x = [space(z) for z in whole]
+    if n_weighed := min(args.logprob_limit, len(chains)):
+        print(f"{n_weighed} chains, of each 100 candidates for the LLM to weigh (--logprob_limit)", flush=True)
     ranks, predicted, predicted_next = {}, model.w_out(context[:, 0]), model.w_out(ahead)
     for c, k in enumerate(holes):
         own = [s for s in range(1, len(x[c])) if s != k]
@@ -508,7 +509,7 @@ def evaluate_tjepa(run: str, args) -> dict:
     encoder, config, tokenizer = runs.load_encoder(run, args.device)
     device, own_text, result = encoder.embed.weight.device, getattr(config, "text", ""), {}
     problems = held_out(args, config) if args.dataset or not own_text else []
-    if isinstance(config, TJEPAConfig):
+    if isinstance(config, cfg.TJEPAConfig):
         if own_text:
             print("documents: the run's own held-out ones, which its evaluations have seen")
         texts = (data.load_texts(config, "val")[: args.limit or None] if own_text
@@ -576,12 +577,12 @@ def print_figures(result: dict, name: str = ""):
             print(f"{name + key:40}{value:.4f}" if isinstance(value, float) else f"{name + key:40}{value}")
 
 
-@plain_errors()
+@cfg.plain_errors()
 def main(argv=None):
     args = tyro.cli(Args, args=argv)
     config = runs.load_config(args.run)[1]
-    is_rjepa = isinstance(config, RJEPAConfig)
-    if args.teacher and (not isinstance(config, TextConfig) or isinstance(config, AnswerConfig)):
+    is_rjepa = isinstance(config, cfg.RJEPAConfig)
+    if args.teacher and (not isinstance(config, cfg.TextConfig) or isinstance(config, cfg.AnswerConfig)):
         raise ValueError(f"--teacher is for encoders of T-JEPA, pre-trained or distilled; {args.run} is none")
     if (args.latents or args.step_errors or args.plan) and not is_rjepa:
         raise ValueError(f"--latents, --step_errors and --plan are for R-JEPA runs; {args.run} is none")
@@ -589,8 +590,8 @@ def main(argv=None):
         evaluate = evaluate_plan if args.plan else evaluate_step_errors if args.step_errors else evaluate_rjepa
         result = evaluate(args.run, args)
         print_figures(result)
-    elif isinstance(config, TextConfig):
-        result = (evaluate_answers if isinstance(config, AnswerConfig) else evaluate_tjepa)(args.run, args)
+    elif isinstance(config, cfg.TextConfig):
+        result = (evaluate_answers if isinstance(config, cfg.AnswerConfig) else evaluate_tjepa)(args.run, args)
         print_figures(result)
     elif isinstance(config, (cfg.GuideConfig, cfg.SpeakConfig)):
         raise ValueError(f"{args.run} is a guide or Speaker of an R-JEPA: evaluate_accuracy.py --method nudge and "

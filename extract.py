@@ -18,7 +18,7 @@ however many processes.
 """
 
 import contextlib
-import hashlib
+import itertools
 import json
 import os
 import sys
@@ -235,8 +235,8 @@ def ask_endpoint(args, splits: list[tuple[str, list[dict]]]) -> dict:
     path, problems = Path(args.out) / "chains.jsonl", [p for _, part in splits for p in part]
     split_of = {p["id"]: split for split, part in splits for p in part}
     if args.overwrite and path.is_file():
-        n_old = len(list(path.parent.glob("chains.jsonl.old*")))
-        os.replace(path, path.with_suffix(f".jsonl.old{n_old or ''}"))  # they may have cost money
+        olds = (path.with_suffix(f".jsonl.old{n or ''}") for n in itertools.count())
+        os.replace(path, next(old for old in olds if not old.exists()))  # they may have cost money
     if path.is_file() and not path.read_bytes().endswith(b"\n"):  # a half-written line
         whole = path.read_bytes().rpartition(b"\n")[0]
         runs.write_atomic(path, lambda p: p.write_bytes(whole + b"\n" * bool(whole)))
@@ -408,7 +408,7 @@ def latents_of_file(config, kind: str, path: str, device: str = "auto", limit: i
 
     Extracted where it is not there yet, into out/latents.
     """
-    data_hash = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
+    data_hash = runs.digest_file(path)[:8]
     name = f"{kind}-{data_hash}-{limit}-{runs.llm_label(config, llm)}-layer{config.layer}-{config.pooling}"
     folder = Path("out/latents") / name
     if not (folder / "manifest.json").is_file():

@@ -11,7 +11,6 @@ are of held-out data, and `write(folder)`.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import sys
@@ -372,10 +371,10 @@ def span_figures(model, documents: list[dict], device) -> dict:
     """model.latent_figures of a TJEPA on documents under fixed masks, in the space that it is trained in.
 
     `copy` is the target of the visible token that is nearest to a hidden one; document_mean the mean of what the target
-    encoder makes of a document's visible tokens, seeing these alone, times the best factor for all; mse_gain
-    is by how much the prediction's error is lower than that mean's, with a 95 % interval (bootstrap of documents).
-    target_std and target_raw_effective_rank are
-    taken before standardising, which would hide a collapse; encoder_effective_rank before the head.
+    encoder makes of a document's visible tokens, seeing these alone, times the best factor for all; mse_gain is
+    by how much the prediction's error is lower than that mean's, with a 95 % interval (bootstrap of documents).
+    target_std and target_raw_effective_rank are taken before standardising, which would hide a collapse;
+    encoder_effective_rank before the head.
     """
     found = {name: [] for name in ("pred", "target", "copy", "document_mean", "encoder", "document")}
     for batch in data.packed(documents, model.config, device):
@@ -532,12 +531,12 @@ JOBS = {cfg.NanoJEPAConfig: TextJob, cfg.RJEPAConfig: LatentJob, cfg.GuideConfig
 
 def default_latents(config) -> Path:
     """Where the latents of a job lie unless --latents names a folder: the name follows from what is extracted."""
-    folders = [Path(config.data_dir), Path(config.data_dir) / config.dataset] if config.data_dir else []
-    files = [path for folder in folders for path in sorted(folder.glob("train*"))]
-    which = [config.limit, config.data_dir, config.seed,
-             *(hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file())]
     if config.dataset == "synthetic":
         which = [config.n_synthetic, config.max_problem_steps, config.seed]
+    else:
+        folders = [Path(config.data_dir), Path(config.data_dir) / config.dataset] if config.data_dir else []
+        files = [path for folder in folders for path in sorted(folder.glob("train*")) if path.is_file()]
+        which = [config.limit, config.data_dir, config.seed, *map(runs.digest_file, files)]
     which = runs.digest(json.dumps(which))[:6]
     llm = runs.llm_label(config)
     return Path("out/latents") / f"{config.dataset}-{llm}-layer{config.layer}-{config.pooling}-{which}"

@@ -64,7 +64,8 @@ def common_ending(steps: list[str]) -> list[str]:
 def chains_of_file(path: str, kind: str, limit: int = 0) -> list[dict]:
     """Records of a jsonl file of `chains`, `candidates` or `step_errors`. Raises ValueError naming file and field.
 
-    The file does not say which split it is from; ids that name a test problem mark it so.
+    A line's split is what its field says or, without one, follows from its problem's id: one that names a test problem
+    marks it so, and a twentieth of the others are `val`.
     """
     fields = {"chains": ["id", "question", "steps", "is_valid"], "candidates": ["id", "question", "candidates"],
               "step_errors": ["id", "question", "steps", "is_correct", "first_error_step"]}[kind]

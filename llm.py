@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from model import pad_rows
-from runs import digest, is_run, load_run, load_tokenizer, pick_device, pick_dtype, say, tokenizer_digest
+from runs import digest, digest_file, is_run, load_run, load_tokenizer, pick_device, pick_dtype, say, tokenizer_digest
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nano-jepa"
@@ -595,8 +595,8 @@ def convert_gguf(path: Path) -> str:
     """The folder with a GGUF file's dequantised weights (bf16) and tokenizer, made at the first use."""
     import transformers
 
-    with path.open("rb") as file:  # all of it: a fine-tune may share its size and most of its weights with its base
-        folder = CACHE / f"{path.stem}-{hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
+    # all of its bytes: a fine-tune may share its size and most of its weights with its base
+    folder = CACHE / f"{path.stem}-{digest_file(path)[:12]}"
     if not (folder / "config.json").is_file():
         say(f"dequantising {path.name} into {folder}, once")
         common = dict(pretrained_model_name_or_path=str(path.parent), gguf_file=path.name)

@@ -6,7 +6,6 @@ processes, sharded or not.
 """
 
 import contextlib
-import hashlib
 import shutil
 import warnings
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model import Block
-from runs import add_up, not_written, write_atomic
+from runs import add_up, digest_file, not_written, write_atomic
 
 
 def wrap(model, world: int, shard: bool, device: str):
@@ -158,8 +157,3 @@ def load_state(out: Path, model, optimizer, state: dict):
             load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except (CheckpointException, RuntimeError, ValueError) as error:
         raise ValueError(f"{folder} does not fit this run: {str(error)[:300]}") from None
-
-
-def digest_file(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

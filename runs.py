@@ -346,9 +346,14 @@ def encoder_block_size(config) -> int:
     return getattr(config, "encoder_block_size", 0) or config.block_size
 
 
+def digest_file(path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
 def weights_digest(folder) -> str:
     """Hash of a run's weights, by which what was made for them knows them again."""
-    return hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()[:16]
+    return digest_file(Path(folder) / "model.safetensors")[:16]
 
 
 def load_tokenizer(folder, config) -> data.Tokenizer:

@@ -1909,6 +1909,11 @@ def test_an_endpoint_is_asked_judged_and_resumed(tmp_path, capsys, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(SystemExit, match="AuthenticationError.*0 chains are in .*without --overwrite, adds"):
         ask(FakeServer(answer, 401), "--overwrite")
+    path.write_text(text)
+    with pytest.raises(SystemExit, match="AuthenticationError"):
+        ask(FakeServer(answer, 401), "--overwrite")
+    first, second = (path.with_suffix(f".jsonl.old{n}") for n in ("", "1"))  # what was paid for is never replaced
+    assert len(verify.read_jsonl(first)) == 36 and second.read_text() == text
 
 
 @pytest.mark.parametrize("family", FAMILIES)
