@@ -72,6 +72,12 @@ def result_of(capsys, main, *argv):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+def refused(error, match, call, *args, **options):
+    """The call ends in an error of this kind, whose message matches."""
+    with pytest.raises(error, match=match):
+        call(*args, **options)
+
+
 def driver(folder, script, target, before="pass", after="pass"):
     """The path of a program: a script of this folder, with a statement before or after each call of `target`.
 
@@ -426,12 +432,9 @@ def test_sampling_follows_its_seed():
 
 def test_encode_refuses_empty_and_overlong_texts():
     net = tiny_model(block_size=16)
-    with pytest.raises(ValueError, match="question 1 has 21 tokens.*block_size=16"):
-        net.encode([[1], [1] * 20], [[1], [1]])
-    with pytest.raises(ValueError, match="answer 0 is empty"):
-        net.encode([[1]], [[]])
-    with pytest.raises(ValueError, match="question 0 has"):
-        net.generate([[1] * 20], 4)
+    refused(ValueError, "question 1 has 21 tokens.*block_size=16", net.encode, [[1], [1] * 20], [[1], [1]])
+    refused(ValueError, "answer 0 is empty", net.encode, [[1]], [[]])
+    refused(ValueError, "question 0 has", net.generate, [[1] * 20], 4)
 
 
 def test_standardised_latents_have_mean_0_and_std_1_on_the_fitted_answers():
@@ -493,8 +496,7 @@ def test_batches_are_a_function_of_seed_and_index():
         assert len(ids) == len(set(ids)) == 48
     assert forward[:6] != forward[6:12]
     assert [e["id"] for e in data.Batches(rows, dataclasses.replace(config, seed=2))(0)] != forward[0]
-    with pytest.raises(ValueError, match="--batch_size 64"):
-        data.Batches(rows, tiny(batch_size=64))
+    refused(ValueError, "--batch_size 64", data.Batches, rows, tiny(batch_size=64))
 
 
 @pytest.mark.parametrize("context", ["isolated", "latent", "question"])
@@ -520,8 +522,7 @@ def test_tokenizers_round_trip(tmp_path):
     again = data.load_bpe(tmp_path / "tokenizer.tiktoken")
     assert again.ranks == bpe.ranks and again.encode(text) == bpe.encode(text)
     (tmp_path / "tokenizer.tiktoken").write_text("no tokens here")
-    with pytest.raises(ValueError, match="tokenizer.tiktoken is not a tokenizer"):
-        data.load_bpe(tmp_path / "tokenizer.tiktoken")
+    refused(ValueError, "tokenizer.tiktoken is not a tokenizer", data.load_bpe, tmp_path / "tokenizer.tiktoken")
 
 
 def test_gpt2_tokenizer():
@@ -584,8 +585,7 @@ def test_every_benchmark_reads_its_official_schema(name, tmp_path):
     first = next(tmp_path.rglob("*.jsonl"))
     for key in bench.fields:
         write_jsonl(first, [{k: v for k, v in row.items() if k != key}])
-        with pytest.raises(ValueError, match=f"row 0: .*{key}"):
-            data.load_problems(name, split, str(tmp_path))
+        refused(ValueError, f"row 0: .*{key}", data.load_problems, name, split, str(tmp_path))
 
 
 def test_prompts_are_those_of_the_field(tmp_path):
@@ -623,14 +623,12 @@ def test_problems_may_have_ids_that_are_numbers_and_columns_of_their_own(tmp_pat
 
 def test_benchmarks_group_and_refuse(tmp_path):
     assert len({benchmarks.three_sizes(task) for task in benchmarks.BBH}) == 23 and len(benchmarks.BBH) == 27
-    with pytest.raises(ValueError, match="humaneval has only test"):
-        data.load_problems("humaneval", "train", str(tmp_path))
+    refused(ValueError, "humaneval has only test", data.load_problems, "humaneval", "train", str(tmp_path))
     write_jsonl(tmp_path / "test.jsonl", [OFFICIAL_ROWS["hellaswag"][0] | {"label": ""}])
     with pytest.raises(ValueError, match="row 0.*labels of this split are not public, .* --split val"):
         data.load_problems("hellaswag", "test", str(tmp_path))
     write_jsonl(tmp_path / "test.jsonl", [ARC_ROW | {"answerKey": "E"}])
-    with pytest.raises(ValueError, match="row 0: not a row of allenai/ai2_arc"):
-        data.load_problems("arc_easy", "test", str(tmp_path))
+    refused(ValueError, "row 0: not a row of allenai/ai2_arc", data.load_problems, "arc_easy", "test", str(tmp_path))
     official = {"canary": "x", "examples": [{"input": "1 < 2 is", "target": "True"}]}
     for task in benchmarks.BBH:  # the files of the paper's own repository
         (tmp_path / f"{task}.json").write_text(json.dumps(official))
@@ -642,14 +640,12 @@ def test_benchmarks_group_and_refuse(tmp_path):
 
 
 def test_missing_and_malformed_data_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="--data_dir .*train.jsonl"):
-        data.load_problems("gsm8k", "train", str(tmp_path))
+    refused(FileNotFoundError, "--data_dir .*train.jsonl", data.load_problems, "gsm8k", "train", str(tmp_path))
     for text, message in [("", "train.jsonl: no rows"), ('{"question": "a"}\n', "row 0: field 'answer'"),
                           ('{"question": "a", "answer": "b"}\nno json\n', "line 2"),
                           ('{"question": "a", "answer": 3}\n', "row 0: field 'answer'")]:
         (tmp_path / "train.jsonl").write_text(text)
-        with pytest.raises(ValueError, match=message):
-            data.load_problems("gsm8k", "train", str(tmp_path))
+        refused(ValueError, message, data.load_problems, "gsm8k", "train", str(tmp_path))
 
 
 def test_offline_hub_names_the_remedies(monkeypatch):
@@ -686,8 +682,7 @@ def test_every_config_field_is_read_somewhere():
 
 
 def test_an_unknown_preset_shows_the_nearest():
-    with pytest.raises(SystemExit, match="Did you mean 'nanojepa-small'"):
-        cfg.parse_cli(["nanojepa-smal"])
+    refused(SystemExit, "Did you mean 'nanojepa-small'", cfg.parse_cli, ["nanojepa-smal"])
 
 
 @pytest.mark.parametrize("argv, named", [
@@ -707,8 +702,7 @@ def test_config_json_round_trip_and_damage():
     for text, message in [("{", "x is not"), ("[]", "x is not"), (wrong, "x: --n_layer 2"),
                           ('{"preset": "p", "job": "Other"}', "Other"),
                           ('{"preset": "p", "job": "NanoJEPAConfig", "lrr": 1}', "lrr")]:
-        with pytest.raises(ValueError, match=message):
-            cfg.from_json(text, "x")
+        refused(ValueError, message, cfg.from_json, text, "x")
 
 
 def run(folder, **fields):
@@ -766,14 +760,11 @@ def test_sigkill_at_any_write_loses_nothing(tmp_path, finished):
 def test_finished_foreign_and_changed_runs_are_refused(finished, tmp_path):
     folder, _ = finished
     before = weights(folder)
-    with pytest.raises(SystemExit, match="finished.*--overwrite"):
-        run(folder)
-    with pytest.raises(SystemExit, match="lr: 0.001 there, 0.5 here"):
-        run(folder, lr=0.5)
+    refused(SystemExit, "finished.*--overwrite", run, folder)
+    refused(SystemExit, "lr: 0.001 there, 0.5 here", run, folder, lr=0.5)
     assert weights(folder) == before
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(SystemExit, match="not a run of train.py"):
-        run(tmp_path)
+    refused(SystemExit, "not a run of train.py", run, tmp_path)
     run(tmp_path, overwrite=True, max_steps=1)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
@@ -790,8 +781,7 @@ def test_bad_input_changes_nothing(finished, tmp_path):
         run(tmp_path / "new", block_size=16)
     assert not (tmp_path / "new").exists()
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit, match="is a file"):
-        run(tmp_path / "file")
+    refused(SystemExit, "is a file", run, tmp_path / "file")
 
 
 @pytest.mark.parametrize("main, argv, message", [
@@ -808,8 +798,7 @@ def test_arguments_that_mean_nothing_are_refused_before_anything_is_read(main, a
 
 @pytest.mark.parametrize("kind, field, value", [(cfg.RJEPAConfig, "margin", 0.0), (cfg.SpeakConfig, "dropout", 1.0)])
 def test_values_that_make_nan_are_refused(kind, field, value):
-    with pytest.raises(ValueError, match=f"--{field} {value}"):
-        kind(init_from="out/run", **{field: value})
+    refused(ValueError, f"--{field} {value}", kind, init_from="out/run", **{field: value})
 
 
 def test_a_line_that_does_not_fit_leaves_nothing_behind(tmp_path):
@@ -817,8 +806,7 @@ def test_a_line_that_does_not_fit_leaves_nothing_behind(tmp_path):
     runs.append_line(path, {"a": 1})
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))
     try:
-        with pytest.raises(OSError, match="log.jsonl"):
-            runs.append_line(path, {"a": "long"})
+        refused(OSError, "log.jsonl", runs.append_line, path, {"a": "long"})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     runs.append_line(path, {"a": 2})
@@ -873,20 +861,16 @@ def stopped(folder, monkeypatch, start=run, **fields):
 def test_another_runs_state_is_refused(tmp_path, monkeypatch):
     stopped(tmp_path / "a", monkeypatch)
     stopped(tmp_path / "b", monkeypatch, seed=2)
-    with pytest.raises(FileNotFoundError, match="no finished run"):
-        runs.load_run(tmp_path / "a")
+    refused(FileNotFoundError, "no finished run", runs.load_run, tmp_path / "a")
     mine = (tmp_path / "a" / "state.pt").read_bytes()
     (tmp_path / "a" / "state.pt").write_bytes((tmp_path / "b" / "state.pt").read_bytes())
-    with pytest.raises(SystemExit, match="other settings .*config"):
-        run(tmp_path / "a")
+    refused(SystemExit, "other settings .*config", run, tmp_path / "a")
     (tmp_path / "a" / "state.pt").write_bytes(mine)
-    with pytest.raises(SystemExit, match="vocab_size: 300 there, 290 here"):
-        run(tmp_path / "a", vocab_size=290)
+    refused(SystemExit, "vocab_size: 300 there, 290 here", run, tmp_path / "a", vocab_size=290)
     bpe = tmp_path / "a" / "tokenizer.tiktoken"
     whole = bpe.read_text()
     bpe.write_text("".join(whole.splitlines(keepends=True)[:-2]))
-    with pytest.raises(SystemExit, match="tokenizer"):
-        run(tmp_path / "a")
+    refused(SystemExit, "tokenizer", run, tmp_path / "a")
     bpe.write_text(whole)
     run(tmp_path / "a")
 
@@ -901,20 +885,16 @@ def test_damaged_checkpoints_are_refused_by_name(finished, tmp_path):
                 run(tmp_path, max_steps=2) if name == "state.pt" else runs.load_run(tmp_path)
         (tmp_path / name).write_bytes(whole)
     torch.save({"weights": torch.zeros(2)}, tmp_path / "state.pt")
-    with pytest.raises(SystemExit, match="state.pt is not a training state"):
-        run(tmp_path, max_steps=2)
+    refused(SystemExit, "state.pt is not a training state", run, tmp_path, max_steps=2)
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace('"n_embd": 32', '"n_embd": 64'))
-    with pytest.raises(ValueError, match="model.safetensors does not hold"):
-        runs.load_run(tmp_path)
-    with pytest.raises(FileNotFoundError, match="config.json does not exist"):
-        runs.load_run(tmp_path / "nothing")
+    refused(ValueError, "model.safetensors does not hold", runs.load_run, tmp_path)
+    refused(FileNotFoundError, "config.json does not exist", runs.load_run, tmp_path / "nothing")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(m.NanoJEPA, "token_loss", lambda self, h, at, targets: h.sum() * math.inf)
-    with pytest.raises(SystemExit, match="at step 0: stopped.*state.pt"):
-        run(tmp_path)
+    refused(SystemExit, "at step 0: stopped.*state.pt", run, tmp_path)
 
 
 def test_evaluation_scripts_report_what_the_contract_names(finished, capsys):
@@ -983,8 +963,7 @@ def test_synthetic_is_deterministic_and_has_the_prefix_property():
     assert problems[:15] == data.synthetic_problems(15, "val", 5)
     assert problems[3]["id"] == "synthetic-val-5-3"
     assert problems[0]["question"] != data.synthetic_problems(1, "val", 6)[0]["question"]
-    with pytest.raises(ValueError, match="splits"):
-        data.synthetic_problems(1, "dev", 0)
+    refused(ValueError, "splits", data.synthetic_problems, 1, "dev", 0)
 
 
 def test_synthetic_splits_share_no_graph_and_have_all_lengths():
@@ -1133,8 +1112,7 @@ def test_extract_answer(text, mode, answer):
 
 
 def test_extract_answer_unknown_mode():
-    with pytest.raises(ValueError, match="loose"):
-        verify.extract_answer("1", "loose")
+    refused(ValueError, "loose", verify.extract_answer, "1", "loose")
 
 
 @pytest.mark.parametrize("text, value", [
@@ -1264,20 +1242,17 @@ def test_validate():
     ({"answer": "1"}, {"steps": [" "]}, "steps"), ({"answer": "1"}, {"steps": ["1"], "answer": 1}, "answer"),
 ])
 def test_validate_names_the_malformed_field(problem, chain, field):
-    with pytest.raises(ValueError, match=f"'{field}'"):
-        verify.validate(problem, chain)
+    refused(ValueError, f"'{field}'", verify.validate, problem, chain)
 
 
 def test_read_jsonl_errors_name_file_line_and_field(tmp_path):
     path = tmp_path / "rows.jsonl"
-    with pytest.raises(FileNotFoundError, match="rows.jsonl"):
-        verify.read_jsonl(path)
+    refused(FileNotFoundError, "rows.jsonl", verify.read_jsonl, path)
     for text, message in [("", "no rows"), ('{"a": 1}\n{"a": ', "rows.jsonl, line 2: no JSON"),
                              ("[1]\n", "line 1: expected an object"),
                           ('{"a": 1}\n\n{"b": 1}\n', "line 3: field 'a' is missing")]:
         path.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            verify.read_jsonl(path, ["a"])
+        refused(ValueError, message, verify.read_jsonl, path, ["a"])
     path.write_text('{"a": 1}\n{"a": 2}\n')
     assert verify.read_jsonl(path, ["a"], limit=1) == [{"a": 1}]
 
@@ -1296,8 +1271,7 @@ def test_command_line(tmp_path, capsys):
     assert check("--expression", "9**9**9**9") == {"valid": False, "reason": "too_large"}
     for args, message in [((), "exactly one"), (("--chains", "x", "--expression", "1"), "exactly one"),
                           (("--chains", tmp_path / "none.jsonl"), "none.jsonl")]:
-        with pytest.raises(SystemExit, match=message):
-            check(*args)
+        refused(SystemExit, message, check, *args)
 
 
 def test_gold_solutions_pass_the_gate():
@@ -1473,12 +1447,9 @@ def test_energy_is_what_hiding_each_step_by_hand_gives(mode):
             with torch.no_grad():
                 by_hand = (model.predict(x, visible, is_target)[0] - target[k]).abs().mean()
             assert torch.isclose(by_hand, energy[i, k], atol=1e-5)  # also: padding and company change nothing
-    with pytest.raises(ValueError, match="mode 'sideways'"):
-        model.energy(h, is_real, "sideways")
-    with pytest.raises(ValueError, match="width 5"):
-        model.energy(h[..., :5], is_real)
-    with pytest.raises(ValueError, match="not finite"):
-        model.energy(h.index_fill(0, torch.tensor(0), float("nan")), is_real)
+    refused(ValueError, "mode 'sideways'", model.energy, h, is_real, "sideways")
+    refused(ValueError, "width 5", model.energy, h[..., :5], is_real)
+    refused(ValueError, "not finite", model.energy, h.index_fill(0, torch.tensor(0), float("nan")), is_real)
 
 
 def test_coherence_is_the_rank_among_verified_energies():
@@ -1612,10 +1583,8 @@ def test_a_retrained_run_must_not_lose_on_the_held_out_set(tmp_path, capsys, mon
     monkeypatch.setattr(latents, "load_latents", lambda folder, *args: (
         [r | {"question": " Q5"} for r in rows], index) if str(folder) == str(asked_again) else real(folder, *args))
     fields |= {"latents": str(asked_again), "out_dir": str(tmp_path / "x")}
-    with pytest.raises(ValueError, match="holds a problem of --held_out .*q5"):
-        train.train("rjepa-small", rjepa_config(**fields))
-    with pytest.raises(ValueError, match="held_out.*needs --init_from"):
-        rjepa_config(held_out=str(here))
+    refused(ValueError, "holds a problem of --held_out .*q5", train.train, "rjepa-small", rjepa_config(**fields))
+    refused(ValueError, "held_out.*needs --init_from", rjepa_config, held_out=str(here))
 
 
 def test_a_run_starts_from_another_and_calibration_trains_adapters_alone(tmp_path, finished):
@@ -1631,12 +1600,10 @@ def test_a_run_starts_from_another_and_calibration_trains_adapters_alone(tmp_pat
         assert k.startswith(runs.ADAPTERS) or torch.equal(v, theirs[k]), k
     torch.manual_seed(1)
     assert (runs.build_model(config).w_in.weight - b.w_in.weight).abs().min() > 0
-    with pytest.raises(ValueError, match="dim: 12 there, 20 here"):
-        train.train("rjepa-small", rjepa_config(out_dir=more, **fields))
+    refused(ValueError, "dim: 12 there, 20 here", train.train, "rjepa-small", rjepa_config(out_dir=more, **fields))
     with pytest.raises(ValueError, match="preset 'quickstart'"):
         train.train("rjepa-small", rjepa_config(out_dir=more, **(fields | {"init_from": str(finished[0])})))
-    with pytest.raises(ValueError, match="needs --init_from"):
-        rjepa_config(adapters_only=True)
+    refused(ValueError, "needs --init_from", rjepa_config, adapters_only=True)
     assert not Path(more).exists()
     train.train("rjepa-small", rjepa_config(out_dir=more, **fields | {"latents": str(here), "lr": 1e-9}))
     assert torch.allclose(runs.load_run(more, "cpu")[0].w_in.weight, a.w_in.weight, atol=1e-6)
@@ -1827,10 +1794,8 @@ def test_a_benchmark_is_scored_as_its_kind(tmp_path, monkeypatch, capsys):
         found = run(name, max_new_tokens=4, **fields)
         assert found["metric"] in found["methods"] and all(0 <= m["accuracy"] <= 1 for m in found["methods"].values())
         assert len(found.get("subjects", {})) == 23 * (name == "bbh")
-    with pytest.raises(ValueError, match="--shots: bbh has no split with examples"):
-        run("bbh", shots=2)
-    with pytest.raises(ValueError, match="--chat and --k are for what an LLM writes"):
-        run("mmlu", k=2)
+    refused(ValueError, "--shots: bbh has no split with examples", run, "bbh", shots=2)
+    refused(ValueError, "--chat and --k are for what an LLM writes", run, "mmlu", k=2)
     with pytest.raises(ValueError, match="needs --dataset, one of gsm8k"):
         evaluate_accuracy.evaluate_llm("tiny", evaluate_accuracy.Args(run="tiny"))
     n, c, k = 10, 3, 4
@@ -1899,19 +1864,16 @@ def test_an_endpoint_is_asked_judged_and_resumed(tmp_path, capsys, monkeypatch):
     records = latents.chains_of_file(str(path), "chains")
     assert sum(r["is_valid"] for r in records) == sum(r["is_valid"] for r in there) and all(r["steps"] for r in records)
     assert {r["split"] for r in records} == {"test"} == {r["split"] for r in there}
-    with pytest.raises(SystemExit, match="of m temperature 0.8 .*--overwrite"):
-        ask(server, "--temperature", "1")
+    refused(SystemExit, "of m temperature 0.8 .*--overwrite", ask, server, "--temperature", "1")
     with runs.lock(tmp_path / "out", "--out"), pytest.raises(SystemExit, match="out: another process is writing there"):
         ask(server)
     monkeypatch.setattr(runs, "processes", lambda device: contextlib.nullcontext((0, 2)))
-    with pytest.raises(SystemExit, match="--endpoint asks a server.* run it without torchrun"):
-        ask(server)
+    refused(SystemExit, "--endpoint asks a server.* run it without torchrun", ask, server)
     monkeypatch.undo()
     with pytest.raises(SystemExit, match="AuthenticationError.*0 chains are in .*without --overwrite, adds"):
         ask(FakeServer(answer, 401), "--overwrite")
     path.write_text(text)
-    with pytest.raises(SystemExit, match="AuthenticationError"):
-        ask(FakeServer(answer, 401), "--overwrite")
+    refused(SystemExit, "AuthenticationError", ask, FakeServer(answer, 401), "--overwrite")
     first, second = (path.with_suffix(f".jsonl.old{n}") for n in ("", "1"))  # what was paid for is never replaced
     assert len(verify.read_jsonl(first)) == 36 and second.read_text() == text
 
@@ -1935,8 +1897,7 @@ def test_llm_families_give_their_hidden_states_and_logprobs(family, monkeypatch)
         close(out[1, "both"][i], torch.cat((mean[0], below[[e - 1 for _, e in units]]), 1))
         close(out[2, "last"][i], llm.step_latents(*CHAINS[i]))  # alone, without padding
         check_logprobs(means[i], row, units, whole[i].logits[0])
-    with pytest.raises(ValueError, match="--layer 4: .* -4 to 3"):
-        llm.choose(4, "last")
+    refused(ValueError, "--layer 4: .* -4 to 3", llm.choose, 4, "last")
 
 
 class Dictation:
@@ -1995,8 +1956,7 @@ def test_unit_spans_follow_the_last_visible_character():
         pieces, units = list(zip([0, *ends], ends, strict=False)), [(0, 5), (6, 14), (17, 21)]
         assert llms.unit_spans(pieces, text, units) == [(1, 3), (3, 6), (8, 10)]
         for bad in [(pieces, text, [*units, (15, 17)]), ([(0, 5), *pieces[3:]], text, units)]:  # blank; first token
-            with pytest.raises(ValueError, match="no token of its own"):
-                llms.unit_spans(*bad)
+            refused(ValueError, "no token of its own", llms.unit_spans, *bad)
     for question, steps in CHAINS:
         ids, spans = tiny_llm().encode(question, steps)
         assert [tiny_llm().tokenizer.decode(ids[b:e]).strip() for b, e in spans] == [question, *steps] and ids[0] == 0
@@ -2021,8 +1981,7 @@ def test_a_run_as_llm_reads_question_pred_steps(run_llm, finished):
         torch.testing.assert_close(h, torch.stack([full[0, b:e].mean(0) for b, e in spans]), atol=1e-5, rtol=1e-5)
         _, [means] = run_llm.latents([ids], [spans], [(2, "last")], logprobs=True)
         check_logprobs(means, ids, spans, F.linear(full[0], net.embed.weight[:pred].detach()), pred)
-    with pytest.raises(ValueError, match="answer_context = question"):
-        llms.load_llm(str(finished[0]), "cpu")
+    refused(ValueError, "answer_context = question", llms.load_llm, str(finished[0]), "cpu")
 
 
 @functools.cache
@@ -2102,17 +2061,14 @@ def test_an_extraction_killed_at_any_write_ends_in_the_same_bytes(tmp_path, run_
 def test_finished_foreign_and_other_extractions_are_refused(tmp_path):
     chains = extract_to(tmp_path / "a")
     before = contents(tmp_path / "a")
-    with pytest.raises(SystemExit, match="is finished.*--overwrite"):
-        extract_to(tmp_path / "a")
+    refused(SystemExit, "is finished.*--overwrite", extract_to, tmp_path / "a")
     (tmp_path / "a" / "manifest.json").unlink()
     for change, message in [(dict(wanted=[(1, "last")]), "layer: 2 there, 1 here"), (dict(chains=chains[1:]), "_hash")]:
-        with pytest.raises(SystemExit, match=message):
-            extract_to(tmp_path / "a", **change)
+        refused(SystemExit, message, extract_to, tmp_path / "a", **change)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "notes").write_text("mine")
     for name, message in [("b", "other files"), ("b/notes", "cannot be written to .File exists")]:
-        with pytest.raises(SystemExit, match=message):
-            extract_to(tmp_path / name)
+        refused(SystemExit, message, extract_to, tmp_path / name)
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["notes"]  # as it was, without a lock
     with runs.lock(tmp_path / "a", "--out"), pytest.raises(SystemExit, match="a: another process is writing there"):
         extract_to(tmp_path / "a")
@@ -2134,8 +2090,7 @@ def test_bad_chains_and_states_change_nothing(tmp_path, monkeypatch):
     assert contents(tmp_path) == before and not (tmp_path / "new").exists()
     norm = tiny_llm().model.model.layers[1].input_layernorm.weight
     monkeypatch.setattr(norm, "data", norm * torch.nan)
-    with pytest.raises(ValueError, match=f"chain {good['id']}: .*not finite at layer 2"):
-        extract_to(tmp_path / "new", chains=[good])
+    refused(ValueError, f"chain {good['id']}: .*not finite at layer 2", extract_to, tmp_path / "new", chains=[good])
     path = write_jsonl(tmp_path / "c.jsonl", [{"id": 1, "question": "q", "steps": [], "is_valid": True}])
     monkeypatch.setattr(extract, "load_llm", lambda *args: tiny_llm())
     with pytest.raises(SystemExit, match="error: chain 1: "):
@@ -2160,8 +2115,7 @@ def test_an_extraction_that_is_stopped_goes_on(tmp_path, monkeypatch, what):
     monkeypatch.setattr(llms.LLM, "latents", count)
     error, message = (OSError, "shard-00000.* could not be written .No space") if what == "full disk" else (
         KeyboardInterrupt, None)
-    with pytest.raises(error, match=message):
-        extract_to(tmp_path / "a")
+    refused(error, message, extract_to, tmp_path / "a")
     assert len(calls) <= 4  # of 8: not after all has been read
     assert list(contents(tmp_path / "a")) == ["shard-00000.safetensors"] * (what == "Ctrl-C")
     monkeypatch.undo()
@@ -2207,29 +2161,24 @@ def test_damaged_latents_are_named(tmp_path):
         for damaged, message in cases:
             path.write_bytes(damaged)
             for look in (latents.load_latents, extract_to) if there else (extract_to,):
-                with pytest.raises(ValueError, match=message.format(also)):
-                    look(tmp_path)
+                refused(ValueError, message.format(also), look, tmp_path)
             assert path.read_bytes() == damaged
     path.write_bytes(whole)
-    with pytest.raises(FileNotFoundError, match="run the same extract.py command again"):
-        latents.load_latents(tmp_path)
+    refused(FileNotFoundError, "run the same extract.py command again", latents.load_latents, tmp_path)
     extract_to(tmp_path)
     index = tmp_path / "index.parquet"
     rows = index.read_bytes()
     index.write_bytes(rows[:400] + bytes([rows[400] ^ 4]) + rows[401:])
-    with pytest.raises(ValueError, match="index.parquet is missing or damaged: delete manifest.json"):
-        latents.load_latents(tmp_path)
+    refused(ValueError, "index.parquet is missing or damaged: delete manifest.json", latents.load_latents, tmp_path)
     index.write_bytes(rows)
     for change, message in [({"llm": "other"}, "shard-0.* another .*llm"), ({"dim": 16}, "shard-0.*dim"),
                             ({"chains_hash": "0"}, "shard-0.*chains_hash"), ({"schema": 9}, "manifest")]:
         manifest.write_text(json.dumps(about | change))
-        with pytest.raises(ValueError, match=message):
-            latents.load_latents(tmp_path)
+        refused(ValueError, message, latents.load_latents, tmp_path)
     for damaged in (b"{", b"[]", b"\xff" + whole[:9]):
         manifest.write_bytes(damaged)
         for look in (latents.load_latents, extract_to):
-            with pytest.raises(ValueError, match="manifest.json is damaged .*: delete it, and run the same"):
-                look(tmp_path)
+            refused(ValueError, "manifest.json is damaged .*: delete it, and run the same", look, tmp_path)
     manifest.write_text(json.dumps(about))
     del header["file"]  # as they were written at first
     sums = header | {"sha256": latents.digest(tensors, header)}
@@ -2250,8 +2199,7 @@ def test_select_reads_what_sql_asks_for(tmp_path):
     assert latents.select(tmp_path, "true") == every and latents.select(tmp_path, "n_steps > 99") == []
     assert [r["id"] for r in wrong] == [r["id"] for r in every if not r["is_valid"]] != []
     for where in ("no_column > 1", "n_steps >", "drop table x"):
-        with pytest.raises(ValueError, match="--where " + where):
-            latents.select(tmp_path, where)
+        refused(ValueError, "--where " + where, latents.select, tmp_path, where)
 
 
 def test_gold_chains_and_their_counterfactuals():
@@ -2296,11 +2244,9 @@ def test_chains_of_files(tmp_path):
             ("step_errors", errors | {"first_error_step": "2"}, "p: field 'first_error_step'"),
             ("step_errors", errors | {"first_error_step": 3}, "p: field 'first_error_step'"),
             ("step_errors", errors | {"steps": ["", "b"]}, "p: field 'steps'")]:  # which step would be the wrong one?
-        with pytest.raises(ValueError, match=rf"c.jsonl, {field}"):
-            read(kind, **fields)
+        refused(ValueError, rf"c.jsonl, {field}", read, kind, **fields)
     args = SimpleNamespace(chains="", candidates="", step_errors="", dataset="synthetic", limit=0)
-    with pytest.raises(ValueError, match="--limit 0"):
-        latents.chains_to_extract(args)
+    refused(ValueError, "--limit 0", latents.chains_to_extract, args)
     rows = latents.chains_of_file(str(shared_data("step_errors/dev.jsonl")), "step_errors")
     assert all(1 <= r["wrong_step"] <= len(r["steps"]) and r["split"] == "test" for r in rows)
 
@@ -2423,8 +2369,7 @@ def test_plan_and_rerank_commands(world, capsys, tmp_path):
     assert found["decode"] == "llm"
     for f in found["filled"]:
         assert len(f["nearest"]) == 3 and f["nearest"][0]["cos"] >= f["nearest"][2]["cos"]
-    with pytest.raises(SystemExit, match="infer.py rerank"):
-        infer.main(["rerank", rjepa, "--question", QUESTION])
+    refused(SystemExit, "infer.py rerank", infer.main, ["rerank", rjepa, "--question", QUESTION])
     problems = data.synthetic_problems(12, "test", 3, 3)
     lines = []
     for p in problems:
@@ -2450,8 +2395,7 @@ def test_plan_and_rerank_commands(world, capsys, tmp_path):
     among = functools.partial(result_of, capsys, evaluate_accuracy.main, rjepa, "--latents", folder, "--device", "cpu",
                               "--k")  # fmt: skip
     methods = among(2)["methods"]  # one of the right ones
-    with pytest.raises(SystemExit, match="--k 4: .* holds 3 candidates"):
-        among(4)
+    refused(SystemExit, "--k 4: .* holds 3 candidates", among, 4)
     assert methods["majority"]["p_majority"] == 1 and 0 < methods["majority_logprob"]["p_logprob"] <= 1
     assert methods["random"]["accuracy"] == 0.5  # the gate sees neither labels nor answers, and finds them:
     assert all(methods[name]["accuracy"] == 1 for name in methods if name.startswith("gate")) and "gate" in methods
@@ -2494,8 +2438,7 @@ def test_a_published_run_is_used_as_the_run_is(world, tmp_path):
         assert torch.allclose(x["leave_one_out"], y["leave_one_out"], atol=0.02)
     infer.load_beside(folder, "", "guide", "cpu")  # tied to the published weights
     (tmp_path / "small" / "letter.txt").write_text("x")
-    with pytest.raises(ValueError, match="holds other files"):
-        runs.publish(rjepa, folder)
+    refused(ValueError, "holds other files", runs.publish, rjepa, folder)
 
 
 def test_what_came_of_use_is_logged_rated_exported_and_learned_from(world, capsys, tmp_path):
@@ -2548,10 +2491,8 @@ def test_written_chains_are_extracted_once_and_go_on_where_they_stopped(world, t
         truth = next(p for p in problems if p["id"] == r["problem_id"])
         answer = r["steps"][-1] if r["steps"] else ""
         assert r["is_valid"] == verify.check_answer(answer, data.answer_text(truth, "final"))
-    with pytest.raises(SystemExit, match="finished"):
-        go(tmp_path / "whole")
-    with pytest.raises(ValueError, match="test split"):
-        latents.training_chains(rows, manifest, "here")
+    refused(SystemExit, "finished", go, tmp_path / "whole")
+    refused(ValueError, "test split", latents.training_chains, rows, manifest, "here")
     for r in rows:  # as if written for training problems: right ones are paired with wrong ones of their problem
         r["split"] = "train"
     rows[0] |= {"is_valid": True}
@@ -2617,8 +2558,7 @@ def test_a_speaker_learns_to_say_what_its_context_holds(reading):
 
 
 def test_the_control_without_latents_never_sees_one():
-    with pytest.raises(ValueError, match="use_z.*--alone_share 0"):
-        cfg.SpeakConfig(use_z=False)
+    refused(ValueError, "use_z.*--alone_share 0", cfg.SpeakConfig, use_z=False)
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "context_dim": 8, "vocab_size": 12}
     for use_z in (True, False):
         net = m.Speaker(cfg.SpeakConfig(**shape, use_z=use_z, alone_share=0.0)).eval()
@@ -3143,8 +3083,7 @@ def test_bench_reports_ours_plain_and_ratio(capsys, monkeypatch, tmp_path):
     assert measure("--preset", "rjepa")["bench"]["attention"]["ratio"] > 0  # of `all`, each in a process of its own
     for argv, message in ((["--memory_gb", "24"], "caps the memory of a CUDA GPU"), (["--tokens", "10"], "makes 0 pr"),
                           (["--preset", "rjepa-small"], "needs one of the kind of nanojepa-small")):
-        with pytest.raises(SystemExit, match=message):
-            measure("nanojepa_gpt", *argv)
+        refused(SystemExit, message, measure, "nanojepa_gpt", *argv)
 
 
 def test_compiled_blocks_compute_the_same(monkeypatch):

@@ -30,6 +30,7 @@ import main
 import pictures
 from memory import Memory
 from runs import is_run
+from test_core import refused
 
 HERE = Path(__file__).parent
 WORLD = "pretrained/rjepa-student"
@@ -70,19 +71,16 @@ def test_every_text_is_escaped():
 
 @pytest.mark.parametrize("bad", [None, "", "  \n", "a" * 2001, 7, ["a"], {"a": 1}, "half \ud800"])
 def test_questions_are_checked(bad):
-    with pytest.raises(ValueError, match="question"):
-        main.text_of("question", bad, main.LIMITS["question"])
+    refused(ValueError, "question", main.text_of, "question", bad, main.LIMITS["question"])
 
 
 def test_steps_and_numbers_are_checked():
     assert main.steps_of(" a \n\n b\r\nc") == ["a", "b", "c"]
     for bad in ("\n".join("a" * 13), "a" * 501, 3, ["a"]):
-        with pytest.raises(ValueError, match="step"):
-            main.steps_of(bad)
+        refused(ValueError, "step", main.steps_of, bad)
     assert main.number("k", 8) == 8 and main.number("top_p", 1, False) == 1.0
     for bad in (0, 9, 2.5, float("nan"), float("inf"), -1, "3", None, True, [1], 10**400):
-        with pytest.raises(ValueError, match="k: must be"):
-            main.number("k", bad)
+        refused(ValueError, "k: must be", main.number, "k", bad)
 
 
 def test_marked_are_the_words_that_the_other_chain_has_not():
@@ -94,13 +92,11 @@ def test_marked_are_the_words_that_the_other_chain_has_not():
 def test_other_hosts_ask_for_a_password(capsys):
     for given, message in (({"host": "0.0.0.0"}, "--auth"), ({"host": "::"}, "--auth"), ({"port": 99999}, "port"),
                            ({"auth": "ann"}, "USER:PASSWORD"), ({"auth": ":x", "host": "0.0.0.0"}, "USER:PASSWORD")):
-        with pytest.raises(ValueError, match=message):
-            main.Args(**given)
+        refused(ValueError, message, main.Args, **given)
     with pytest.raises(SystemExit):
         main.main(["--host", "0.0.0.0"])
     assert "add --auth" in capsys.readouterr().err and main.Args(host="0.0.0.0", auth="ann:secret").auth
-    with pytest.raises(SystemExit, match="no-such-run"):
-        main.main(["--run", "no-such-run"])
+    refused(SystemExit, "no-such-run", main.main, ["--run", "no-such-run"])
 
 
 def test_a_missing_model_names_the_command(monkeypatch, tmp_path):
@@ -111,8 +107,7 @@ def test_a_missing_model_names_the_command(monkeypatch, tmp_path):
     for part in ("nowhere/world is missing", "python train.py nano", "python train.py tjepa"):
         assert part in page
     for call in (empty.score("nowhere/world", "q", "s"), empty.nano("q", "", 8), empty.speak("q", 0, 1, 8)):
-        with pytest.raises(gr.Error, match="is missing. This makes it: python train.py"):
-            last(call)
+        refused(gr.Error, "is missing. This makes it: python train.py", last, call)
 
 
 def test_what_a_model_writes_is_escaped_and_stop_ends_the_writing(monkeypatch, demo):
@@ -210,8 +205,7 @@ def test_nano_tjepa_and_map(demo):
 def test_feedback_is_opt_in_and_redacted(demo):
     question, steps, answer, _ = demo.examples["1a · right, 5 steps"]
     _, _, result = last(demo.score(WORLD, question + " Ask ann@example.com.", steps))
-    with pytest.raises(gr.Error, match="agree"):
-        demo.feedback("up", result, False, answer)
+    refused(gr.Error, "agree", demo.feedback, "up", result, False, answer)
     assert not Path(demo.args.memory).exists()
     assert "1 redaction" in demo.feedback("up", result, True, answer)
     wrong = last(demo.score(WORLD, question, "2+2 = 5\n#### 5"))[2]
@@ -275,8 +269,7 @@ def test_api(url, demo):
         ((WORLD, {"a": 1}, "s"), "score", "expected a text"), ((WORLD, "", "s"), "score", "empty"),
         ((WORLD, "q", 99, 1, 1, 1, 9, 1, 1), "rerank", "k: must be a number from 1 to 8"),
     ):
-        with pytest.raises(Exception, match=message):
-            client.predict(*bad, api_name=f"/{api}")
+        refused(Exception, message, client.predict, *bad, api_name=f"/{api}")
     assert client.predict(WORLD, question, "2+2 = 4", api_name="/score")[2]["suspect"] == 1
 
 

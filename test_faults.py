@@ -23,7 +23,7 @@ import runs
 import sandbox
 import train
 import verify
-from test_core import ROOT, driver, result_of, weights, write_jsonl
+from test_core import ROOT, driver, refused, result_of, weights, write_jsonl
 
 SOAK = int(os.environ.get("SOAK", 3))
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -123,8 +123,7 @@ def test_a_state_is_read_by_any_number_of_processes(tmp_path, alone, first, then
         said = script(name, *QUICKSTART, *shard, *accumulate, "--out_dir", tmp_path / "run", n=int(n), code=code)
         assert code == 0 or "stopped" in said
     same_curves(tmp_path / "run", alone)
-    with pytest.raises(SystemExit, match="is finished"):
-        train.train(*cfg.parse_cli([*QUICKSTART, "--out_dir", str(tmp_path / "run")]))
+    refused(SystemExit, "is finished", train.train, *cfg.parse_cli([*QUICKSTART, "--out_dir", str(tmp_path / "run")]))
 
 
 def test_a_kill_between_the_parts_and_what_names_them(tmp_path, alone):
@@ -147,8 +146,7 @@ def test_another_global_batch_is_refused_and_a_damaged_part_is_named(tmp_path):
     whole = part.read_bytes()
     for damaged in (whole[:-4], whole[:-1] + bytes([whole[-1] ^ 1]), other.read_bytes()):
         part.write_bytes(damaged)
-        with pytest.raises(ValueError, match=f"{part.name} is missing or damaged"):
-            train.train(*again)
+        refused(ValueError, f"{part.name} is missing or damaged", train.train, *again)
     part.write_bytes(whole)
     assert train.train(*again)["steps"] == 12 and not list(folder.glob("state-*"))
 

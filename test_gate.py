@@ -18,7 +18,7 @@ import pytest
 
 import sandbox
 import verify
-from test_core import ROOT, result_of, shared_data, write_jsonl
+from test_core import ROOT, refused, result_of, shared_data, write_jsonl
 
 boxed = pytest.mark.skipif(sandbox.sandbox_problem() != "", reason=sandbox.sandbox_problem())
 
@@ -223,11 +223,9 @@ def test_no_sandbox_is_a_refusal_and_unsafe_runs_under_limits(monkeypatch, capsy
     monkeypatch.setattr(shutil, "which", lambda name: None if name == "bwrap" else which(name))
     sandbox.sandbox_problem.cache_clear()
     try:
-        with pytest.raises(ValueError, match="apt install bubblewrap[^\0]*--allow_unsafe_code"):
-            verify.run_program("print(1)")
+        refused(ValueError, "apt install bubblewrap[^\0]*--allow_unsafe_code", verify.run_program, "print(1)")
         path = write_jsonl(tmp_path / "one.jsonl", [{**ADD, "canonical_solution": "    return a + b\n"}])
-        with pytest.raises(SystemExit, match="apt install bubblewrap"):
-            verify.main(["--humaneval", path])
+        refused(SystemExit, "apt install bubblewrap", verify.main, ["--humaneval", path])
         assert result_of(capsys, verify.main, "--humaneval", path, "--allow_unsafe_code")["passed"] == 1
         monkeypatch.setenv("SECRET_TOKEN", "hidden")
         for program, reason in [("import os; assert 'SECRET_TOKEN' not in os.environ and os.listdir() == []", "ok"),
@@ -304,8 +302,7 @@ def test_choice_holds_both_answers_against_the_truth_and_names_bad_problems():
     assert verify.validate(problem, {"steps": ["#### A"], "answer": "5"}).reason == "wrong_answer"
     assert verify.validate(problem, {"steps": ["no idea"], "answer": "(a)"}).reason == "ok"
     for bad in ({"answer": "C"}, {"label": 2}, {"choices": "45"}, {"answer": None}):
-        with pytest.raises(ValueError, match="'answer'|'label'|'choices'"):
-            verify.validate({**problem, **bad}, {"steps": ["A"]})
+        refused(ValueError, "'answer'|'label'|'choices'", verify.validate, {**problem, **bad}, {"steps": ["A"]})
 
 
 SAME = [(r"\dfrac{1}{2}", r"\frac{1}{2}"), ("1/2", "0.5"), (r"so it is \boxed{\frac{1}{2}}.", "0.5"), ("$5$", r"\$5"),
@@ -352,8 +349,7 @@ def test_math_answers_compare_by_value():
 def test_a_worker_that_does_not_start_is_an_error_and_not_false(monkeypatch):
     monkeypatch.setattr(verify, "_math_process", None)
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(ValueError, match="does not start"):
-        verify.check_math("1", "2")
+    refused(ValueError, "does not start", verify.check_math, "1", "2")
 
 
 def test_hostile_latex_is_false_in_time_and_off_the_main_thread(monkeypatch, tmp_path):

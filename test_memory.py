@@ -20,7 +20,7 @@ import torch
 import latents
 import memory as mem
 import verify
-from test_core import ROOT, result_of, shared_data, write_jsonl
+from test_core import ROOT, refused, result_of, shared_data, write_jsonl
 
 ORIGIN = {"llm": "toy", "layer": 2, "pooling": "last", "prompt": "", "dim": 8}
 
@@ -67,8 +67,7 @@ def test_memory_holds_verified_chains_alone(tmp_path):
     (torch.zeros(3, 8), "shape"), (torch.zeros(4, 7), "shape"), (torch.full((4, 8), float("nan")), "not finite")])
 def test_memory_refuses_latents_that_do_not_fit(tmp_path, h, message):
     memory = a_memory(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        memory.remember(*a_chain(3)[:2], h)
+    refused(ValueError, message, memory.remember, *a_chain(3)[:2], h)
     assert not memory.path.exists()
 
 
@@ -78,12 +77,9 @@ def test_memory_is_of_one_llm(tmp_path):
         other = mem.Memory(memory.path, ORIGIN | {field: value})
         with pytest.raises(ValueError, match=f"{field}: {ORIGIN[field]} there, {value} here"):
             other.remember(*a_chain(1)[:2], torch.ones(4, 9 if field == "dim" else 8))
-        with pytest.raises(ValueError, match=field):
-            other.recall(torch.ones(8))
-    with pytest.raises(ValueError, match="width 8"):
-        memory.recall(torch.ones(9))
-    with pytest.raises(ValueError, match="which LLM"):
-        mem.Memory(memory.path).remember(*a_chain(1))
+        refused(ValueError, field, other.recall, torch.ones(8))
+    refused(ValueError, "width 8", memory.recall, torch.ones(9))
+    refused(ValueError, "which LLM", mem.Memory(memory.path).remember, *a_chain(1))
 
 
 def test_recall_is_exact_cosine(tmp_path):
@@ -105,8 +101,7 @@ def test_recall_is_exact_cosine(tmp_path):
     assert torch.equal(h, torch.cat([h[1:] for *_, h in chains[40:]])) and rows[0]["text"] == chains[40][1]["steps"][0]
     assert torch.equal(memory.latent(rows[4]["chain_id"], 2), h[4])
     for bad in (torch.zeros(8), torch.full((8,), float("inf"))):
-        with pytest.raises(ValueError, match="finite and not zero"):
-            memory.recall(bad)
+        refused(ValueError, "finite and not zero", memory.recall, bad)
 
 
 def test_what_is_forgotten_is_not_in_the_file(tmp_path):
@@ -117,8 +112,7 @@ def test_what_is_forgotten_is_not_in_the_file(tmp_path):
     needles = [b"Xylophonia", b"779 * 2 = 1558"]
     assert all(needle in bytes_beside(memory.path) for needle in needles)
     memory.path.chmod(0o600)
-    with pytest.raises(ValueError, match="forget needs"):
-        memory.forget()
+    refused(ValueError, "forget needs", memory.forget)
     assert memory.forget(problem_id="p777", domain="toy") == 0
     assert memory.forget(problem_id="p777") == 2  # the chain, and its like in the log
     assert memory.path.stat().st_mode & 0o777 == 0o600
@@ -128,8 +122,7 @@ def test_what_is_forgotten_is_not_in_the_file(tmp_path):
     assert not (memory.vectors(positions="all")[0][:, None] == secret[2]).all(-1).any()
     log_id = memory.log("demo", "Who is Quetzalia?", ["1+1 = 2"], truth="2")
     memory.rate(log_id, "up")
-    with pytest.raises(ValueError, match="goes without problem_id"):
-        memory.forget(id=log_id, problem_id="nope")
+    refused(ValueError, "goes without problem_id", memory.forget, id=log_id, problem_id="nope")
     assert memory.forget(id=log_id) == 1 and memory.interactions() == []
     assert b"Quetzalia" not in bytes_beside(memory.path)
     z = secret[2][1]
@@ -152,8 +145,7 @@ def test_a_key_over_several_steps_and_a_test_question_do_not_get_far(tmp_path):
     found = memory.export(tmp_path / "fed.jsonl", without=[tests])
     assert (found["chains"], found["left_out"]) == (1, 2) and "3 pens" in (tmp_path / "fed.jsonl").read_text()
     odd = write_jsonl(tmp_path / "odd.jsonl", [{"question": 3, "answer": "#### 2"}])
-    with pytest.raises(ValueError, match="odd.jsonl, a question: expected a text"):
-        memory.export(tmp_path / "fed.jsonl", without=[odd])
+    refused(ValueError, "odd.jsonl, a question: expected a text", memory.export, tmp_path / "fed.jsonl", without=[odd])
     memory.export(tmp_path / "fed.jsonl")
     rows = verify.read_jsonl(tmp_path / "fed.jsonl")
     assert len(rows) == 3 and len({r["problem_id"] for r in rows}) == 2  # a problem lies in one split
@@ -180,7 +172,7 @@ def adversarial_strings(n=1000):
 
 
 def test_adversarial_texts_come_back_unchanged_or_are_refused(tmp_path):
-    memory, kept, refused = a_memory(tmp_path), [], 0
+    memory, kept, n_refused = a_memory(tmp_path), [], 0
     for i, text in enumerate(adversarial_strings()):
         problem, chain, h = a_chain(i, question=f"{i} {text}")
         try:
@@ -188,10 +180,9 @@ def test_adversarial_texts_come_back_unchanged_or_are_refused(tmp_path):
             kept.append((problem, chain | {"source": text[:100]}, h))
         except ValueError as error:
             assert "surrogate" in str(error)
-            with pytest.raises(ValueError, match="surrogate"):
-                memory.remember(problem, chain, h, text)
-            refused += 1
-    assert refused == 2 and all(v.is_valid for v in memory.remember_all(kept, "' OR 1=1 --"))
+            refused(ValueError, "surrogate", memory.remember, problem, chain, h, text)
+            n_refused += 1
+    assert n_refused == 2 and all(v.is_valid for v in memory.remember_all(kept, "' OR 1=1 --"))
     _, rows = memory.vectors("' OR 1=1 --", "questions")
     assert [row["text"] for row in rows] == [chain["question"] for _, chain, _ in kept]
     hard = [chain["question"] for _, chain, _ in kept[1::50]]
@@ -201,8 +192,7 @@ def test_adversarial_texts_come_back_unchanged_or_are_refused(tmp_path):
         row = stored[id]
         assert (row["question"], row["steps"], row["answer"], json.loads(row["extra"])) == (
             text, [text], text, {text: text})
-    with pytest.raises(ValueError, match="1,100,001 bytes are more than"):
-        memory.log("demo", "x" * 1_100_001, [])
+    refused(ValueError, "1,100,001 bytes are more than", memory.log, "demo", "x" * 1_100_001, [])
     assert memory.recall(kept[7][2][1], 1, "' OR 1=1 --")[0]["question"] == kept[7][1]["question"]
     assert memory.forget(domain="' OR 1=1") == 0 and memory.stats()["chains"] == len(kept)
 
@@ -249,10 +239,9 @@ def test_a_file_in_use_is_named_with_the_process(tmp_path):
         process.stdout.readline()
         if how == "r":
             assert memory.stats()["chains"] == 1
-        for refused in (lambda: memory.remember(*a_chain(1)), lambda: memory.forget(everything=True), memory.stats)[
+        for call in (lambda: memory.remember(*a_chain(1)), lambda: memory.forget(everything=True), memory.stats)[
                 : 2 if how == "r" else 3]:
-            with pytest.raises(TimeoutError, match=rf"m.duckdb is in use by another process \(PID {process.pid}\)"):
-                refused()
+            refused(TimeoutError, rf"m.duckdb is in use by another process \(PID {process.pid}\)", call)
         process.communicate()
     assert memory.remember(*a_chain(1)).is_valid
 
@@ -483,8 +472,7 @@ def test_feedback_becomes_chains(tmp_path):
     assert len(records) == 3 and all(r["is_valid"] and r["split"] in ("train", "val") for r in records)
     assert verify.check_chains(tmp_path / "chains.jsonl")["accepted"] == 3
     for bad in (lambda: memory.rate("nobody", "up"), lambda: memory.rate(good, "sideways")):
-        with pytest.raises(ValueError, match="nobody|sideways"):
-            bad()
+        refused(ValueError, "nobody|sideways", bad)
 
 
 def test_memory_command_line(tmp_path, capsys, monkeypatch):
@@ -507,11 +495,9 @@ def test_memory_command_line(tmp_path, capsys, monkeypatch):
         latents.write_index(folder, rows, header, write_atomic)
 
     for command in ("stats", "recall --id x", "forget --everything", "export", "rate --id x --rating up", "latents"):
-        with pytest.raises(SystemExit, match="no such memory"):
-            use(*command.split(), "--memory", path)
+        refused(SystemExit, "no such memory", use, *command.split(), "--memory", path)
     folder_of("test")
-    with pytest.raises(SystemExit, match="test split"):
-        use("remember", "--latents", folder, "--memory", path)
+    refused(SystemExit, "test split", use, "remember", "--latents", folder, "--memory", path)
     assert not path.exists()
     folder_of("train", wrong=True)
     assert use("remember", "--latents", folder, "--memory", path) == {
@@ -531,19 +517,15 @@ def test_memory_command_line(tmp_path, capsys, monkeypatch):
         found = use("recall", "--question", "3 pens?", *steps, "--k", 1, "--memory", path)["nearest"]
         assert (found[0]["position"], found[0]["question"][:14]) == (len(steps[1:]), "Tom has 3 pens")
     read.layer = 3
-    with pytest.raises(SystemExit, match="layer: 2 there, 3 here"):
-        use("recall", "--question", "3 pens?", "--memory", path)
+    refused(SystemExit, "layer: 2 there, 3 here", use, "recall", "--question", "3 pens?", "--memory", path)
     logged = use("log", "--kind", "cli", "--question", "3 + 4? ann@example.com", "--steps", "3+4 = 7",
                  "#### 7", "--truth", 7, "--memory", path)
     assert (logged["is_valid"], logged["reason"], logged["redactions"]) == (True, "ok", 1)
     assert use("export", "--out", tmp_path / "f.jsonl", "--memory", path)["chains"] == 1
-    with pytest.raises(SystemExit, match="rate needs the --id"):
-        use("rate", "--rating", "up", "--truth", 7, "--memory", path)
+    refused(SystemExit, "rate needs the --id", use, "rate", "--rating", "up", "--truth", 7, "--memory", path)
     assert use("rate", "--id", logged["id"], "--rating", "up", "--memory", path)["truth"] is None
     assert use("forget", "--domain", "toy", "--memory", path) == {"forgotten": 3}
-    with pytest.raises(SystemExit, match="nothing forgotten"):  # it may be misspelt, and still there
-        use("forget", "--domain", "toys", "--memory", path)
+    refused(SystemExit, "nothing forgotten", use, "forget", "--domain", "toys", "--memory", path)  # misspelt
     assert use("stats", "--memory", path)["interactions"] == {"ok": 1}
     write_jsonl(tmp_path / "no.duckdb", [{"a": 1}] * 999)
-    with pytest.raises(SystemExit, match="no.duckdb is no memory"):
-        use("stats", "--memory", tmp_path / "no.duckdb")
+    refused(SystemExit, "no.duckdb is no memory", use, "stats", "--memory", tmp_path / "no.duckdb")
