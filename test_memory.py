@@ -6,6 +6,7 @@
 import functools
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,11 +15,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 import latents
 import memory as mem
+import runs
 import verify
 from test_core import ROOT, refused, result_of, shared_data, write_jsonl
 
@@ -152,8 +155,6 @@ def test_a_key_over_several_steps_and_a_test_question_do_not_get_far(tmp_path):
 
 
 def test_exported_latents_hold_no_text(tmp_path):
-    import pyarrow.parquet as pq
-
     memory = mem.Memory(tmp_path / "m.duckdb", ORIGIN | {"prompt": "Solve {question} now"})
     memory.remember_all([a_chain(i) for i in range(5)], "toy")
     assert memory.export_latents(tmp_path / "z.parquet") == 20
@@ -266,154 +267,78 @@ def test_a_kill_in_mid_write_leaves_whole_chains(tmp_path):
                                   ).fetchall() == [(0,)]
 
 
-PERSONAL = [  # kind, what is around it, what must go; "~" keeps scanners of repositories quiet and is taken out
-    ("EMAIL", "Write to {} by noon.", "ann.lee@example.com"),
-    ("EMAIL", "My mail is {}, 12 + 5 = 17 is the answer", "o'brien+maths@mail.example.co.uk"),
-    ("EMAIL", "<{}>", "J_Smith99@sub-domain.example.org"),
-    ("EMAIL", "mailto:{}?subject=homework", "teacher@school.edu"),
-    ("EMAIL", "contact:{};", "x@example.io"),
-    ("EMAIL", "Tom ({}) has 3 apples", "tom-2024@students.uni-berlin.de"),
-    ("EMAIL", "E-Mail {}!", "müller@beispiel.de"),
-    ("EMAIL", "{} says 2+2=4", "CAPS.LOCK@EXAMPLE.COM"),
-    ("EMAIL", "ask\n{}\nfor help", "very.long.name.with.dots@very.long.example.museum"),
-    ("EMAIL", "user={}&n=3", "a.b%2bc@example.net"),
-    ("PHONE", "Call {} after 5", "+1 650-253-0000"),
-    ("PHONE", "my number is {}", "(212) 555-0187"),
-    ("PHONE", "tel. {}, thanks", "+44 20 7946 0958"),
-    ("PHONE", "Ring {} now", "+49 30 901820"),
-    ("PHONE", "WhatsApp {}", "+91 98765 43210"),
-    ("PHONE", "phone: {}", "415-555-2671"),
-    ("PHONE", "Reach me at {}.", "+33 6 12 34 56 78"),
-    ("PHONE", "mobile {} or so", "+86 138 0013 8000"),
-    ("PHONE", "She has 4 pens, her cell is {}", "+16502530000"),
-    ("PHONE", "fax {}", "1-800-356-9377"),
-    ("PHONE", "call {} if 3 apples are left", "617.495.1000"),
-    ("PHONE", "Rufen Sie {} an", "0049 89 636 48018"),
-    ("CARD", "card {}", "4111 1111 1111 1111"),
-    ("CARD", "I paid with {} for 3 books", "5555555555554444"),
-    ("CARD", "Amex {}", "3782 822463 10005"),
-    ("CARD", "number: {} exp 12/27", "6011-1111-1111-1117"),
-    ("CARD", "{}", "378282246310005"),
-    ("CARD", "visa={},", "4012888888881881"),
-    ("CARD", "my debit card is {}.", "5105-1051-0510-5100"),
-    ("CARD", "Diners {} please", "30569309025904"),
-    ("CARD", "JCB {}", "3530 1113 3330 0000"),
-    ("CARD", "UnionPay {}", "6200000000000005"),
-    ("IBAN", "pay to {}", "DE89 3704 0044 0532 0130 00"),
-    ("IBAN", "IBAN: {}.", "GB29NWBK60161331926819"),
-    ("IBAN", "account {} gets $20", "FR14 2004 1010 0505 0001 3M02 606"),
-    ("IBAN", "({})", "NL91ABNA0417164300"),
-    ("IBAN", "Konto {}, danke", "CH93 0076 2011 6238 5295 7"),
-    ("IBAN", "iban {}", "es9121000418450200051332"),
-    ("IBAN", "{} is mine", "AT61 1904 3002 3457 3201"),
-    ("IBAN", "IBAN={}", "PL61109010140000071219812874"),
-    ("IBAN", "send it to {} today", "NO93 8601 1117 947"),
-    ("IBAN", "banca: {}", "IT60-X054-2811-1010-0000-0123-456"),
-    ("IP", "server at {}", "192.168.1.17"),
-    ("IP", "from {}:8080 came 3 requests", "203.0.113.9"),
-    ("IP", "ping {}", "8.8.8.8"),
-    ("IP", "host [{}]", "2001:db8::ff00:42:8329"),
-    ("IP", "{} is down", "10.0.0.1"),
-    ("IP", "IPv6 {}", "fe80::1ff:fe23:4567:890a"),
-    ("IP", "address {}.", "2001:0db8:85a3:0000:0000:8a2e:0370:7334"),
-    ("IP", "(ip={})", "172.16.254.1"),
-    ("IP", "http://{}/login", "198.51.100.23"),
-    ("IP", "{}/24 is the net", "192.0.2.0"),
-    ("KEY", "export AWS_ACCESS_KEY_ID={}", "AK~IAIOSFODNN7EXAMPLE"),
-    ("KEY", "token {} leaked", "gh~p_16C7e42F292c6912E7710c838347Ae178B4a"),
-    ("KEY", "OPENAI_API_KEY={}", "sk~-abcdefghijklmnopqrstT3BlbkFJabcdefghijklmnopqrst"),
-    ("KEY", "key: {}", "sk~-proj-Zx8_kQ2mN5vB7wR1tY4uE9oP3aS6dF0gH-jKlMnBvCxZ"),
-    ("KEY", "my {} does not work", "sk~-ant-api03-QmFzZTY0RW5jb2RlZFRleHRGb3JUZXN0aW5n-Ab12"),
-    ("KEY", "login with {}", "hf~_aBcDeFgHiJkLmNoPqRsTuVwXyZaBcDeFgH"),
-    ("KEY", "maps key {}", "AI~zaSyA1bC2dE3fG4hI5jK6lM7nO8pQ9rS0tU1v"),
-    ("KEY", "slack {}", "xo~xb-123456789012-1234567890123-abcdefghijklmnopqrstuvwx"),
-    ("KEY", "stripe {} charge 3", "sk~_live_4eC39HqLyjWDarjtT1zdp7dc"),
-    ("KEY", "Authorization: Bearer {}",
-     "ey~JhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U"),
-    ("KEY", "{}\nis my key", "-----BEGIN RSA ~PRIVATE KEY-----\nMIIEowIBAAKCAQEAx8n1\nq2w3e4r5t6y7u8i9\n"
-     "-----END RSA PRIVATE KEY-----"),
-    ("KEY", "use {} for CI", "gl~pat-x1Y2z3A4b5C6d7E8f9G0"),
-    ("KEY", "secret_key = \"{}\"", "wJal~rXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"),
-]
+# what is personal stands in «»; "~" keeps scanners of repositories quiet and is taken out
+PERSONAL = {
+    "EMAIL": ["Write to «ann.lee@example.com» by noon.",
+        "My mail is «o'brien+maths@mail.example.co.uk», 12 + 5 = 17 is the answer",
+        "<«J_Smith99@sub-domain.example.org»>", "mailto:«teacher@school.edu»?subject=homework",
+        "contact:«x@example.io»;", "Tom («tom-2024@students.uni-berlin.de») has 3 apples",
+        "E-Mail «müller@beispiel.de»!", "«CAPS.LOCK@EXAMPLE.COM» says 2+2=4",
+        "ask\n«very.long.name.with.dots@very.long.example.museum»\nfor help", "user=«a.b%2bc@example.net»&n=3"],
+    "PHONE": ["Call «+1 650-253-0000» after 5", "my number is «(212) 555-0187»", "tel. «+44 20 7946 0958», thanks",
+        "Ring «+49 30 901820» now", "WhatsApp «+91 98765 43210»", "phone: «415-555-2671»",
+        "Reach me at «+33 6 12 34 56 78».", "mobile «+86 138 0013 8000» or so",
+        "She has 4 pens, her cell is «+16502530000»", "fax «1-800-356-9377»",
+        "call «617.495.1000» if 3 apples are left", "Rufen Sie «0049 89 636 48018» an"],
+    "CARD": ["card «4111 1111 1111 1111»", "I paid with «5555555555554444» for 3 books", "Amex «3782 822463 10005»",
+        "number: «6011-1111-1111-1117» exp 12/27", "«378282246310005»", "visa=«4012888888881881»,",
+        "my debit card is «5105-1051-0510-5100».", "Diners «30569309025904» please", "JCB «3530 1113 3330 0000»",
+        "UnionPay «6200000000000005»"],
+    "IBAN": ["pay to «DE89 3704 0044 0532 0130 00»", "IBAN: «GB29NWBK60161331926819».",
+        "account «FR14 2004 1010 0505 0001 3M02 606» gets $20", "(«NL91ABNA0417164300»)",
+        "Konto «CH93 0076 2011 6238 5295 7», danke", "iban «es9121000418450200051332»",
+        "«AT61 1904 3002 3457 3201» is mine", "IBAN=«PL61109010140000071219812874»",
+        "send it to «NO93 8601 1117 947» today", "banca: «IT60-X054-2811-1010-0000-0123-456»"],
+    "IP": ["server at «192.168.1.17»", "from «203.0.113.9»:8080 came 3 requests", "ping «8.8.8.8»",
+        "host [«2001:db8::ff00:42:8329»]", "«10.0.0.1» is down", "IPv6 «fe80::1ff:fe23:4567:890a»",
+        "address «2001:0db8:85a3:0000:0000:8a2e:0370:7334».", "(ip=«172.16.254.1»)", "http://«198.51.100.23»/login",
+        "«192.0.2.0»/24 is the net"],
+    "KEY": ["export AWS_ACCESS_KEY_ID=«AK~IAIOSFODNN7EXAMPLE»",
+        "token «gh~p_16C7e42F292c6912E7710c838347Ae178B4a» leaked",
+        "OPENAI_API_KEY=«sk~-abcdefghijklmnopqrstT3BlbkFJabcdefghijklmnopqrst»",
+        "key: «sk~-proj-Zx8_kQ2mN5vB7wR1tY4uE9oP3aS6dF0gH-jKlMnBvCxZ»",
+        "my «sk~-ant-api03-QmFzZTY0RW5jb2RlZFRleHRGb3JUZXN0aW5n-Ab12» does not work",
+        "login with «hf~_aBcDeFgHiJkLmNoPqRsTuVwXyZaBcDeFgH»", "maps key «AI~zaSyA1bC2dE3fG4hI5jK6lM7nO8pQ9rS0tU1v»",
+        "slack «xo~xb-123456789012-1234567890123-abcdefghijklmnopqrstuvwx»",
+        "stripe «sk~_live_4eC39HqLyjWDarjtT1zdp7dc» charge 3",
+        "Authorization: Bearer "
+        "«ey~JhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U»",
+        "«-----BEGIN RSA ~PRIVATE KEY-----\nMIIEowIBAAKCAQEAx8n1\nq2w3e4r5t6y7u8i9\n"
+        "-----END RSA PRIVATE KEY-----»\nis my key",
+        "use «gl~pat-x1Y2z3A4b5C6d7E8f9G0» for CI", 'secret_key = "«wJal~rXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY»"']}
+PERSONAL = [(kind, re.sub("[«»~]", "", text), re.search("«(.*)»", text, re.DOTALL)[1].replace("~", ""))
+            for kind, texts in PERSONAL.items() for text in texts]  # kind, text, what must go
 HARMLESS = [
-    "12345678901 apples were sold.",
-    "The population is 7,894,561,230 people.",
-    "She has 4111 stamps and 1111 coins.",
-    "48/2 = 24, so 48+24 = 72 clips.",
-    "555-0100 is -99455? No: 555-100 = 455.",
-    "1000 - 200 - 300 = 500",
-    "2024-11-22 is a date, 22.11.2024 and 11/22/2024 too",
-    "from 9:30 to 10:45:30 she worked",
-    "version 1.2.3 is older than 1.10.0",
-    "Python 3.11.7 with torch 2.13.0 on 2 cores",
-    "3.14159265358979323846",
-    "0.333333333333333333",
-    "1/3 + 2/3 = 3/3 = 1",
-    "(3 + 4) * (5 - 2) = 21",
-    "100000000000000 grains of sand",
-    "5000000000 * 2 = 10000000000",
-    "$1,234,567.89 - $234,567.89 = $1,000,000",
-    "x = 650 - 253 - 0 = 397",
-    "Each of 800 boxes weighs 356 g, 9377 in all?",
-    "10 20 30 40 50 60 70 80 90 100",
-    "1 2 3 4 5 6 7 8 9 10 11 12",
-    "2, 3, 5, 7, 11, 13, 17, 19, 23, 29",
-    "1 1 2 3 5 8 13 21 34 55 89 144",
-    "1+2+3+4+5+6+7+8+9+10 = 55",
-    "6 022 140 760 000 000 000 000 molecules",
-    "6.02214076e23 particles, 1.6e-19 C",
-    "2^64 = 18446744073709551616",
-    "12! = 479001600 and 15! = 1307674368000",
-    "7 * 11 * 13 = 1001",
-    "1234567890 / 10 = 123456789",
-    "9876543210 - 123456789 = 9753086421",
-    "the ratio 3:4:5 is Pythagorean",
-    "a::b::c in C++ and std::vector",
-    "at 12:34:56 the clock stopped",
-    "section 4.3.2.1 of the rules? no, section 4.3",
-    "ISBN 978-3-16-148410-0",
-    "years 1990-1999, 2000-2009 and 2010-2019",
-    "pages 123-456, lines 7890-7900",
-    "Class 5-B, room 212, seat 187",
-    "He ran 26.2 miles in 3:59:40",
-    "A@B is not a mail, 5 @ $3 each is $15",
-    "3 apples @ 2.50 = 7.50",
-    "f(x) = x@2 and user@ localhost",
-    "#### 4111",
-    "#### 1,234,567",
-    "<<12*12345678=148148136>>148148136",
-    "<<2500000000*4=10000000000>>10000000000 dollars",
-    "120-60-30-15 = 15",
-    "200+300-400+500-600 = 0",
-    "4.5 x 10.25 = 46.125",
-    "DE is Germany, GB is Britain, 89 + 29 = 118",
-    "AB12 CD34 are seats",
-    "the code sk-8 and model sk-ii cream",
-    "let hf_x = 3 and ghp = 2",
-    "key = value, token = 3, secret = 5",
-    "The secret is 12; the password has 8 letters.",
-    "AIza is a name? AKIA too",
-    "0101 1100 1111 0000 in binary",
-    "0xDEADBEEF = 3735928559",
-    "32 bits: 11110000111100001111000011110000",
-    "It costs 1.299,00 EUR",
-    "20% of 50 = 10, 33.33% of 300 = 99.99",
-    "Ann has 3 bags: 12-15-18 marbles.",
-    "1999 2000 2001 2002 were good years",
-    "temperatures -3, -5, -10 and +12 degrees",
-    "Divide 1000000000000066 by 2",
-    "4/12 * 100 = 33.33%",
-    "latitude 52.5200, longitude 13.4050",
-]
+    "12345678901 apples were sold.", "The population is 7,894,561,230 people.", "She has 4111 stamps and 1111 coins.",
+    "48/2 = 24, so 48+24 = 72 clips.", "555-0100 is -99455? No: 555-100 = 455.", "1000 - 200 - 300 = 500",
+    "2024-11-22 is a date, 22.11.2024 and 11/22/2024 too", "from 9:30 to 10:45:30 she worked",
+    "version 1.2.3 is older than 1.10.0", "Python 3.11.7 with torch 2.13.0 on 2 cores", "3.14159265358979323846",
+    "0.333333333333333333", "1/3 + 2/3 = 3/3 = 1", "(3 + 4) * (5 - 2) = 21", "100000000000000 grains of sand",
+    "5000000000 * 2 = 10000000000", "$1,234,567.89 - $234,567.89 = $1,000,000", "x = 650 - 253 - 0 = 397",
+    "Each of 800 boxes weighs 356 g, 9377 in all?", "10 20 30 40 50 60 70 80 90 100", "1 2 3 4 5 6 7 8 9 10 11 12",
+    "2, 3, 5, 7, 11, 13, 17, 19, 23, 29", "1 1 2 3 5 8 13 21 34 55 89 144", "1+2+3+4+5+6+7+8+9+10 = 55",
+    "6 022 140 760 000 000 000 000 molecules", "6.02214076e23 particles, 1.6e-19 C", "2^64 = 18446744073709551616",
+    "12! = 479001600 and 15! = 1307674368000", "7 * 11 * 13 = 1001", "1234567890 / 10 = 123456789",
+    "9876543210 - 123456789 = 9753086421", "the ratio 3:4:5 is Pythagorean", "a::b::c in C++ and std::vector",
+    "at 12:34:56 the clock stopped", "section 4.3.2.1 of the rules? no, section 4.3", "ISBN 978-3-16-148410-0",
+    "years 1990-1999, 2000-2009 and 2010-2019", "pages 123-456, lines 7890-7900", "Class 5-B, room 212, seat 187",
+    "He ran 26.2 miles in 3:59:40", "A@B is not a mail, 5 @ $3 each is $15", "3 apples @ 2.50 = 7.50",
+    "f(x) = x@2 and user@ localhost", "#### 4111", "#### 1,234,567", "<<12*12345678=148148136>>148148136",
+    "<<2500000000*4=10000000000>>10000000000 dollars", "120-60-30-15 = 15", "200+300-400+500-600 = 0",
+    "4.5 x 10.25 = 46.125", "DE is Germany, GB is Britain, 89 + 29 = 118", "AB12 CD34 are seats",
+    "the code sk-8 and model sk-ii cream", "let hf_x = 3 and ghp = 2", "key = value, token = 3, secret = 5",
+    "The secret is 12; the password has 8 letters.", "AIza is a name? AKIA too", "0101 1100 1111 0000 in binary",
+    "0xDEADBEEF = 3735928559", "32 bits: 11110000111100001111000011110000", "It costs 1.299,00 EUR",
+    "20% of 50 = 10, 33.33% of 300 = 99.99", "Ann has 3 bags: 12-15-18 marbles.", "1999 2000 2001 2002 were good years",
+    "temperatures -3, -5, -10 and +12 degrees", "Divide 1000000000000066 by 2", "4/12 * 100 = 33.33%",
+    "latitude 52.5200, longitude 13.4050"]
 
 
-def test_redaction_of_a_table(tmp_path):
-    found = [mem.redact(around.format(secret.replace("~", ""))) for _, around, secret in PERSONAL]
-    caught = [f"[{kind}]" in text and secret.replace("~", "") not in text
-              for (text, _), (kind, _, secret) in zip(found, PERSONAL, strict=True)]
-    wrong = [text for text in HARMLESS if mem.redact(text) != (text, 0)]
-    assert wrong == [] and all(caught), [p for p, ok in zip(PERSONAL, caught, strict=True) if not ok]
-    everything = "\n".join(around.format(secret.replace("~", "")) for _, around, secret in PERSONAL)
+def test_redaction_of_a_table():
+    assert [text for text in HARMLESS if mem.redact(text) != (text, 0)] == []
+    found = [(kind, secret, mem.redact(text)[0]) for kind, text, secret in PERSONAL]
+    assert [text for kind, secret, text in found if secret in text or f"[{kind}]" not in text] == []
+    everything = "\n".join(text for _, text, _ in PERSONAL)
     assert mem.redact(everything)[1] >= len(PERSONAL)
     assert mem.redact(mem.redact(everything)[0])[1] == 0
 
@@ -421,11 +346,11 @@ def test_redaction_of_a_table(tmp_path):
 def test_no_personal_data_reach_the_disk(tmp_path):
     memory = a_memory(tmp_path)
     for name in ("EMAIL", "PHONE", "CARD", "IBAN", "IP", "KEY"):
-        texts = [around.format(secret.replace("~", "")) for kind, around, secret in PERSONAL if kind == name]
+        texts = [text for kind, text, _ in PERSONAL if kind == name]
         memory.log("demo", texts[0], texts, answer=texts[1], extra={"note": texts[2]})
     raw = bytes_beside(memory.path)
     assert b"[EMAIL]" in raw and b"[KEY]" in raw
-    assert [secret for *_, secret in PERSONAL if secret.replace("~", "").encode() in raw] == []
+    assert [secret for *_, secret in PERSONAL if secret.encode() in raw] == []
     row = memory.interactions()[0]
     assert row["redactions"] == 13 and row["question"] == row["steps"][0] == "Write to [EMAIL] by noon."
     with pytest.raises(ValueError) as caught:
@@ -471,13 +396,11 @@ def test_feedback_becomes_chains(tmp_path):
     records = latents.chains_of_file(str(tmp_path / "chains.jsonl"), "chains")
     assert len(records) == 3 and all(r["is_valid"] and r["split"] in ("train", "val") for r in records)
     assert verify.check_chains(tmp_path / "chains.jsonl")["accepted"] == 3
-    for bad in (lambda: memory.rate("nobody", "up"), lambda: memory.rate(good, "sideways")):
-        refused(ValueError, "nobody|sideways", bad)
+    refused(ValueError, "nobody", memory.rate, "nobody", "up")
+    refused(ValueError, "sideways", memory.rate, good, "sideways")
 
 
 def test_memory_command_line(tmp_path, capsys, monkeypatch):
-    from runs import write_atomic
-
     path, folder = tmp_path / "m.duckdb", tmp_path / "latents"
     use = functools.partial(result_of, capsys, mem.main)
     folder.mkdir()
@@ -491,8 +414,9 @@ def test_memory_command_line(tmp_path, capsys, monkeypatch):
         rows = [latents.record(c | {"is_valid": i != 2}, p["id"], split) |
                 {"n_tokens": [1] * len(h), "shard": 0, "start": 4 * i, "end": 4 * i + 4}
                 for i, (p, c, h) in enumerate(chains)]
-        latents.write_shard(folder / latents.shard_name(0), [h for *_, h in chains], [None] * 4, header, write_atomic)
-        latents.write_index(folder, rows, header, write_atomic)
+        states = [h for *_, h in chains]
+        latents.write_shard(folder / latents.shard_name(0), states, [None] * 4, header, runs.write_atomic)
+        latents.write_index(folder, rows, header, runs.write_atomic)
 
     for command in ("stats", "recall --id x", "forget --everything", "export", "rate --id x --rating up", "latents"):
         refused(SystemExit, "no such memory", use, *command.split(), "--memory", path)
@@ -500,11 +424,11 @@ def test_memory_command_line(tmp_path, capsys, monkeypatch):
     refused(SystemExit, "test split", use, "remember", "--latents", folder, "--memory", path)
     assert not path.exists()
     folder_of("train", wrong=True)
-    assert use("remember", "--latents", folder, "--memory", path) == {
-        "memory": str(path), "remembered": 0, "new": 0, "refused": {"wrong_answer": 3}} and not path.exists()
+    remember = functools.partial(use, "remember", "--latents", folder, "--memory", path)
+    assert remember() == {"memory": str(path), "remembered": 0, "new": 0, "refused": {"wrong_answer": 3}}
+    assert not path.exists()
     folder_of("train")
-    assert use("remember", "--latents", folder, "--memory", path) == {
-        "memory": str(path), "remembered": 3, "new": 3, "refused": {}}
+    assert remember() == {"memory": str(path), "remembered": 3, "new": 3, "refused": {}}
     memory = mem.Memory(path)
     chain_id = memory.vectors()[1][0]["chain_id"]
     nearest = use("recall", "--id", chain_id, "--position", 2, "--k", 2, "--memory", path)["nearest"]
