@@ -3,6 +3,7 @@
     pytest -q test_gate.py
 """
 
+import gzip
 import json
 import os
 import re
@@ -205,6 +206,14 @@ ADD = {"kind": "code", "prompt": "def add(a, b):\n", "entry_point": "add",
        "test": "def check(f):\n    print('x')\n    assert f(1, 2) == 3\n"}
 
 
+@pytest.fixture
+def asked_again():
+    """Whether there is a sandbox is found out in this test, and again after it."""
+    sandbox.sandbox_problem.cache_clear()
+    yield
+    sandbox.sandbox_problem.cache_clear()
+
+
 @boxed
 def test_a_program_runs_and_says_how_it_ended():
     verdict = verify.run_program("import numpy, sys, json\nprint(numpy.ones(3).sum(), 'ä')\nopen('x', 'w').write('x')")
@@ -218,40 +227,31 @@ def test_a_program_runs_and_says_how_it_ended():
     assert verify.run_program(held).stdout == "done\n" and time.monotonic() - start < 3  # its child holds the pipe
 
 
-def test_no_sandbox_is_a_refusal_and_unsafe_runs_under_limits(monkeypatch, capsys, tmp_path):
+def test_no_sandbox_is_a_refusal_and_unsafe_runs_under_limits(monkeypatch, capsys, tmp_path, asked_again):
     which = shutil.which
     monkeypatch.setattr(shutil, "which", lambda name: None if name == "bwrap" else which(name))
-    sandbox.sandbox_problem.cache_clear()
-    try:
-        refused(ValueError, "apt install bubblewrap[^\0]*--allow_unsafe_code", verify.run_program, "print(1)")
-        path = write_jsonl(tmp_path / "one.jsonl", [{**ADD, "canonical_solution": "    return a + b\n"}])
-        refused(SystemExit, "apt install bubblewrap", verify.main, ["--humaneval", path])
-        assert result_of(capsys, verify.main, "--humaneval", path, "--allow_unsafe_code")["passed"] == 1
-        monkeypatch.setenv("SECRET_TOKEN", "hidden")
-        for program, reason in [("import os; assert 'SECRET_TOKEN' not in os.environ and os.listdir() == []", "ok"),
-                                ("while True: pass", "timeout"), ("while True: print('x' * 999)", "output_limit"),
-                                ("bytearray(1 << 30)", "memory")]:
-            assert verify.run_program(program, 1, 256, allow_unsafe=True).reason == reason, program
-    finally:
-        sandbox.sandbox_problem.cache_clear()
+    refused(ValueError, "apt install bubblewrap[^\0]*--allow_unsafe_code", verify.run_program, "print(1)")
+    path = write_jsonl(tmp_path / "one.jsonl", [{**ADD, "canonical_solution": "    return a + b\n"}])
+    refused(SystemExit, "apt install bubblewrap", verify.main, ["--humaneval", path])
+    assert result_of(capsys, verify.main, "--humaneval", path, "--allow_unsafe_code")["passed"] == 1
+    monkeypatch.setenv("SECRET_TOKEN", "hidden")
+    for program, reason in [("import os; assert 'SECRET_TOKEN' not in os.environ and os.listdir() == []", "ok"),
+                            ("while True: pass", "timeout"), ("while True: print('x' * 999)", "output_limit"),
+                            ("bytearray(1 << 30)", "memory")]:
+        assert verify.run_program(program, 1, 256, allow_unsafe=True).reason == reason, program
 
 
 @boxed
-def test_a_sandbox_that_cannot_start_says_so_in_its_own_words(monkeypatch):
+def test_a_sandbox_that_cannot_start_says_so_in_its_own_words(monkeypatch, asked_again):
     monkeypatch.setattr(sandbox, "_bwrap", lambda *fds: ["bwrap", "--no-such-option"])
-    sandbox.sandbox_problem.cache_clear()
-    try:
-        assert "Unknown option --no-such-option" in sandbox.sandbox_problem()
-    finally:
-        sandbox.sandbox_problem.cache_clear()
+    assert "Unknown option --no-such-option" in sandbox.sandbox_problem()
 
 
 @boxed
 def test_humaneval_every_eighth_solution_passes_and_its_mutant_fails(tmp_path):
     rows = verify.read_jsonl(shared_data("humaneval/HumanEval.jsonl.gz"))
     assert len(rows) == 164
-    path = tmp_path / "part.jsonl"
-    write_jsonl(path, rows[::8])
+    path = write_jsonl(tmp_path / "part.jsonl", rows[::8])
     assert verify.check_humaneval(path)["passed"] == len(rows[::8]) == 21
     assert verify.check_humaneval(path, mutants=True)["passed"] == 0
     out = subprocess.run([sys.executable, "verify.py", "--humaneval", path, "--limit", "2", "--mutants"], cwd=ROOT,
@@ -279,17 +279,18 @@ def test_validate_runs_code():
     assert verify.validate(ADD, {"steps": ["    c = a + b", "    return c"]}).reason == "ok"
     assert verify.validate(ADD, {"steps": ["    return 4"]}).reason == "exit_code"
     assert verify.validate(ADD, {"steps": []}).reason == "no_steps"
-    with pytest.raises(ValueError, match="'entry_point'"):
-        verify.validate({"kind": "code", "prompt": "x", "test": "y"}, {"steps": ["z"]})
-    with pytest.raises(ValueError, match="number, math, choice, exact or code"):
-        verify.validate({"kind": "poem", "answer": "1"}, {"steps": ["1"]})
+    for problem, message in (({"kind": "code", "prompt": "x", "test": "y"}, "'entry_point'"),
+                             ({"kind": "poem", "answer": "1"}, "number, math, choice, exact or code")):
+        refused(ValueError, message, verify.validate, problem, {"steps": ["z"]})
 
 
 @pytest.mark.parametrize("step, reason", [
     ("B", "ok"), ("(B)", "ok"), ("b)", "ok"), ("B. Rome", "ok"), ("rome", "ok"), ("So the answer is (B).", "ok"),
     ("2+2=5\n#### B", "ok"), ("A: B", "ok"), (r"\boxed{\text{(B)}}", "ok"), ("The answer is: **Rome**.", "ok"),
     ("A", "wrong_answer"), ("The answer is Paris", "wrong_answer"), ("B. Paris", "no_answer"), ("F", "no_answer"),
-    ("Rome or Paris", "no_answer"), ("...", "no_answer"), ("The answer is (C) because it is.", "wrong_answer")])
+    ("Rome or Paris", "no_answer"), ("...", "no_answer"), ("The answer is (C) because it is.", "wrong_answer"),
+    ("Answer: B", "ok"), ("The answer is B because Rome lies there.", "ok"), ("The answer is B, Rome", "ok"),
+    ("The answer is A, Paris", "wrong_answer")])
 def test_choice(step, reason):
     problem = {"kind": "choice", "question": "?", "choices": ["Paris", "Rome", "Bonn"], "answer": "B"}
     for truth in ({"answer": "B"}, {"answer": "Rome"}, {"label": 1}):
@@ -318,10 +319,6 @@ HOSTILE = ["9**9**9**9", "10^{10^{10}}", "((9!)!)!", "(" * 450 + "1" + ")" * 450
 
 
 def test_answers_are_found_where_models_put_them():
-    choice = {"kind": "choice", "choices": ["Paris", "Rome"], "answer": "B"}
-    for text in ("Answer: B", "The answer is B because Rome lies there.", "The answer is B, Rome", "B. Rome", "rome"):
-        assert verify.validate(choice, {"steps": [text]}).is_valid, text
-    assert verify.validate(choice, {"steps": ["The answer is A, Paris"]}).reason == "wrong_answer"
     exact = {"kind": "exact", "answer": "True"}
     assert verify.validate(exact, {"steps": [" True."]}).is_valid
     assert verify.validate(exact, {"steps": ["not True"]}).reason == "wrong_answer"
@@ -364,7 +361,6 @@ def test_hostile_latex_is_false_in_time_and_off_the_main_thread(monkeypatch, tmp
 
 
 def test_jsonl_may_be_gzipped(tmp_path):
-    import gzip
     path = tmp_path / "x.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"a": 1}\n\n{"a": 2}\n'))
     assert verify.read_jsonl(path, ["a"]) == [{"a": 1}, {"a": 2}]
