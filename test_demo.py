@@ -36,15 +36,19 @@ HERE = Path(__file__).parent
 WORLD = "pretrained/rjepa-student"
 FOLDERS = ["pretrained/student", WORLD, f"{WORLD}-guide", f"{WORLD}-speak", "pretrained/nanojepa-small",
            "pretrained/tjepa-small"]  # fmt: skip
-has_models = all(is_run(HERE / folder) for folder in FOLDERS)
-needs_models = pytest.mark.skipif(not has_models, reason="the models of pretrained/ are not all here")
 EVIL = ["<script>window.hacked=1</script>", "<img src=x onerror=window.hacked=1>",
         "<b><i></b></i <svg/onload=alert(1)>", "${window.hacked=1}", "{{window.hacked=1}}",
         "<a href='javascript:alert(1)'>x</a>"]  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def models():
+    if not all(is_run(HERE / folder) for folder in FOLDERS):
+        pytest.skip("the models of pretrained/ are not all here")
+
+
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
+def demo(models, tmp_path_factory):
     with contextlib.chdir(HERE):
         yield main.Demo(main.Args(memory=str(tmp_path_factory.mktemp("demo") / "memory.duckdb"), device="cpu"))
 
@@ -93,8 +97,7 @@ def test_other_hosts_ask_for_a_password(capsys):
     for given, message in (({"host": "0.0.0.0"}, "--auth"), ({"host": "::"}, "--auth"), ({"port": 99999}, "port"),
                            ({"auth": "ann"}, "USER:PASSWORD"), ({"auth": ":x", "host": "0.0.0.0"}, "USER:PASSWORD")):
         refused(ValueError, message, main.Args, **given)
-    with pytest.raises(SystemExit):
-        main.main(["--host", "0.0.0.0"])
+    refused(SystemExit, None, main.main, ["--host", "0.0.0.0"])
     assert "add --auth" in capsys.readouterr().err and main.Args(host="0.0.0.0", auth="ann:secret").auth
     refused(SystemExit, "no-such-run", main.main, ["--run", "no-such-run"])
 
@@ -110,8 +113,8 @@ def test_a_missing_model_names_the_command(monkeypatch, tmp_path):
         refused(gr.Error, "is missing. This makes it: python train.py", last, call)
 
 
-def test_what_a_model_writes_is_escaped_and_stop_ends_the_writing(monkeypatch, demo):
-    steps, state = [EVIL[0], EVIL[1]], SimpleNamespace(tokens=0)
+def test_stop_ends_the_writing(monkeypatch):
+    steps, state = ["a", "b"], SimpleNamespace(tokens=0)
 
     def slow(llm, questions, k, nudge=None, **options):
         nudge.begin([SimpleNamespace(ids=[0], llm=llm)] * k)
@@ -125,14 +128,12 @@ def test_what_a_model_writes_is_escaped_and_stop_ends_the_writing(monkeypatch, d
     assert next(shown) in ([], [steps, steps]) and next(shown) == [steps, steps]
     shown.close()
     assert state.tokens < 900 and watch.chains is None
-    assert "<script" not in pictures.listed(steps) and "<img" not in pictures.listed(steps)
 
 
 # ----------------------------------------------------------------------------- handlers, with the models
 
 
-@needs_models
-def test_plan_does_without_a_memory_that_holds_ratings_alone(tmp_path):
+def test_plan_does_without_a_memory_that_holds_ratings_alone(models, tmp_path):
     kept = tmp_path / "memory.duckdb"
     Memory(kept).log("demo", "How many?", ["1+1 = 2"], rating="up")
     with contextlib.chdir(HERE):
@@ -140,7 +141,6 @@ def test_plan_does_without_a_memory_that_holds_ratings_alone(tmp_path):
     assert len(h) == len(texts) > 0
 
 
-@needs_models
 def test_score_is_infers(demo):
     question, steps, _, known = demo.examples["1b · wrong from step 4 on"]
     picture, line, result = last(demo.score(WORLD, question, steps))
@@ -151,7 +151,6 @@ def test_score_is_infers(demo):
     assert "✗ arithmetic" in last(demo.score(WORLD, question, "2+2 = 5"))[0]
 
 
-@needs_models
 def test_rerank_streams_and_ranks(demo):
     question = demo.examples["1a · right, 5 steps"][0]
     *early, (picture, _, result) = demo.rerank(WORLD, question, 3, 0.8, 0.95, 1, 64, 2, 3)
@@ -165,7 +164,6 @@ def test_rerank_streams_and_ranks(demo):
     assert all(r is None for _, _, r in early) and picture.count("’s pick") == 5
 
 
-@needs_models
 def test_nudge_is_infers_and_alpha_0_is_the_llm(demo):
     question = demo.examples["2a · right, 4 steps"][0]
     _, _, none = last(demo.nudge(WORLD, question, 0, "bias", 0, 0.95, 1, 64))
@@ -178,7 +176,6 @@ def test_nudge_is_infers_and_alpha_0_is_the_llm(demo):
     assert len(some["own"]["energies"]) == len(some["own"]["steps"])
 
 
-@needs_models
 def test_plan_fills_the_place_it_is_given(demo):
     question, steps, _, _ = demo.examples["1c · step 2 left out"]
     for decode in ("speaker", "llm"):
@@ -187,7 +184,6 @@ def test_plan_fills_the_place_it_is_given(demo):
         assert len(result["filled"][0]["nearest"]) == 3 and "put into words" in picture
 
 
-@needs_models
 def test_nano_tjepa_and_map(demo):
     question = demo.examples["1a · right, 5 steps"][0]
     _, _, result = last(demo.nano(question, demo.candidates(), 48))
@@ -201,7 +197,6 @@ def test_nano_tjepa_and_map(demo):
     assert {p["kind"] for p in result["points"]} == {"verified", "wrong", "after"} and picture.count("<title>") > 20
 
 
-@needs_models
 def test_feedback_is_opt_in_and_redacted(demo):
     question, steps, answer, _ = demo.examples["1a · right, 5 steps"]
     _, _, result = last(demo.score(WORLD, question + " Ask ann@example.com.", steps))
@@ -214,8 +209,7 @@ def test_feedback_is_opt_in_and_redacted(demo):
     assert "ann@" not in first["question"] and (first["rating"], first["is_valid"]) == ("up", True)
     assert (second["rating"], second["is_valid"]) == ("down", False)
     for bad in (None, [], {"steps": 3}, {"steps": [1], "question": "q", "kind": "x"}, {"steps": ["a"], "question": 3}):
-        with pytest.raises(gr.Error):
-            demo.feedback("up", bad, True, "")
+        refused(gr.Error, None, demo.feedback, "up", bad, True, "")
 
 
 # ----------------------------------------------------------------------------- the running app
@@ -249,12 +243,11 @@ def serving(memory):
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory):
+def url(models, tmp_path_factory):
     with serving(tmp_path_factory.mktemp("server") / "memory.duckdb") as address:
         yield address
 
 
-@needs_models
 def test_api(url, demo):
     client = pytest.importorskip("gradio_client").Client(url, verbose=False)
     example = re.search(r'demo\.predict\("(.*?)", "(.*?)",\s*"(.*?)", api_name="/score"\)', main.__doc__, re.DOTALL)
@@ -286,7 +279,6 @@ def call(url, api, values, raw=None) -> str:
         return http.get(f"{address}/{sent.json()['event_id']}").text
 
 
-@needs_models
 def test_random_requests_16_at_a_time(url):
     rng = random.Random(0)
     question = "Mia has 3 red apples. Tom has twice as many. How many?"
@@ -365,7 +357,6 @@ def choose(page, example):
     page.wait_for_function("was => document.querySelector('#steps textarea').value != was", arg=was)
 
 
-@needs_models
 def test_every_tab_in_a_browser(url):
     with browser(url) as (page, wrong):
         for tab, names in TABS.items():
@@ -383,7 +374,6 @@ def test_every_tab_in_a_browser(url):
         assert not wrong
 
 
-@needs_models
 def test_html_is_shown_as_text(url):
     with browser(url) as (page, wrong):
         page.locator("#question textarea").fill(" ".join(EVIL))
@@ -409,8 +399,7 @@ def test_html_is_shown_as_text(url):
         assert page.locator("img[src=x], svg[onload], a[href^=javascript]").count() == 0 and not wrong
 
 
-@needs_models
-def test_a_full_queue_says_so(tmp_path):
+def test_a_full_queue_says_so(models, tmp_path):
     import httpx
 
     with serving(tmp_path / "memory.duckdb") as url:
