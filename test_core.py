@@ -25,8 +25,11 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import safetensors.torch
 import torch
@@ -50,6 +53,7 @@ import train
 import verify
 
 ROOT = Path(__file__).resolve().parent
+MODULES = sorted(path.stem for path in ROOT.glob("*.py") if not path.stem.startswith("test_"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
@@ -126,11 +130,15 @@ def examples(n=6, seed=0):
             for i, (q, a) in enumerate(zip(questions, answers, strict=True))]  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 # ----------------------------------------------------------------------------- Transformer
 
 
 def test_sdpa_equals_plain_math_and_bf16_on_cpu_follows():
-    torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 3, 7, 8).unbind(0)
     allowed = torch.ones(7, 7, dtype=torch.bool).tril()
     plain = ((q @ k.transpose(-1, -2)) / math.sqrt(8)).masked_fill(~allowed, -math.inf).softmax(-1) @ v
@@ -141,7 +149,6 @@ def test_sdpa_equals_plain_math_and_bf16_on_cpu_follows():
 
 
 def test_rotary_attention_depends_on_distance_alone():
-    torch.manual_seed(0)
     net, x = m.Transformer(2, 2, 16).eval(), torch.randn(1, 5, 16)
     near, far = torch.arange(5)[None], torch.arange(5)[None] + 37
     torch.testing.assert_close(net(x, near, is_causal=True), net(x, far, is_causal=True), atol=1e-5, rtol=1e-5)
@@ -150,7 +157,6 @@ def test_rotary_attention_depends_on_distance_alone():
 
 
 def test_cross_attention_reads_the_allowed_context_alone():
-    torch.manual_seed(0)
     net, x, context = m.Transformer(1, 2, 16, cross=True).eval(), torch.randn(2, 4, 16), torch.randn(2, 6, 16)
     allowed = torch.tensor([[True] * 4 + [False] * 2] * 2)
     before = net(x, is_causal=True, context=context, context_allowed=allowed)
@@ -197,7 +203,6 @@ def test_the_flops_that_mfu_counts_are_not_more_than_those_made():
 
 
 def jepa():
-    torch.manual_seed(0)
     return m.JEPA(m.Transformer(2, 2, 16), m.Predictor(16, 1, 2, 8)).eval()
 
 
@@ -284,7 +289,6 @@ def test_training_rows_leak_nothing_from_the_answer_into_pred(context):
 def test_token_loss_and_its_gradients_are_cross_entropy(size, monkeypatch):
     """Also where the logits are made in slices, in bf16, and scaled afterwards."""
     monkeypatch.setattr(m.TokenLoss, "slice_size", lambda *_: size)
-    torch.manual_seed(0)
     net, h, targets = tiny_model(), torch.randn(2, 9, 32), torch.randint(0, 290, (13,))
     at = torch.randperm(18)[:13]
     for dtype, close in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
@@ -401,11 +405,6 @@ def test_generation_with_the_cache_equals_recomputing(context):
     questions = token_lists(4, 2, 11)
     out = net.generate(questions, 8)
     assert out == [net.generate([q], 8)[0] for q in questions]
-    full = dataclasses.replace(net.config, block_size=16)
-    with contextlib.ExitStack() as stack:
-        stack.callback(setattr, net, "config", net.config)
-        net.config = full  # a long row beside it does not cut a short one's answer
-        assert net.generate(questions, 16) == [net.generate([q], 16)[0] for q in questions]
     for q, tokens in zip(questions, out, strict=True):
         row = [*q, net.pred_id]
         x = net.embed(torch.tensor([row if context == "question" else [net.eos_id]]))
@@ -418,6 +417,8 @@ def test_generation_with_the_cache_equals_recomputing(context):
             x = torch.cat((x, net.embed(torch.tensor([[expected[-1]]]))), dim=1)
         expected = expected[: expected.index(net.eos_id)] if net.eos_id in expected else expected
         assert tokens == expected
+    net.config = dataclasses.replace(net.config, block_size=16)  # a long row does not cut a short one's answer
+    assert net.generate(questions, 16) == [net.generate([q], 16)[0] for q in questions]
 
 
 def test_sampling_follows_its_seed():
@@ -465,7 +466,6 @@ def test_effective_rank():
 
 
 def test_alignment_tells_learning_from_collapse():
-    torch.manual_seed(0)
     target = torch.randn(64, 32)
     perfect = m.alignment(target, target)
     assert perfect["retrieval_top1"] == 1 and perfect["cos_matched"] == pytest.approx(1) and perfect["gap"] > 0.9
@@ -533,9 +533,6 @@ def test_gpt2_tokenizer():
 
 
 def test_local_problems_from_jsonl_and_parquet(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet
-
     rows = [{"question": f"How many? {i}", "answer": f"1+1=2\n#### {i}"} for i in range(45)]
     write_jsonl(tmp_path / "train.jsonl", rows)
     (tmp_path / "gsm8k").mkdir()
@@ -649,12 +646,7 @@ def test_missing_and_malformed_data_is_named(tmp_path):
 
 
 def test_offline_hub_names_the_remedies(monkeypatch):
-    import datasets
-
-    def refuse(*_, **__):
-        raise ConnectionError("offline mode")
-
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setattr("datasets.load_dataset", Mock(side_effect=ConnectionError("offline mode")))
     with pytest.raises(FileNotFoundError, match="(?s)openai/gsm8k.*--data_dir.*--dataset synthetic"):
         data.load_problems("gsm8k", "train")
 
@@ -674,25 +666,11 @@ LOSS_WEIGHTS = {f"lambda_{k}" for k in  # of RJEPA.forward and TJEPA.forward, by
 
 
 def test_every_config_field_is_read_somewhere():
-    code = "".join(p.read_text() for p in ROOT.glob("*.py") if p.name not in ("config.py", "test_core.py"))
-    read = {node.attr for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Attribute)}
-    for job in (cfg.NanoJEPAConfig, cfg.RJEPAConfig, cfg.GuideConfig, cfg.SpeakConfig, cfg.TJEPAConfig,
-                cfg.DistillConfig, cfg.AnswerConfig):
+    code = "".join((ROOT / f"{name}.py").read_text() for name in set(MODULES) - {"config"})
+    read = {node.attr for node in ast.walk(ast.parse(code))
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    for job in {type(preset) for preset in cfg.PRESETS.values()}:
         assert {f.name for f in dataclasses.fields(job)} - LOSS_WEIGHTS <= read
-
-
-def test_an_unknown_preset_shows_the_nearest():
-    refused(SystemExit, "Did you mean 'nanojepa-small'", cfg.parse_cli, ["nanojepa-smal"])
-
-
-@pytest.mark.parametrize("argv, named", [
-    ("--lambda_jepa -1", "--lambda_jepa -1"), ("--n_head 5", "--n_head 5"), ("--dropout 1.5", "--dropout 1.5"),
-    ("--lamda_jepa 1", "--lambda-jepa"), ("--answer_context all", "isolated"), ("--epochs many", "many"),
-])
-def test_wrong_fields_and_values_are_named(argv, named, capsys):
-    with pytest.raises(SystemExit) as caught:
-        cfg.parse_cli(["quickstart", *argv.split()])
-    assert caught.value.code != 0 and named in capsys.readouterr().err
 
 
 def test_config_json_round_trip_and_damage():
@@ -785,15 +763,23 @@ def test_bad_input_changes_nothing(finished, tmp_path):
 
 
 @pytest.mark.parametrize("main, argv, message", [
-    (extract.main, ["--counterfactual", "--chains", "x.jsonl"], "--counterfactual True: is made of"),
-    (evaluate_accuracy.main, ["run", "--k", "2", "--top_p", "0"], "--top_p 0"),
-    (verify.main, ["--chains", "x.jsonl", "--limit", "-1"], "--limit -1"),
-    (verify.main, ["--chains", "x.jsonl", "--expression", "1=1"], "exactly one of"),
+    (cfg.parse_cli, "nanojepa-smal", "Did you mean 'nanojepa-small'"),
+    (cfg.parse_cli, "quickstart --lambda_jepa -1", "--lambda_jepa -1"),
+    (cfg.parse_cli, "quickstart --n_head 5", "--n_head 5"), (cfg.parse_cli, "quickstart --epochs many", "many"),
+    (cfg.parse_cli, "quickstart --dropout 1.5", "--dropout 1.5"),
+    (cfg.parse_cli, "quickstart --lamda_jepa 1", "--lambda-jepa"),
+    (cfg.parse_cli, "quickstart --answer_context all", "isolated"),
+    (extract.main, "--counterfactual --chains x.jsonl", "--counterfactual True: is made of"),
+    (evaluate_accuracy.main, "run --k 2 --top_p 0", "--top_p 0"), (evaluate_accuracy.main, "run --k 0", "--k 0"),
+    (evaluate_accuracy.main, "run --limit -1", "--limit -1"), (evaluate_accuracy.main, "run --dataset foo", "foo"),
+    (evaluate_accuracy.main, "run --max_new_tokens -1", "--max_new_tokens -1"),
+    (verify.main, "--chains x.jsonl --limit -1", "--limit -1"), (verify.main, "", "exactly one of"),
+    (verify.main, "--chains x.jsonl --expression 1=1", "exactly one of"),
 ])
 def test_arguments_that_mean_nothing_are_refused_before_anything_is_read(main, argv, message, capsys):
     with pytest.raises(SystemExit) as caught:
-        main(argv)
-    assert message in str(caught.value) + capsys.readouterr().err.replace("\n", " ")
+        main(argv.split())
+    assert caught.value.code != 0 and message in str(caught.value) + capsys.readouterr().err.replace("\n", " ")
 
 
 @pytest.mark.parametrize("kind, field, value", [(cfg.RJEPAConfig, "margin", 0.0), (cfg.SpeakConfig, "dropout", 1.0)])
@@ -843,7 +829,7 @@ def test_parts_are_whole_and_none_is_of_one_alone(n, size):
     assert sum(found, []) == list(range(n)) and min(map(len, found)) >= 2 and max(map(len, found)) <= max(size, 3)
 
 
-def stopped(folder, monkeypatch, start=run, **fields):
+def stopped(out, monkeypatch, start=run, **fields):
     """A run that ends in its seventh step, with a state of step 6."""
     real, calls = torch.nn.utils.clip_grad_norm_, itertools.count()
 
@@ -855,7 +841,7 @@ def stopped(folder, monkeypatch, start=run, **fields):
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", stop_in_the_seventh_step)
         with pytest.raises(KeyboardInterrupt):
-            start(folder, **fields)
+            start(out, **fields)
 
 
 def test_another_runs_state_is_refused(tmp_path, monkeypatch):
@@ -908,10 +894,6 @@ def test_evaluation_scripts_report_what_the_contract_names(finished, capsys):
     assert set(names.split()) <= set(result) and result["n"] == 12 and result["counterfactual"]["n"] > 0
     assert 0 < result["lexical"]["retrieval_top1"] <= 1 and result["lexical"]["counterfactual"]["n"] > 0
     assert result == script(eval_alignment, "--limit", "12")
-    for argv in (["--limit", "-1"], ["--dataset", "foo"], ["--k", "0"], ["--max_new_tokens", "-1"]):
-        with pytest.raises(SystemExit) as caught:
-            script(evaluate_accuracy, *argv)
-        assert caught.value.code != 0 and argv[1] in capsys.readouterr().err
     result = script(evaluate_accuracy, "--limit", "6", "--k", "3", "--max_new_tokens", "12")
     assert (result["n"], result["k"]) == (6, 3) and {"random", "majority", "oracle"} <= set(result["methods"])
     for figures in result["methods"].values():
@@ -936,16 +918,16 @@ def test_accuracy_by_hand():
 
 
 def test_importing_a_script_runs_nothing():
-    names = [path.stem for path in sorted(ROOT.glob("*.py")) if not path.stem.startswith("test_")]
-    code = f"import sys; sys.argv = ['x', '--nonsense']; import {', '.join(names)}"
+    code = f"import sys; sys.argv = ['x', '--nonsense']; import {', '.join(MODULES)}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_imports_run_one_way():
     level = {"config": 0, "redact": 0, "sandbox": 0, "model": 1, "verify": 1, "benchmarks": 2, "data": 3, "latents": 4,
-             "runs": 5, "llm": 6, "jobs": 7, "train": 8, "extract": 8, "memory": 8, "infer": 9, "eval_alignment": 10,
-             "evaluate_accuracy": 11, "bench": 10, "pictures": 2, "main": 12}  # fmt: skip
+             "runs": 5, "llm": 6, "parallel": 6, "jobs": 7, "train": 8, "extract": 8, "memory": 8, "infer": 9,
+             "eval_alignment": 10, "evaluate_accuracy": 11, "bench": 10, "pictures": 2, "main": 12}  # fmt: skip
+    assert sorted(level) == MODULES
     for name, own in level.items():
         for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else (
@@ -1017,10 +999,8 @@ def test_split_steps():
 
 
 def test_counterfactual_on_a_known_problem():
-    problem = {"id": "g", "question": "Al has 48 pens, Bo half as many. How many have they?",
-               "answer": "Bo has 48/2 = <<48/2=24>>24.\nThey have 48 + 24 = $<<48+24=72>>72.\n#### 72"}
-    problem["answer"] = problem["answer"].replace("24", "26").replace("48", "52").replace("72", "78")
-    problem["question"] = problem["question"].replace("48", "52")
+    problem = {"id": "g", "question": "Al has 52 pens, Bo half as many. How many have they?",
+               "answer": "Bo has 52/2 = <<52/2=26>>26.\nThey have 52 + 26 = $<<52+26=78>>78.\n#### 78"}
     seen = set()
     for seed in range(40):
         chain, wrong_step = data.counterfactual(problem, data.make_chain(problem), seed)
@@ -1060,34 +1040,20 @@ def check_counterfactual(problem, chain, wrong_step):
             assert data.evaluate(left) == data.number(right), (old, new)
 
 
-def test_counterfactual_on_synthetic_problems():
-    problems = data.synthetic_problems(150, "train", 2)
-    n_done = 0
-    for problem in problems:
+@pytest.mark.parametrize("dataset, n, share", [("synthetic", 150, 0.85), ("gsm8k", 300, 0.65)])
+def test_most_problems_have_a_counterfactual(dataset, n, share):
+    folder, n_done = str(shared_data("gsm8k")) if dataset == "gsm8k" else "", 0
+    for i, problem in enumerate(data.load_problems(dataset, "train", folder, n, seed=2)):
         chain = data.make_chain(problem)
         try:
-            new, wrong_step = data.counterfactual(problem, chain, 0)
-        except ValueError:
-            continue
-        n_done += 1
-        assert (new, wrong_step) == data.counterfactual(problem, chain, 0)
-        assert chain == data.make_chain(problem)
-        check_counterfactual(problem, new, wrong_step)
-    assert n_done >= 0.85 * len(problems)
-
-
-def test_counterfactual_on_gsm8k():
-    rows, n_done = verify.read_jsonl(shared_data("gsm8k/train.jsonl"), limit=300), 0
-    for i, row in enumerate(rows):
-        problem = {"id": f"gsm8k-train-{i}", **row}
-        try:
-            chain, wrong_step = data.counterfactual(problem, data.make_chain(problem), i)
+            new, wrong_step = data.counterfactual(problem, chain, i)
         except ValueError as error:
             assert "without ambiguity" in str(error)
             continue
         n_done += 1
-        check_counterfactual(problem, chain, wrong_step)
-    assert n_done >= 0.65 * len(rows)
+        assert (new, wrong_step) == data.counterfactual(problem, chain, i) and chain == data.make_chain(problem)
+        check_counterfactual(problem, new, wrong_step)
+    assert n_done >= share * n
 
 
 # ----------------------------------------------------------------------------- the gate
@@ -1096,31 +1062,21 @@ GSM8K_STEP = "Natalia sold 48/2 = <<48/2=24>>24 clips in May."
 
 
 @pytest.mark.parametrize("text, mode, answer", [
-    ("so 3 + 4 = 7\n#### 7", "strict", "7"),
-    ("#### 1,800.", "strict", "1800"),
-    ("#### -3\n#### 4", "strict", "-3"),
-    ("the answer is 7", "strict", None),
-    ("first 3, then $1,250.50.", "flexible", "1250.50"),
-    ("I think it is 8 ...", "flexible", "8"),
-    ("so \\boxed{12} of 30", "flexible", "12"),
-    ("A: 168", None, "168"),
-    ("#### 7 not 8", None, "7"),
-    ("no number here", None, None),
+    ("so 3 + 4 = 7\n#### 7", "strict", "7"), ("#### 1,800.", "strict", "1800"), ("#### -3\n#### 4", "strict", "-3"),
+    ("the answer is 7", "strict", None), ("first 3, then $1,250.50.", "flexible", "1250.50"),
+    ("I think it is 8 ...", "flexible", "8"), ("so \\boxed{12} of 30", "flexible", "12"), ("A: 168", None, "168"),
+    ("#### 7 not 8", None, "7"), ("no number here", None, None),
 ])
 def test_extract_answer(text, mode, answer):
     assert verify.extract_answer(text, mode) == answer
-
-
-def test_extract_answer_unknown_mode():
-    refused(ValueError, "loose", verify.extract_answer, "1", "loose")
+    refused(ValueError, "loose", verify.extract_answer, text, "loose")
 
 
 @pytest.mark.parametrize("text, value", [
     ("18", 18), ("18.00", 18), ("$18", 18), ("18 apples.", 18), ("1,800", 1800), ("0.5", Fraction(1, 2)),
-    (".5", Fraction(1, 2)),
-    ("1/2", Fraction(1, 2)), ("50%", 50), ("\u22127", -7), ("-$7", -7), ("$-7", -7), ("0.1", Fraction(1, 10)),
-    ("", None), ("apples", None), ("1/0", None), ("1,80", None), ("--3", None), ("3 4", None), ("9" * 1000, None),
-    ("1e9", None),
+    (".5", Fraction(1, 2)), ("1/2", Fraction(1, 2)), ("50%", 50), ("\u22127", -7), ("-$7", -7), ("$-7", -7),
+    ("0.1", Fraction(1, 10)), ("", None), ("apples", None), ("1/0", None), ("1,80", None), ("--3", None), ("3 4", None),
+    ("9" * 1000, None), ("1e9", None),
 ])
 def test_parse_number(text, value):
     assert verify.parse_number(text) == value
@@ -1135,8 +1091,7 @@ def test_check_answer():
 
 @pytest.mark.parametrize("expression, p, q", [
     ("48/2", 24, 1), ("0.1+0.2", 3, 10), ("-(2+3)*4", -20, 1), ("2**10", 1024, 1), ("2**-1", 1, 2), ("7//2", 3, 1),
-    ("7%3", 1, 1),
-    (".5*4", 2, 1), ("0.1", 1, 10), ("1.", 1, 1),
+    ("7%3", 1, 1), (".5*4", 2, 1), ("0.1", 1, 10), ("1.", 1, 1),
 ])
 def test_evaluate_is_exact(expression, p, q):
     value = verify.evaluate(expression)
@@ -1145,20 +1100,17 @@ def test_evaluate_is_exact(expression, p, q):
 
 @pytest.mark.parametrize("expression, reason", [
     ("__import__('os').system('touch /tmp/owned')", "not_whitelisted"), ("9**9**9**9", "too_large"),
-    ("(" * 10_000 + "1", "too_long"),
-    ("1" * 1_000_000, "too_long"), ("(" * 50 + "1" + ")" * 50, "too_deep"), ("1" * 100, "too_large"),
-    ("(2**64)**64", "too_large"),
-    ("1/0", "division_by_zero"), ("0**-1", "division_by_zero"), ("2**0.5", "too_large"), ("1e9", "not_whitelisted"),
-    ("x+1", "not_whitelisted"), ("1(2)", "not_whitelisted"), ("()", "not_whitelisted"), ("", "syntax"),
-    ("1+", "syntax"),
-    ("1\0", "not_whitelisted"), ("٣", "not_whitelisted"),
+    ("(" * 10_000 + "1", "too_long"), ("1" * 1_000_000, "too_long"), ("(" * 50 + "1" + ")" * 50, "too_deep"),
+    ("1" * 100, "too_large"), ("(2**64)**64", "too_large"), ("1/0", "division_by_zero"), ("0**-1", "division_by_zero"),
+    ("2**0.5", "too_large"), ("1e9", "not_whitelisted"), ("x+1", "not_whitelisted"), ("1(2)", "not_whitelisted"),
+    ("()", "not_whitelisted"), ("", "syntax"), ("1+", "syntax"), ("1\0", "not_whitelisted"), ("٣", "not_whitelisted"),
 ])
 def test_evaluate_rejects_off_the_main_thread(expression, reason):
     with ThreadPoolExecutor(1) as pool:
         with pytest.raises(verify.Rejected) as caught:
             pool.submit(verify.evaluate, expression).result(timeout=5)
         verdict = pool.submit(verify.check_expression, expression).result(timeout=5)
-        assert pool.submit(verify.check_step, f"{expression} = 1").result(timeout=5)  # judged or not, but back in time
+        pool.submit(verify.check_step, f"{expression} = 1").result(timeout=5)  # judged or not, but back in time
     assert caught.value.reason == reason and len(str(caught.value)) < 300
     assert (verdict.is_valid, verdict.reason) == (False, reason)
 
@@ -1173,24 +1125,19 @@ def test_check_expression(text, is_valid):
 
 @pytest.mark.parametrize("right, wrong", [
     (GSM8K_STEP, "Natalia sold 48/2 = <<48/2=25>>24 clips in May."),
-    ("<<.5*40=20>>", "<<.5*40=21>>"),
-    ("<<12=12>>", "<<12=13>>"),
+    ("<<.5*40=20>>", "<<.5*40=21>>"), ("<<12=12>>", "<<12=13>>"), ("5 – 3 = 2", "5 – 3 = 3"),
+    ("20% of 50 = 10", "20% of 50 = 11"), ("15% + 10% = 25%", "15% + 10% = 26%"), ("10 / 4 = 2.5", "10 / 4 = 2"),
+    ("4(5 - 1) = 16", "4(5 - 1) = 17"), ("2/3 = 0.67 and 2/3 = 0.66", "2/3 = 0.68"),
     ("22 pens + 10 pens = 32 pens", "22 pens + 10 pens = 33 pens"),
     ("$5/hour * 3 hours = $15", "$5/hour * 3 hours = $16"),
-    ("20% of 50 = 10", "20% of 50 = 11"),
     ("20/100*50 = 10 people", "20/100*50 = 12 people"),
     ("4/12 * 100 = 33.33%", "4/12 * 100 = 34%"),
-    ("15% + 10% = 25%", "15% + 10% = 26%"),
     ("3 x 4 = 12 and 6 ÷ 2 × 3 = 9", "3 x 4 = 12 and 6 ÷ 2 × 3 = 1"),
-    ("5 – 3 = 2", "5 – 3 = 3"),
     ("$1,250 + 750 = $2,000", "$1,250 + 750 = $2,100"),
     ("7 * (3 + 4) = 7 * 7 = 49", "7 * (3 + 4) = 7 * 7 = 48"),
     ("3 weeks = 3 * 7 = 21 days", "3 weeks = 3 * 7 = 22 days"),
     ("1 1/2 * 4 = 6 cups", "1 1/2 * 4 = 7 cups"),
     ("60 / 3/4 = 80 years", "60 / 3/4 = 81 years"),
-    ("4(5 - 1) = 16", "4(5 - 1) = 17"),
-    ("2/3 = 0.67 and 2/3 = 0.66", "2/3 = 0.68"),
-    ("10 / 4 = 2.5", "10 / 4 = 2"),
     ("18 000 + 2 000 = 20 000", "18 000 + 2 000 = 21 000"),
 ])
 def test_check_step_finds_the_slip(right, wrong):
@@ -1201,8 +1148,7 @@ def test_check_step_finds_the_slip(right, wrong):
 
 @pytest.mark.parametrize("text", [
     "She likes apples.", "", "2x = 80", "1.5 * original length = 140", "x - 5 + 3 = 8", "22 - 16 = 16 + x - 16",
-    "A = 5",
-    "1 dozen = 12 eggs", "2 dozen cups + 10 spoons = 34", "5:30 + 2 = 7:30", "8 packs of 5 bags * $4 = $160",
+    "A = 5", "1 dozen = 12 eggs", "2 dozen cups + 10 spoons = 34", "5:30 + 2 = 7:30", "8 packs of 5 bags * $4 = $160",
     "4 - 2 = 2 hours = 120 minutes", "3 >= 4 - 2 and 2 <= 5",
 ])
 def test_check_step_leaves_unjudged_what_is_not_plain_arithmetic(text):
@@ -1236,9 +1182,8 @@ def test_validate():
 
 @pytest.mark.parametrize("problem, chain, field", [
     ({}, {"steps": ["1"]}, "answer"), ({"answer": ""}, {"steps": ["1"]}, "answer"),
-    ({"answer": "many"}, {"steps": ["1"]}, "answer"),
-    ({"answer": "1"}, {}, "steps"), ({"answer": "1"}, {"steps": "1"}, "steps"),
-    ({"answer": "1"}, {"steps": [1]}, "steps"),
+    ({"answer": "many"}, {"steps": ["1"]}, "answer"), ({"answer": "1"}, {}, "steps"),
+    ({"answer": "1"}, {"steps": "1"}, "steps"), ({"answer": "1"}, {"steps": [1]}, "steps"),
     ({"answer": "1"}, {"steps": [" "]}, "steps"), ({"answer": "1"}, {"steps": ["1"], "answer": 1}, "answer"),
 ])
 def test_validate_names_the_malformed_field(problem, chain, field):
@@ -1269,9 +1214,7 @@ def test_command_line(tmp_path, capsys):
     assert check("--candidates", path) == {"n": 2, "agree": 0.5, "disagree": ["q"]}
     assert check("--expression", "2+2=4") == {"valid": True, "reason": "ok"}
     assert check("--expression", "9**9**9**9") == {"valid": False, "reason": "too_large"}
-    for args, message in [((), "exactly one"), (("--chains", "x", "--expression", "1"), "exactly one"),
-                          (("--chains", tmp_path / "none.jsonl"), "none.jsonl")]:
-        refused(SystemExit, message, check, *args)
+    refused(SystemExit, "none.jsonl", check, "--chains", tmp_path / "none.jsonl")
 
 
 def test_gold_solutions_pass_the_gate():
@@ -1342,7 +1285,6 @@ def test_a_batch_holds_the_latents_of_its_chains_and_of_their_wrong_ones():
 @pytest.mark.parametrize("B, T", [(60, 5), (7, 5), (1, 3), (64, 16), (9, 9)])
 def test_packed_sequences_see_what_each_sees_alone(B, T, row, monkeypatch):
     monkeypatch.setitem(m.ROW, "cpu", row)
-    torch.manual_seed(0)
     net, x = m.Transformer(2, 2, 16), torch.randn(B, T, 16, requires_grad=True)
     is_real, positions = torch.rand(B, T) < 0.6, torch.randint(0, 50, (B, T))  # real ones anywhere; a chain of none
     is_real[0, 0] = True
@@ -1386,6 +1328,19 @@ def latents_folder(folder, n=60, split="train", dim=12, name=""):
     latents.write_shard(folder / latents.shard_name(0), parts, [], header, runs.write_atomic)
     latents.write_index(folder, records, header, runs.write_atomic)
     return folder
+
+
+def train_rjepa(out, folder, preset="rjepa-small", **fields):
+    """A run in `out` over the latents of a folder -> its figures."""
+    return train.train(preset, rjepa_config(dim=0, latents=str(folder), out_dir=str(out), **fields))
+
+
+@pytest.fixture(scope="module")
+def small_rjepa(tmp_path_factory):
+    """(the folder of a run, that of its made-up latents, its figures)."""
+    base = tmp_path_factory.mktemp("rjepa")
+    folder = latents_folder(base / "latents")
+    return str(base / "run"), folder, train_rjepa(base / "run", folder)
 
 
 @pytest.mark.parametrize("fields", [{}, {"mask": "random"}, {"suffix_share": 1.0, "single_share": 0.0}])
@@ -1534,18 +1489,13 @@ def test_target_encoders_of_the_ablations(kind):
         assert torch.allclose(target, p if kind != "ema" else p - 0.9, atol=1e-6)
 
 
-def test_an_rjepa_run_resumes_to_the_same_weights_and_scores(tmp_path, monkeypatch, capsys):
-    folder = latents_folder(tmp_path / "latents")
-
-    def go(out):
-        return train.train("rjepa-small", rjepa_config(dim=0, latents=str(folder), out_dir=str(out)))
-
-    result = go(tmp_path / "whole")
+def test_an_rjepa_run_resumes_to_the_same_weights_and_scores(small_rjepa, tmp_path, monkeypatch, capsys):
+    whole, folder, result = small_rjepa
     assert {"l1", "l1_predict_mean", "l1_copy", "effective_rank", "std"} <= set(result["val"])
-    stopped(tmp_path / "cut", monkeypatch, start=go)
-    go(tmp_path / "cut")
-    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
-    model, config = infer.load_world_model(str(tmp_path / "whole"), "cpu")
+    stopped(tmp_path / "cut", monkeypatch, start=train_rjepa, folder=folder)
+    train_rjepa(tmp_path / "cut", folder)
+    assert weights(tmp_path / "cut") == weights(whole)
+    model, config = infer.load_world_model(whole, "cpu")
     assert (config.llm, config.layer, config.pooling, config.dim) == ("made-up", 2, "last", 12)
     assert (model.quantiles.diff(dim=1) >= 0).all() and (model.quantiles[:, -1] > 0).all()
     chains = [c["h"] for c in latent_chains(7, seed=5)]
@@ -1556,56 +1506,46 @@ def test_an_rjepa_run_resumes_to_the_same_weights_and_scores(tmp_path, monkeypat
     silent = rows[0] | {"steps": [], "n_steps": 0, "h": rows[0]["h"][:1], "is_valid": False}
     monkeypatch.setattr(latents, "load_latents", lambda _: ([silent, *rows], manifest))  # an LLM wrote nothing
     assert latents.first_problems(rows, 3) == rows[:6] and latents.first_problems(rows, 0) == rows
-    figures = result_of(capsys, eval_alignment.main, tmp_path / "whole", "--latents", folder, "--device", "cpu")
+    figures = result_of(capsys, eval_alignment.main, whole, "--latents", folder, "--device", "cpu")
     assert figures["n"] == 120 and 0 <= figures["auroc_correct"] <= 1 and figures["auroc_logprob"] is None
 
 
-def test_a_retrained_run_must_not_lose_on_the_held_out_set(tmp_path, capsys, monkeypatch):
-    runs_relative, real = train.relative_l1, latents.load_latents
-    here, more = latents_folder(tmp_path / "here"), latents_folder(tmp_path / "more", name="fed-")
-    first = str(tmp_path / "first")
-    train.train("rjepa-small", rjepa_config(dim=0, latents=str(here), out_dir=first))
-    fields = dict(dim=0, latents=str(more), init_from=first, held_out=str(here))
-    worse, better = tmp_path / "worse", tmp_path / "better"
-    lost = train.train("rjepa-small", rjepa_config(out_dir=str(worse), lr=3.0, warmup_ratio=0.0, **fields))
+def test_a_retrained_run_must_not_lose_on_the_held_out_set(small_rjepa, tmp_path, capsys, monkeypatch):
+    first, here, _ = small_rjepa
+    more, fields = latents_folder(tmp_path / "more", name="fed-"), dict(init_from=first, held_out=str(here))
+    lost = train_rjepa(tmp_path / "worse", more, lr=3.0, warmup_ratio=0.0, **fields)
     assert not lost["accepted"] and lost["after"] > lost["before"] and "rejected" in capsys.readouterr().err
-    assert runs_relative(lost["val"]) == lost["before"]  # the figures are those of the weights that stay
-    (old, _), (kept, _) = runs.load_run(first, "cpu"), runs.load_run(worse, "cpu")
-    assert all(torch.equal(v, kept.state_dict()[k]) for k, v in old.state_dict().items())
-    won = train.train("rjepa-small", rjepa_config(out_dir=str(better), max_steps=60, save_every=60, **fields))
+    assert train.relative_l1(lost["val"]) == lost["before"]  # the figures are those of the weights that stay
+    won = train_rjepa(tmp_path / "better", more, max_steps=60, save_every=60, **fields)
     assert won["accepted"] and won["before"] == lost["before"] >= won["after"]
-    assert any(not torch.equal(v, old.state_dict()[k]) for k, v in runs.load_run(better, "cpu")[0].state_dict().items())
-    with pytest.raises(ValueError, match="holds a problem of --held_out"):
-        train.train("rjepa-small", rjepa_config(out_dir=str(tmp_path / "x"), **(fields | {"latents": str(here)})))
+    old, kept, new = (runs.load_run(run, "cpu")[0].state_dict() for run in (first, lost["out_dir"], won["out_dir"]))
+    assert all(torch.equal(v, kept[k]) for k, v in old.items())
+    assert any(not torch.equal(v, new[k]) for k, v in old.items())
+    refused(ValueError, "holds a problem of --held_out", train_rjepa, tmp_path / "x", here, **fields)
     asked_again = latents_folder(tmp_path / "again", n=3, name="q")  # other ids, and questions in another spelling
-    index = json.loads(json.dumps(latents.load_latents(asked_again)[1]))
-    rows, _ = latents.load_latents(asked_again)
+    real, (rows, manifest) = latents.load_latents, latents.load_latents(asked_again)
     monkeypatch.setattr(latents, "load_latents", lambda folder, *args: (
-        [r | {"question": " Q5"} for r in rows], index) if str(folder) == str(asked_again) else real(folder, *args))
-    fields |= {"latents": str(asked_again), "out_dir": str(tmp_path / "x")}
-    refused(ValueError, "holds a problem of --held_out .*q5", train.train, "rjepa-small", rjepa_config(**fields))
+        [r | {"question": " Q5"} for r in rows], manifest) if str(folder) == str(asked_again) else real(folder, *args))
+    refused(ValueError, "holds a problem of --held_out .*q5", train_rjepa, tmp_path / "x", asked_again, **fields)
     refused(ValueError, "held_out.*needs --init_from", rjepa_config, held_out=str(here))
 
 
-def test_a_run_starts_from_another_and_calibration_trains_adapters_alone(tmp_path, finished):
-    here, wider = latents_folder(tmp_path / "here"), latents_folder(tmp_path / "wider", dim=20)
-    first, other, more = str(tmp_path / "first"), str(tmp_path / "other"), str(tmp_path / "more")
-    train.train("rjepa-small", rjepa_config(dim=0, latents=str(here), out_dir=first))
-    fields = dict(dim=0, latents=str(wider), init_from=first, n_embd=32, predictor_n_layer=3)  # the network is first's
-    train.train("rjepa-calibrate", rjepa_config(out_dir=other, adapters_only=True, **fields))
-    (a, _), (b, config) = runs.load_run(first, "cpu"), runs.load_run(other, "cpu")
+def test_a_run_starts_from_another_and_calibration_trains_adapters_alone(small_rjepa, tmp_path, finished):
+    (first, here, _), wider, more = small_rjepa, latents_folder(tmp_path / "wider", dim=20), tmp_path / "more"
+    fields = dict(init_from=first, n_embd=32, predictor_n_layer=3)  # the network is first's
+    train_rjepa(tmp_path / "other", wider, "rjepa-calibrate", adapters_only=True, **fields)
+    (a, _), (b, config) = runs.load_run(first, "cpu"), runs.load_run(tmp_path / "other", "cpu")
     assert (config.n_embd, config.predictor_n_layer, config.dim) == (16, 1, 20)
     theirs = b.state_dict()
     for k, v in a.state_dict().items():
         assert k.startswith(runs.ADAPTERS) or torch.equal(v, theirs[k]), k
     torch.manual_seed(1)
     assert (runs.build_model(config).w_in.weight - b.w_in.weight).abs().min() > 0
-    refused(ValueError, "dim: 12 there, 20 here", train.train, "rjepa-small", rjepa_config(out_dir=more, **fields))
-    with pytest.raises(ValueError, match="preset 'quickstart'"):
-        train.train("rjepa-small", rjepa_config(out_dir=more, **(fields | {"init_from": str(finished[0])})))
+    refused(ValueError, "dim: 12 there, 20 here", train_rjepa, more, wider, **fields)
+    refused(ValueError, "preset 'quickstart'", train_rjepa, more, wider, init_from=str(finished[0]))
     refused(ValueError, "needs --init_from", rjepa_config, adapters_only=True)
-    assert not Path(more).exists()
-    train.train("rjepa-small", rjepa_config(out_dir=more, **fields | {"latents": str(here), "lr": 1e-9}))
+    assert not more.exists()
+    train_rjepa(more, here, lr=1e-9, **fields)
     assert torch.allclose(runs.load_run(more, "cpu")[0].w_in.weight, a.w_in.weight, atol=1e-6)
 
 
@@ -1618,8 +1558,7 @@ def test_a_text_run_starts_from_another_with_its_tokenizer(tmp_path, finished):
 
 def test_training_refuses_latents_of_a_test_split(tmp_path):
     folder = latents_folder(tmp_path / "latents", split="test")
-    with pytest.raises(ValueError, match="test split"):
-        train.train("rjepa-small", rjepa_config(latents=str(folder), out_dir=str(tmp_path / "run")))
+    refused(ValueError, "test split", train_rjepa, tmp_path / "run", folder)
     assert not (tmp_path / "run").exists()
 
 
@@ -2258,51 +2197,52 @@ def test_chains_of_files(tmp_path):
 def world(tmp_path_factory):
     """A small LLM of this project, an R-JEPA over its latents, the guidance head and Speaker beside it."""
     base = tmp_path_factory.mktemp("world")
+    rjepa = str(base / "rjepa")
     run(base / "llm", answer_context="question", n_synthetic=64, max_steps=30, dropout=0.0)
     extract.main(["--llm", str(base / "llm"), "--dataset", "synthetic", "--limit", "60", "--max_problem_steps", "3",
                   "--counterfactual", "--pooling", "both", "--out", str(base / "latents"), "--device", "cpu"])
-    rjepa = str(base / "rjepa")
-    train.train("rjepa-small", rjepa_config(dim=0, latents=str(base / "latents"), out_dir=rjepa, lambda_margin=1.0))
+    train_rjepa(rjepa, base / "latents", lambda_margin=1.0)
     common = dict(init_from=rjepa, batch_size=8, max_steps=12, val_problems=8, eval_every=6, threads=1, dtype="fp32",
                   device="cpu")  # fmt: skip
     guided = train.train("rjepa-guide", cfg.GuideConfig(n_hidden=16, lr=1e-2, **common))
     spoken = train.train("rjepa-speak", cfg.SpeakConfig(vocab_size=300, n_layer=1, n_head=2, n_embd=16, **common))
-    return base, rjepa, guided, spoken
+    model, config = infer.load_world_model(rjepa, "cpu")
+    return SimpleNamespace(base=base, llm_run=str(base / "llm"), rjepa=rjepa, guided=guided, spoken=spoken, model=model,
+                           config=config, llm=infer.llm_of(config, device="cpu"))
 
 
 QUESTION = "Mia has 3 red apples. Tom has twice as many. How many apples do they have in all?"
 
 
 def test_guidance_and_speaker_are_trained_beside_the_run(world):
-    base, rjepa, guided, spoken = world
-    assert guided["out_dir"] == rjepa + "-guide" and spoken["out_dir"] == rjepa + "-speak"
-    assert guided["val"]["ce"] < guided["val"]["ce_llm"] and {"ce_shuffled", "bias"} <= set(guided["val"])
-    assert {"lm_loss", "lm_loss_predicted", "lm_loss_shuffled"} <= set(spoken["val"])
+    guided, spoken = world.guided["val"], world.spoken["val"]
+    assert world.guided["out_dir"] == world.rjepa + "-guide" and world.spoken["out_dir"] == world.rjepa + "-speak"
+    assert guided["ce"] < guided["ce_llm"] and {"ce_shuffled", "bias"} <= set(guided)
+    assert {"lm_loss", "lm_loss_predicted", "lm_loss_shuffled"} <= set(spoken)
 
 
 def test_nudge_with_alpha_0_is_the_llm_alone(world, capsys):
-    _, rjepa, _, _ = world
-    model, config = infer.load_world_model(rjepa, "cpu")
-    llm = infer.llm_of(config, device="cpu")
-    guide = infer.load_beside(rjepa, "", "guide", "cpu")[0]
+    heads = infer.load_beside(world.rjepa, "", "guide", "cpu")[0], None
     questions = [QUESTION, "Bo has 4 pens. How many?"]
-    for temperature in (0.0, 1.0):
-        own = llms.generate(llm, questions, 2, temperature, max_new_tokens=24)
-        for head in (guide, None):
-            nudge = infer.Nudge(model, llm, 0.0, head)
-            same = llms.generate(llm, questions, 2, temperature, max_new_tokens=24, nudge=nudge)
+
+    def write(temperature, alpha=0.0, *head):
+        nudge = infer.Nudge(world.model, world.llm, alpha, *head) if head else None
+        return llms.generate(world.llm, questions, 2, temperature, max_new_tokens=24, nudge=nudge)
+
+    for temperature in (1.0, 0.0):
+        own = write(temperature)
+        for head in heads:
+            same = write(temperature, 0.0, head)
             assert [[c["logprobs"] for c in row] for row in own] == [[c["logprobs"] for c in row] for row in same]
-    other = [llms.generate(llm, questions, 2, 0.0, max_new_tokens=24, nudge=infer.Nudge(model, llm, 4.0, head))
-             for head in (guide, None)]
-    own = llms.generate(llm, questions, 2, 0.0, max_new_tokens=24)
-    assert all([c["steps"] for c in row[0]] != [c["steps"] for c in own[0]] for row in other)
-    found = result_of(capsys, infer.main, "nudge", rjepa, "--question", QUESTION, "--alpha", 1, "--max_new_tokens", 24,
-                      "--device", "cpu")  # fmt: skip
+    for head in heads:
+        assert [c["steps"] for c in write(0.0, 4.0, head)[0]] != [c["steps"] for c in own[0]]
+    found = result_of(capsys, infer.main, "nudge", world.rjepa, "--question", QUESTION, "--alpha", 1,
+                      "--max_new_tokens", 24, "--device", "cpu")
     assert set(found) >= {"own", "nudged", "alpha"}
 
 
 def test_a_pull_moves_what_is_above_and_leaves_the_states_that_are_kept(world):
-    for llm in (llms.load_llm(str(world[0] / "llm"), "cpu", layer=1), tiny_llm()):
+    for llm in (llms.load_llm(world.llm_run, "cpu", layer=1), tiny_llm()):
         kept = []
         for blend in (None, (0.7, torch.ones(2, 32))):
             _, _, memory = llm.begin([llm.question_ids(q) for q in (QUESTION, "How many?")], 1, 8)
@@ -2312,8 +2252,7 @@ def test_a_pull_moves_what_is_above_and_leaves_the_states_that_are_kept(world):
 
 
 def test_guidance_sees_the_state_and_the_prediction_of_its_token(world):
-    _, rjepa, _, _ = world
-    job = jobs.GuideJob(cfg.GuideConfig(init_from=rjepa, batch_size=8, device="cpu"), Path("."))
+    job = jobs.GuideJob(cfg.GuideConfig(init_from=world.rjepa, batch_size=8, device="cpu"), Path("."))
     chains = [c for c in job.train if len(c["steps"]) == 3][:2]
     batch = job.collate(chains, None, "cpu")
     h, is_real = latents.pad_latents([c["h"] for c in chains])
@@ -2337,8 +2276,7 @@ def test_guidance_sees_the_state_and_the_prediction_of_its_token(world):
 
 
 def test_plan_never_sees_the_step_it_predicts(world):
-    _, rjepa, _, _ = world
-    model, _ = infer.load_world_model(rjepa, "cpu")
+    model = world.model
     chains = [c["h"] for c in latent_chains(4, dim=model.config.dim, seed=3)][2:]
     changed = [torch.cat((z[:2], torch.randn(1, z.shape[1]), z[3:])) for z in chains]
     slots = torch.tensor([2, 2])
@@ -2353,23 +2291,21 @@ def test_plan_never_sees_the_step_it_predicts(world):
 
 
 def test_plan_and_rerank_commands(world, capsys, tmp_path):
-    base, rjepa, _, _ = world
     steps, use = ["Tom has 2 * 3 = 6 apples.", "#### 9"], functools.partial(result_of, capsys, infer.main)
-    plan = functools.partial(use, "plan", rjepa, "--question", QUESTION, "--steps", *steps, "--at", 2)
+    plan = functools.partial(use, "plan", world.rjepa, "--question", QUESTION, "--steps", *steps, "--at", 2)
     found = plan("--slots", 2)
     assert [f["step"] for f in found["filled"]] == [2, 3][: len(found["filled"])] and found["decode"] == "speaker"
     assert len(found["steps"]) == 2 + len(found["filled"]) and found["energy_after"] > 0
-    model, config = infer.load_world_model(rjepa, "cpu")
     says = SimpleNamespace(config=cfg.SpeakConfig(reads="nothing"), generate=lambda *a, **options: [[7]])
-    said = infer.plan(model, infer.llm_of(config, device="cpu"), QUESTION, steps, "speaker", says,
-                      SimpleNamespace(decode=lambda ids: "Mia has 2 + 2 = 5."), at=2, slots=2)
+    tokenizer = SimpleNamespace(decode=lambda ids: "Mia has 2 + 2 = 5.")
+    said = infer.plan(world.model, world.llm, QUESTION, steps, "speaker", says, tokenizer, at=2, slots=2)
     assert said["steps"] == [steps[0], "Mia has 2 + 2 = 5.", "Mia has 2 + 2 = 5.", steps[1]]
     assert [(f["step"], f["valid"]) for f in said["filled"]] == [(2, False), (3, False)]
     found = plan("--decode", "llm")
     assert found["decode"] == "llm"
     for f in found["filled"]:
         assert len(f["nearest"]) == 3 and f["nearest"][0]["cos"] >= f["nearest"][2]["cos"]
-    refused(SystemExit, "infer.py rerank", infer.main, ["rerank", rjepa, "--question", QUESTION])
+    refused(SystemExit, "infer.py rerank", infer.main, ["rerank", world.rjepa, "--question", QUESTION])
     problems = data.synthetic_problems(12, "test", 3, 3)
     lines = []
     for p in problems:
@@ -2379,21 +2315,21 @@ def test_plan_and_rerank_commands(world, capsys, tmp_path):
         lines.append({"id": p["id"], "question": p["question"], "answer": gold["answer"],
                       "candidates": [wrong, right, right]})
     candidates, folder = write_jsonl(tmp_path / "candidates.jsonl", lines), tmp_path / "latents"
-    extract.main(["--candidates", candidates, "--llm", str(base / "llm"), "--pooling", "both", "--logprobs",
-                  "--out", str(folder), "--device", "cpu"])  # fmt: skip
-    fitted = use("rerank", rjepa, "--fit", folder)
+    extract.main(["--candidates", candidates, "--llm", world.llm_run, "--pooling", "both", "--logprobs",
+                  "--out", str(folder), "--device", "cpu"])
+    fitted = use("rerank", world.rjepa, "--fit", folder)
     assert fitted["n"] == 12 and fitted["random"] == pytest.approx(2 / 3) and min(fitted["alpha"], fitted["beta"]) >= 0
     assert 0 <= fitted["accuracy"] <= 1 and 0 <= fitted["energy"] <= 1
-    found = use("rerank", rjepa, "--question", QUESTION, "--k", 3, "--max_new_tokens", 40)
+    found = use("rerank", world.rjepa, "--question", QUESTION, "--k", 3, "--max_new_tokens", 40)
     assert len(found["candidates"]) == 3 and found["alpha"] == fitted["alpha"]
     scores = [c["score"] for c in found["candidates"] if c["score"] is not None]
     assert scores == sorted(scores, reverse=True)
-    chains = [{"steps": steps, "logprob": logprob, "h": torch.randn(1 + len(steps), config.dim)}
+    chains = [{"steps": steps, "logprob": logprob, "h": torch.randn(1 + len(steps), world.config.dim)}
               for steps, logprob in ((["2+2 = 5", "#### 5"], 0.0), ([], -9.0), (["2+2 = 4", "#### 4"], -1.0))]
-    by_gate = [[c["candidate"] for c in infer.rerank(model, chains, 100.0, 0.0, gate)] for gate in (False, True)]
+    by_gate = [[c["candidate"] for c in infer.rerank(world.model, chains, 100.0, 0.0, gate)] for gate in (False, True)]
     assert by_gate == [[1, 3, 2], [3, 1, 2]]  # the gate overrules the score; without steps there is nothing to rank
-    among = functools.partial(result_of, capsys, evaluate_accuracy.main, rjepa, "--latents", folder, "--device", "cpu",
-                              "--k")  # fmt: skip
+    among = functools.partial(result_of, capsys, evaluate_accuracy.main, world.rjepa, "--latents", folder, "--device",
+                              "cpu", "--k")
     methods = among(2)["methods"]  # one of the right ones
     refused(SystemExit, "--k 4: .* holds 3 candidates", among, 4)
     assert methods["majority"]["p_majority"] == 1 and 0 < methods["majority_logprob"]["p_logprob"] <= 1
@@ -2402,35 +2338,32 @@ def test_plan_and_rerank_commands(world, capsys, tmp_path):
 
 
 def test_the_suspect_is_what_the_gate_rejects_else_what_only_the_steps_after_it_support(world, tmp_path, capsys):
-    base, rjepa, _, _ = world
     found = {"leave_one_out": torch.tensor([0.5, 0.1, 0.4]), "next_step": torch.tensor([0.6, 0.5, 0.7])}
     assert infer.suspect(["3+4 = 7", "7+1 = 8", "#### 8"], found) == (2, "energies")
     assert infer.suspect(["3+4 = 7", "7+1 = 8", "8+1 = 10"], found) == (3, "equation")
-    model, config = infer.load_world_model(rjepa, "cpu")
-    scored = infer.score(model, infer.llm_of(config, device="cpu"), QUESTION, ["2+2 = 4", "2+2 = 5"])
+    scored = infer.score(world.model, world.llm, QUESTION, ["2+2 = 4", "2+2 = 5"])
     assert (scored["suspect"], scored["suspect_by"]) == (2, "equation")
     rows = [(["2+2 = 5", "5+4 = 9", "#### 9"], 1), (["2+2 = 4", "4+4 = 9", "#### 9"], 2)]
     path = write_jsonl(tmp_path / "errors.jsonl", [
         {"id": str(i), "question": QUESTION, "steps": steps, "is_correct": False, "first_error_step": k}
         for i, (steps, k) in enumerate(2 * rows)])
-    extract.main(["--step_errors", path, "--llm", str(base / "llm"), "--pooling", "both", "--logprobs",
-                  "--out", str(tmp_path / "latents"), "--device", "cpu"])  # fmt: skip
-    result = result_of(capsys, eval_alignment.main, rjepa, "--step_errors", path, "--latents", tmp_path / "latents",
-                       "--device", "cpu")
+    extract.main(["--step_errors", path, "--llm", world.llm_run, "--pooling", "both", "--logprobs",
+                  "--out", str(tmp_path / "latents"), "--device", "cpu"])
+    result = result_of(capsys, eval_alignment.main, world.rjepa, "--step_errors", path, "--latents",
+                       tmp_path / "latents", "--device", "cpu")
     assert result["top1"] == result["top1_gate"] == 1 and result["top1_random"] == pytest.approx(1 / 3)
     assert result["top1_last"] == 0 and result["top1_middle"] == 0.5 and result["top1_gate_middle"] == 1
     assert {"top1_leave_one_out", "top1_difference", "top1_logprob", "top1_untrained"} <= set(result)
 
 
 def test_a_published_run_is_used_as_the_run_is(world, tmp_path):
-    _, rjepa, _, _ = world
-    folder = str(tmp_path / "small")
+    rjepa, folder = world.rjepa, str(tmp_path / "small")
     found = runs.publish(rjepa, folder)
     assert found["bytes"] < sum(p.stat().st_size for p in Path(rjepa).glob("*.[js]*"))
     runs.publish(f"{rjepa}-guide", f"{folder}-guide")
     (tmp_path / "small" / "rerank.json").write_text("{}")
     runs.publish(rjepa, folder)  # again, beside what RERANK has fitted
-    (a, _), (b, config) = infer.load_world_model(rjepa, "cpu"), infer.load_world_model(folder, "cpu")
+    a, (b, config) = world.model, infer.load_world_model(folder, "cpu")
     assert (config.out_dir, config.data_dir, config.latents) == (folder, "", "")
     assert torch.equal(a.quantiles, b.quantiles) and torch.equal(a.h_mean, b.h_mean)
     chains = [c["h"] for c in latent_chains(3, dim=config.dim)]
@@ -2442,35 +2375,32 @@ def test_a_published_run_is_used_as_the_run_is(world, tmp_path):
 
 
 def test_what_came_of_use_is_logged_rated_exported_and_learned_from(world, capsys, tmp_path):
-    base, rjepa, _, _ = world
-    _, config = infer.load_world_model(rjepa, "cpu")
-    kept, steps, score = str(tmp_path / "memory.duckdb"), ["Tom has 2 * 3 = 6 apples.", "#### 6"], ["score", rjepa]
+    kept, steps, config = str(tmp_path / "memory.duckdb"), ["Tom has 2 * 3 = 6 apples.", "#### 6"], world.config
     use, question = functools.partial(result_of, capsys), "Ann (ann@example.com) has 2 bags of 3 apples. How many?"
-    logged = [use(infer.main, *score, "--question", f"{question} {i}", "--steps", *steps, "--log", kept,
+    logged = [use(infer.main, "score", world.rjepa, "--question", f"{question} {i}", "--steps", *steps, "--log", kept,
                   "--truth", truth) for i, truth in enumerate([6, 6, 7, 6])]
     use(memory.main, "rate", "--memory", kept, "--id", logged[1]["interaction"], "--rating", "down")
     assert "ann@" not in Path(kept).read_bytes().decode("latin1")
     fed = use(memory.main, "export", "--memory", kept, "--out", tmp_path / "fed.jsonl")
     assert (fed["chains"], fed["interactions"], fed["rated_down"]) == (2, 4, 1)  # less a wrong one and the one down
-    use(extract.main, "--chains", fed["out"], "--llm", base / "llm", "--layer", config.layer, "--pooling",
+    use(extract.main, "--chains", fed["out"], "--llm", world.llm_run, "--layer", config.layer, "--pooling",
         config.pooling, "--device", "cpu", "--out", tmp_path / "fed")
     result = train.train("rjepa-small", dataclasses.replace(
-        config, init_from=rjepa, latents=str(tmp_path / "fed"), held_out=config.latents, max_steps=2, batch_size=2,
-        out_dir=str(tmp_path / "next"), eval_every=2))
+        config, init_from=world.rjepa, latents=str(tmp_path / "fed"), held_out=config.latents, max_steps=2,
+        batch_size=2, out_dir=str(tmp_path / "next"), eval_every=2))
     assert result["accepted"] == (result["after"] <= result["before"])
     assert use(memory.main, "remember", "--memory", kept, "--latents", config.latents)["remembered"] > 0
-    found = use(infer.main, "plan", rjepa, "--question", QUESTION, "--steps", "#### 6", "--at", 1, "--decode", "llm",
-                "--memory", kept)
+    found = use(infer.main, "plan", world.rjepa, "--question", QUESTION, "--steps", "#### 6", "--at", 1, "--decode",
+                "llm", "--memory", kept)
     whole, texts = infer.load_memory(config, kept)
     assert found["filled"][0]["nearest"][0]["text"] in texts and len(whole) == len(texts)
     assert set(texts) == set(infer.load_memory(config, config.latents)[1])
     with pytest.raises(SystemExit, match="--truth 6: .* and --log FILE"):
-        infer.main([*score, "--question", question, "--steps", *steps, "--truth", "6"])
+        infer.main(["score", world.rjepa, "--question", question, "--steps", *steps, "--truth", "6"])
 
 
 def test_written_chains_are_extracted_once_and_go_on_where_they_stopped(world, tmp_path, monkeypatch):
-    base, rjepa, _, _ = world
-    llm = llms.load_llm(str(base / "llm"), "cpu", layer=-2, pooling="both")
+    llm = llms.load_llm(world.llm_run, "cpu", layer=-2, pooling="both")
     problems = data.synthetic_problems(40, "test", 3, 3)
 
     def go(folder):
@@ -2502,16 +2432,14 @@ def test_written_chains_are_extracted_once_and_go_on_where_they_stopped(world, t
 
 
 def test_written_training_chains_are_held_out_by_problem(world, tmp_path):
-    base = world[0]
-    argv = ["--generate", "2", "--llm", str(base / "llm"), "--name", "mine", "--dataset", "synthetic", "--limit", "30",
-            "--max_new_tokens", "8", "--out", str(tmp_path / "own"), "--device", "cpu"]
-    extract.main(argv)
+    extract.main(["--generate", "2", "--llm", world.llm_run, "--name", "mine", "--dataset", "synthetic", "--limit",
+                  "30", "--max_new_tokens", "8", "--out", str(tmp_path / "own"), "--device", "cpu"])
     rows, manifest = latents.load_latents(tmp_path / "own")
     assert manifest["llm"] == "mine" and [r["split"] for r in rows] == ["train"] * 60 + ["val"] * 4
 
 
 def test_what_follows_many_chains_is_what_follows_each(world):
-    llm = llms.load_llm(str(world[0] / "llm"), "cpu")
+    llm = llms.load_llm(world.llm_run, "cpu")
     chains = [(p["question"], data.split_steps(p["answer"])[: i % 3]) for i, p in
               enumerate(data.synthetic_problems(6, "test", 3, 3))]
     assert infer.next_lines(llm, chains, 16) == [infer.next_lines(llm, [c], 16)[0] for c in chains]
@@ -2520,7 +2448,6 @@ def test_what_follows_many_chains_is_what_follows_each(world):
 @pytest.mark.parametrize("cross", [False, True])
 def test_what_is_not_real_is_left_out_and_changes_nothing(cross):
     """The same outputs and gradients as when every position is computed and the others are masked."""
-    torch.manual_seed(0)
     net, x = m.Transformer(2, 2, 16, cross=cross), torch.randn(40, 6, 16, requires_grad=True)
     is_real, w = torch.rand(40, 6) < 0.5, torch.randn(40, 6, 16)
     context = dict(context=torch.randn(40, 3, 16), context_allowed=torch.ones(40, 3).bool()) if cross else {}
@@ -2539,7 +2466,6 @@ def test_what_is_not_real_is_left_out_and_changes_nothing(cross):
 @pytest.mark.parametrize("reading", [False, True])
 def test_a_speaker_learns_to_say_what_its_context_holds(reading):
     """And, where it reads something, that: the text opens with the last token read."""
-    torch.manual_seed(0)
     config = cfg.SpeakConfig(n_layer=1, n_head=2, n_embd=32, context_dim=8, vocab_size=12, dropout=0.0)
     net = m.Speaker(config)
     keys, optimizer = torch.eye(8).repeat(2, 1)[:, None], torch.optim.Adam(net.parameters(), 1e-2)
@@ -2604,8 +2530,8 @@ def test_a_step_is_said_again_until_its_arithmetic_holds():
 
 @pytest.mark.parametrize("reads", ["nothing", "before", "all"])
 def test_what_a_speaker_reads_never_holds_the_hidden_step(world, tmp_path, reads):
-    config = cfg.SpeakConfig(init_from=world[1], vocab_size=300, batch_size=8, device="cpu", reads=reads, read_size=40,
-                             alone_share=0.0)
+    config = cfg.SpeakConfig(init_from=world.rjepa, vocab_size=300, batch_size=8, device="cpu", reads=reads,
+                             read_size=40, alone_share=0.0)
     job = jobs.SpeakJob(config, tmp_path)
     eos, seen = job.config.vocab_size - 2, 0
     batch, chains = job.batch(0, "cpu"), job.batches.chains(0)[0]
@@ -2621,8 +2547,7 @@ def test_what_a_speaker_reads_never_holds_the_hidden_step(world, tmp_path, reads
 
 
 def test_evaluation_of_plan_and_nudge(world, monkeypatch, capsys):
-    _, rjepa, _, _ = world
-    problems = [rjepa, "--dataset", "synthetic", "--limit", "60", "--device", "cpu"]
+    problems = [world.rjepa, "--dataset", "synthetic", "--limit", "60", "--device", "cpu"]
     plan = functools.partial(result_of, capsys, eval_alignment.main, *problems, "--plan", "--decode_limit")
     found = plan(5)
     assert plan(0, "--speaker", "nowhere") == {key: found[key] for key in ("n", "retrieval", "gaps")}
@@ -2735,15 +2660,16 @@ def test_packing_keeps_every_document_once_and_fills_rows():
     assert max(filled) <= 64 and np.mean(filled) > 60
 
 
-def packed_batch(config, rows, seed=0):
-    return data.collate_documents(rows, config, np.random.default_rng(seed))
+def tjepa_and_batch(*rows, **fields):
+    """A T-JEPA and these documents as one batch of it."""
+    model = m.TJEPA(text_config(vocab_size=258, **fields))
+    return model, data.collate_documents(rows, model.config, np.random.default_rng(0))
 
 
 def test_packed_documents_never_see_each_other():
-    config = text_config(vocab_size=258)
-    torch.manual_seed(0)
-    model, parts = m.TJEPA(config).eval(), documents()[:4]
-    batch = packed_batch(config, [parts])
+    parts = documents()[:4]
+    model, batch = tjepa_and_batch(parts)
+    model.eval()
     z, z_pred = model.targets(batch["idx"], batch["positions"], batch["segment"]), model.predict(**batch)
     encoder = m.TextEncoder(258, 2, 2, 32).eval()
     encoder.load_state_dict(model.encoder_weights())
@@ -2762,11 +2688,8 @@ def test_packed_documents_never_see_each_other():
 
 
 def test_the_context_encoder_runs_on_visible_tokens_alone():
-    config = text_config(vocab_size=258)
-    torch.manual_seed(0)
-    model = m.TJEPA(config).eval()
-    batch = packed_batch(config, [documents()[:3], documents()[3:5]])
-    lengths = []
+    (model, batch), lengths = tjepa_and_batch(documents()[:3], documents()[3:5]), []
+    model.eval()
     model.jepa.context_encoder.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
     z_pred = model.predict(**batch)
     visible = (batch["segment"] >= 0) & ~batch["is_target"]
@@ -2780,10 +2703,7 @@ def test_the_context_encoder_runs_on_visible_tokens_alone():
 
 
 def test_tjepa_losses_equal_hand_values():
-    config = text_config(vocab_size=258, lambda_covariance=0.2, lambda_variance=0.7)
-    torch.manual_seed(0)
-    model = m.TJEPA(config)
-    batch = packed_batch(config, [documents()[:3], documents()[3:5]])
+    model, batch = tjepa_and_batch(documents()[:3], documents()[3:5], lambda_covariance=0.2, lambda_variance=0.7)
     losses, z_pred = model(batch), model.predict(**batch)
     z = model.targets(batch["idx"], batch["positions"], batch["segment"])[batch["is_target"]]
     assert torch.isclose(losses["mse"], F.mse_loss(z_pred, (z - z.mean(0)) / z.std(0, correction=0)))
@@ -2793,7 +2713,7 @@ def test_tjepa_losses_equal_hand_values():
     assert torch.isclose(losses["covariance"], off.square().sum() / 32, rtol=1e-4)
     assert torch.isclose(losses["variance"], (1 - (cov.diagonal() + 1e-4).sqrt()).clamp_min(0).mean(), rtol=1e-4)
     assert torch.isclose(losses["loss"], losses["mse"] + 0.7 * losses["variance"] + 0.2 * losses["covariance"])
-    plain = m.TJEPA(dataclasses.replace(config, standardize_target=False))
+    plain = m.TJEPA(dataclasses.replace(model.config, standardize_target=False))
     plain.load_state_dict(model.state_dict())
     assert torch.isclose(plain(batch)["mse"], F.mse_loss(z_pred, z))
 
@@ -2810,10 +2730,8 @@ def test_document_terms_equal_hand_values():
 
 
 def test_documents_in_the_loss_are_those_of_the_rows_and_the_head_stays_behind():
-    config = text_config(vocab_size=258, head=True, document_share=0.4, lambda_document=3.0, lambda_decorrelation=0.5)
-    torch.manual_seed(0)
-    model = m.TJEPA(config)
-    batch = packed_batch(config, [documents()[:3], documents()[3:5]])
+    fields = dict(head=True, document_share=0.4, lambda_document=3.0, lambda_decorrelation=0.5)
+    model, batch = tjepa_and_batch(documents()[:3], documents()[3:5], **fields)
     losses, (seen, visible) = model(batch), model.see(**batch)
     z = model.jepa.predictor(seen, batch["positions"], visible, batch["is_target"], batch["segment"])
     assert torch.equal(model.predict(**batch), model.head(z))
@@ -2841,7 +2759,6 @@ def test_the_neighbour_of_a_hidden_token_is_visible_and_of_its_document():
 
 
 def test_the_document_mean_is_of_visible_tokens_alone():
-    torch.manual_seed(0)
     model, parts = m.TJEPA(text_config(vocab_size=258, head=True, document_share=0.5)).eval(), documents()
     means, targets = [], []
     for batch in data.packed(parts, model.config, "cpu"):
@@ -3052,7 +2969,7 @@ def test_bad_input_to_tjepa(thinkers, tmp_path, what, message):
     (["speak", "speak", "--question", "Who has more? " * 60], "block_size"),
 ])
 def test_bad_input_to_infer(world, thinkers, argv, message, capsys):
-    folder = world[0] if argv[1] == "rjepa" else thinkers
+    folder = world.base if argv[1] == "rjepa" else thinkers
     with pytest.raises(SystemExit) as caught:
         infer.main([argv[0], str(folder / argv[1]), *argv[2:]])
     assert message in str(caught.value) + capsys.readouterr().err
