@@ -2548,7 +2548,8 @@ def test_what_a_speaker_reads_never_holds_the_hidden_step(world, tmp_path, reads
 
 def test_evaluation_of_plan_and_nudge(world, monkeypatch, capsys):
     problems = [world.rjepa, "--dataset", "synthetic", "--limit", "60", "--device", "cpu"]
-    plan = functools.partial(result_of, capsys, eval_alignment.main, *problems, "--plan", "--decode_limit")
+    plan = functools.partial(result_of, capsys, eval_alignment.main, *problems, "--plan", "--logprob_limit", 8,
+                             "--decode_limit")
     found = plan(5)
     assert plan(0, "--speaker", "nowhere") == {key: found[key] for key in ("n", "retrieval", "gaps")}
     names = {"plan", "next_step", "copy", "neighbours", "position"}
@@ -2847,7 +2848,8 @@ def test_probes_read_what_is_in_the_thoughts_and_nothing_else():
 @pytest.mark.parametrize("kind, fields", [
     (cfg.TJEPAConfig, {}), (cfg.TJEPAConfig, {"head": True, "document_share": 0.5}),
     (cfg.DistillConfig, {"teacher": "tjepa", "n_embd": 16}),
-    (cfg.AnswerConfig, {"init_from": "tjepa"}), (cfg.AnswerConfig, {"init_from": "random", "train_encoder": True}),
+    (cfg.AnswerConfig, {"init_from": "tjepa"}),
+    (cfg.AnswerConfig, {"init_from": "random", "train_encoder": True, "encoder_n_layer": 2, "encoder_n_embd": 32}),
 ])
 def test_tjepa_runs_resume_to_the_same_weights(thinkers, tmp_path, monkeypatch, kind, fields):
     fields = {k: str(thinkers / v) if v == "tjepa" else v for k, v in fields.items()}
@@ -2926,28 +2928,26 @@ def test_a_thought_of_a_long_text_is_the_mean_over_its_tokens(thinkers):
 
 
 @pytest.mark.parametrize("what, message", [
-    (dict(text="EMPTY"), "b.txt is empty"),
-    (dict(text="LATIN"), "not UTF-8"),
-    (dict(text="SHORT"), "two sentences"),
-    (dict(text="no/such/folder"), "no/such/folder"),
-    (dict(kind=cfg.AnswerConfig, init_from="RJEPA"), "not of T-JEPA"),
+    (dict(text="HERE/empty"), "1.txt is empty"), (dict(text="HERE/latin"), "not UTF-8"),
+    (dict(text="HERE/short"), "two sentences"), (dict(text="no/such/folder"), "no/such/folder"),
+    (dict(kind=cfg.AnswerConfig, init_from="HERE/nano"), "not of T-JEPA"),
     (dict(kind=cfg.AnswerConfig, init_from="THINKERS/tjepa", block_size=16), "block_size"),
-    (dict(kind=cfg.DistillConfig, teacher="THINKERS/tjepa", init_from="OTHER", n_embd=16), "other tokens"),
+    (dict(kind=cfg.DistillConfig, teacher="THINKERS/tjepa", init_from="HERE/other", n_embd=16), "other tokens"),
     (dict(kind=cfg.DistillConfig, teacher="THINKERS/tjepa", block_size=256), "block_size"),
     (dict(kind=cfg.DistillConfig, teacher="THINKERS/tjepa", init_from="THINKERS/tjepa", n_embd=16), "n_embd"),
 ])
 def test_bad_input_to_tjepa(thinkers, tmp_path, what, message):
-    for name, texts in (("EMPTY", [b"One. Two.", b" \n"]), ("LATIN", [b"caf\xe9"]), ("SHORT", [b"One sentence."] * 40)):
+    for name, texts in (("empty", [b"One. Two.", b" \n"]), ("latin", [b"caf\xe9"]), ("short", [b"One sentence."] * 40)):
         (tmp_path / name).mkdir()
         for i, text in enumerate(texts):
-            (tmp_path / name / f"{'abcdefghijklmnopqrstuvwxyz'[i % 26]}{'' if i < 26 else i}.txt").write_bytes(text)
-    if what.get("init_from") == "OTHER":
+            (tmp_path / name / f"{i}.txt").write_bytes(text)
+    if message == "other tokens":
         train.train("tjepa-small", text_config(vocab_size=280, n_embd=16, predictor_n_embd=8, max_steps=1,
-                                               out_dir=str(tmp_path / "OTHER")))
-    if what.get("init_from") == "RJEPA":
-        run(tmp_path / "RJEPA", max_steps=1)
-    fields = {k: str(tmp_path / v) if v in ("EMPTY", "LATIN", "SHORT", "OTHER", "RJEPA") else
-              v.replace("THINKERS", str(thinkers)) if isinstance(v, str) else v for k, v in what.items()}
+                                               out_dir=str(tmp_path / "other")))
+    if message == "not of T-JEPA":
+        run(tmp_path / "nano", max_steps=1)
+    fields = {k: v.replace("THINKERS", str(thinkers)).replace("HERE", str(tmp_path)) if isinstance(v, str) else v
+              for k, v in what.items()}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train.train("tjepa-small", text_config(**fields, out_dir=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
