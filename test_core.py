@@ -10,6 +10,7 @@ import errno
 import functools
 import http.server
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -69,11 +70,11 @@ def write_jsonl(path, rows):
     return str(path)
 
 
-def result_of(capsys, main, *argv):
+def result_of(main, *argv):
     """The last line that a script's main prints, as JSON."""
-    capsys.readouterr()
-    main([str(x) for x in argv])
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        main([str(x) for x in argv])
+    return json.loads(said.getvalue().splitlines()[-1])
 
 
 def refused(error, match, call, *args, **options):
@@ -104,6 +105,33 @@ def changed(*args):
 {script}.main()
 """)
     return path
+
+
+FORKS = """
+import os, signal, sys
+import matplotlib.figure, pyarrow.parquet, safetensors.torch, extract, train, test_core as t
+def life(nth, where, go, *args):
+    real, calls = os.replace, []
+    def replace(a, b):
+        calls.append(b)
+        if (len(calls), where) == (nth, "before"): os.kill(os.getpid(), signal.SIGKILL)
+        real(a, b)
+        if (len(calls), where) == (nth, "after"): os.kill(os.getpid(), signal.SIGKILL)
+    if pid := os.fork():
+        return os.waitpid(pid, 0)[1]
+    try:
+        os.replace = replace; go(*args); os._exit(0)
+    except BaseException as error:
+        print(repr(error), file=sys.stderr, flush=True); os._exit(1)
+"""
+
+
+def forked(code, *argv):
+    """What a program with life() prints last: go() in a fork, killed before or after it puts its nth file in place."""
+    done = subprocess.run([sys.executable, "-c", FORKS + code, *argv], cwd=ROOT, capture_output=True, text=True,
+                          timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def tiny(**fields):
@@ -726,12 +754,10 @@ def test_sigkill_at_any_write_loses_nothing(tmp_path, finished):
     argv = ["quickstart", "--out_dir", str(tmp_path / "run")]
     argv += [str(x) for k, v in fields.items() if v != base[k] and k != "overwrite" for x in (f"--{k}", v)]
     # a start replaces tokenizer, config, then a state every 2 steps, the weights before the last one
-    kills = ["1 before", "1 after", "2 before", "3 before", "3 after", "5 before", "5 after", "6 after"]
-    codes = []
-    for nth, where in map(str.split, [*kills, "0 before"]):
-        killed = driver(tmp_path, "train", "os.replace", **{where: f"if len(calls) == {nth}: die()"})
-        codes.append(subprocess.run([sys.executable, killed, *argv], capture_output=True, timeout=120).returncode)
-    assert codes == [-signal.SIGKILL] * len(kills) + [0]
+    kills = [(1, "before"), (1, "after"), (2, "before"), (3, "before"), (3, "after"), (5, "before"), (5, "after"),
+             (6, "after")]
+    ends = forked(f"print([life(*kill, train.main) for kill in {[*kills, (0, 'never')]}])", *argv)
+    assert ends == [signal.SIGKILL] * len(kills) + [0]
     assert weights(tmp_path / "run") == weights(finished[0])
 
 
@@ -750,13 +776,11 @@ def test_finished_foreign_and_changed_runs_are_refused(finished, tmp_path):
 def test_bad_input_changes_nothing(finished, tmp_path):
     folder, _ = finished
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    for fields in (dict(block_size=16), dict(dataset="gsm8k", data_dir=str(tmp_path / "none")), dict(data_dir="x"),
-                   dict(device="gpu"), dict(batch_size=97)):
-        with pytest.raises((ValueError, OSError)):
-            run(folder, overwrite=True, **fields)
+    refused(FileNotFoundError, "none/train.jsonl", run, folder, overwrite=True, dataset="gsm8k", data_dir="none")
+    for field, value in (("block_size", 16), ("data_dir", "x"), ("device", "gpu"), ("batch_size", 97)):
+        refused(ValueError, f"--{field} {value}", run, folder, overwrite=True, **{field: value})
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
-    with pytest.raises(ValueError):
-        run(tmp_path / "new", block_size=16)
+    refused(ValueError, "--block_size 16", run, tmp_path / "new", block_size=16)
     assert not (tmp_path / "new").exists()
     (tmp_path / "file").write_text("")
     refused(SystemExit, "is a file", run, tmp_path / "file")
@@ -883,11 +907,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     refused(SystemExit, "at step 0: stopped.*state.pt", run, tmp_path)
 
 
-def test_evaluation_scripts_report_what_the_contract_names(finished, capsys):
+def test_evaluation_scripts_report_what_the_contract_names(finished):
     folder, _ = finished
 
     def script(module, *argv):
-        return result_of(capsys, module.main, folder, *argv, "--device", "cpu")
+        return result_of(module.main, folder, *argv, "--device", "cpu")
 
     result = script(eval_alignment, "--limit", "12")
     names = "cos_matched cos_mismatched gap retrieval_top1 chance_top1 effective_rank std predict_mean_cos n"
@@ -1202,8 +1226,8 @@ def test_read_jsonl_errors_name_file_line_and_field(tmp_path):
     assert verify.read_jsonl(path, ["a"], limit=1) == [{"a": 1}]
 
 
-def test_command_line(tmp_path, capsys):
-    check = functools.partial(result_of, capsys, verify.main)
+def test_command_line(tmp_path):
+    check = functools.partial(result_of, verify.main)
     good = {"question": "?", "answer": GSM8K_STEP + "\n#### 24"}
     bad = {"id": "b", "question": "?", "steps": ["2 + 2 = 5", "A: 5"], "answer": "5"}
     path = write_jsonl(tmp_path / "chains.jsonl", [good, bad])
@@ -1307,27 +1331,32 @@ def test_packed_sequences_see_what_each_sees_alone(B, T, row, monkeypatch):
         assert row_of.setdefault(b, row) == row  # no sequence is cut
 
 
+def write_latents(folder, chains, **about):
+    """A folder of latents as extract.py writes it, from (record, latents) pairs."""
+    header = {"schema": latents.SCHEMA, "llm": "made-up", "layer": 2, "pooling": "last", "dtype": "float32",
+              "logprobs": False, "dataset": "gsm8k"} | about  # fmt: skip
+    ends = itertools.accumulate(len(h) for _, h in chains)
+    records = [record | {"n_tokens": [1] * len(h), "shard": 0, "start": end - len(h), "end": end}
+               for (record, h), end in zip(chains, ends, strict=True)]
+    folder.mkdir(exist_ok=True)
+    latents.write_shard(folder / latents.shard_name(0), [h for _, h in chains], [], header, runs.write_atomic)
+    latents.write_index(folder, records, header, runs.write_atomic)
+    return folder
+
+
 def latents_folder(folder, n=60, split="train", dim=12, name=""):
-    """A folder of latents as extract.py writes it, from made-up vectors; every 5th chain is of `val`.
+    """A folder of made-up latents; every 5th chain is of `val`.
 
     name: before every id and question, for a folder of other problems.
     """
-    header = {"schema": latents.SCHEMA, "llm": "made-up", "layer": 2, "pooling": "last", "dim": dim, "dtype": "float32",
-              "logprobs": False, "dataset": "gsm8k", "split": split}  # fmt: skip
-    records, parts, at = [], [], 0
+    chains = []
     for chain in latent_chains(n, dim):
         for suffix, z, step in (("", chain["h"], None), ("+wrong", chain["wrong_h"], chain["wrong_step"])):
             part = {"id": name + chain["id"] + suffix, "question": f"{name}q{chain['id']}",
                     "steps": chain["steps"], "is_valid": step is None}
             where = {"train": "val" if int(chain["id"]) % 5 == 0 else "train"}.get(split, split)
-            records.append(latents.record(part, name + chain["id"], where, step) | {
-                "n_tokens": [1] * len(z), "shard": 0, "start": at, "end": at + len(z)})
-            parts.append(z)
-            at += len(z)
-    folder.mkdir()
-    latents.write_shard(folder / latents.shard_name(0), parts, [], header, runs.write_atomic)
-    latents.write_index(folder, records, header, runs.write_atomic)
-    return folder
+            chains.append((latents.record(part, name + chain["id"], where, step), z))
+    return write_latents(folder, chains, dim=dim, split=split)
 
 
 def train_rjepa(out, folder, preset="rjepa-small", **fields):
@@ -1489,7 +1518,7 @@ def test_target_encoders_of_the_ablations(kind):
         assert torch.allclose(target, p if kind != "ema" else p - 0.9, atol=1e-6)
 
 
-def test_an_rjepa_run_resumes_to_the_same_weights_and_scores(small_rjepa, tmp_path, monkeypatch, capsys):
+def test_an_rjepa_run_resumes_to_the_same_weights_and_scores(small_rjepa, tmp_path, monkeypatch):
     whole, folder, result = small_rjepa
     assert {"l1", "l1_predict_mean", "l1_copy", "effective_rank", "std"} <= set(result["val"])
     stopped(tmp_path / "cut", monkeypatch, start=train_rjepa, folder=folder)
@@ -1506,7 +1535,7 @@ def test_an_rjepa_run_resumes_to_the_same_weights_and_scores(small_rjepa, tmp_pa
     silent = rows[0] | {"steps": [], "n_steps": 0, "h": rows[0]["h"][:1], "is_valid": False}
     monkeypatch.setattr(latents, "load_latents", lambda _: ([silent, *rows], manifest))  # an LLM wrote nothing
     assert latents.first_problems(rows, 3) == rows[:6] and latents.first_problems(rows, 0) == rows
-    figures = result_of(capsys, eval_alignment.main, whole, "--latents", folder, "--device", "cpu")
+    figures = result_of(eval_alignment.main, whole, "--latents", folder, "--device", "cpu")
     assert figures["n"] == 120 and 0 <= figures["auroc_correct"] <= 1 and figures["auroc_logprob"] is None
 
 
@@ -1689,7 +1718,7 @@ def test_loglikelihoods_and_completions_equal_the_plain_forward(family):
     assert cut[1] == [text.partition(letter)[0] for text in both[1]]
 
 
-def test_a_benchmark_is_scored_as_its_kind(tmp_path, monkeypatch, capsys):
+def test_a_benchmark_is_scored_as_its_kind(tmp_path, monkeypatch):
     def run(name, planted=None, **fields):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
@@ -1771,7 +1800,7 @@ class FakeServer:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
 
-def test_an_endpoint_is_asked_judged_and_resumed(tmp_path, capsys, monkeypatch):
+def test_an_endpoint_is_asked_judged_and_resumed(tmp_path, monkeypatch):
     rows = [{"question": f"{i} and 1?", "answer": f"{i}+1={i + 1}\n#### {i + 1}"} for i in range(12)]
     write_jsonl(tmp_path / "test.jsonl", rows)
 
@@ -1780,7 +1809,7 @@ def test_an_endpoint_is_asked_judged_and_resumed(tmp_path, capsys, monkeypatch):
         return "" if i == 2 else f"So {n}+1 = {n + 1}.\n#### {n + 1 + i}"
 
     def ask(server, *more):
-        return result_of(capsys, extract.main, "--generate", 3, "--endpoint", server.url, "--llm", "m", "--data_dir",
+        return result_of(extract.main, "--generate", 3, "--endpoint", server.url, "--llm", "m", "--data_dir",
                          tmp_path, "--split", "test", "--out", tmp_path / "out", *more)
 
     server, path = FakeServer(answer), tmp_path / "out" / "chains.jsonl"
@@ -1958,40 +1987,18 @@ def test_extraction_round_trip(tmp_path):
     assert contents(tmp_path / "b" / "layer2-last") == contents(tmp_path / "a")
 
 
-KILLED = """
-import os, signal, sys
-sys.path[:0] = {path!r}
-import pyarrow.parquet, safetensors.torch
-import extract, llm as llms, {module} as t
-llm, chains = llms.load_llm({llm!r}, "cpu"), t.some_chains()[:3]
-real, nth, status = os.replace, -1, signal.SIGKILL
-def replace(a, b):
-    if len(done) == nth:
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(a, b); done.append(b)
-def go(n):
-    t.extract_to(t.Path({out!r}) / str(n), llm, chains, wanted=[(0, "last"), (1, "mean")])
-while status == signal.SIGKILL:
-    nth, done = nth + 1, []
-    if not (pid := os.fork()):
-        try:
-            os.replace = replace; go(nth); os._exit(0)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr, flush=True); os._exit(1)
-    status = os.waitpid(pid, 0)[1]
-for n in range(nth):
-    go(n)
-sys.exit(status)
-"""
-
-
 def test_an_extraction_killed_at_any_write_ends_in_the_same_bytes(tmp_path, run_llm):
     """Two folders of one pass, killed before the n-th file is put in its place, for every n, then run again."""
-    path = [str(ROOT), str(Path(__file__).parent)]
-    code = KILLED.format(path=path, module=__name__, llm=run_llm.name, out=str(tmp_path))
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert forked(f"""
+llm, chains, n, status = t.llms.load_llm({run_llm.name!r}, "cpu"), t.some_chains()[:3], 0, signal.SIGKILL
+def go(n):
+    t.extract_to(t.Path({str(tmp_path)!r}) / str(n), llm, chains, wanted=[(0, "last"), (1, "mean")])
+while status == signal.SIGKILL:
+    n += 1
+    status = life(n, "before", go, n)
+for killed in range(1, n):
+    go(killed)
+print(status)""") == 0
     extract_to(tmp_path / "whole", run_llm, some_chains()[:3], wanted=[(0, "last"), (1, "mean")])
     whole, *others = [contents(folder) for folder in sorted(tmp_path.iterdir(), reverse=True)]
     assert len(others) == len(whole) + 1 and all(other == whole for other in others)
@@ -2221,7 +2228,7 @@ def test_guidance_and_speaker_are_trained_beside_the_run(world):
     assert {"lm_loss", "lm_loss_predicted", "lm_loss_shuffled"} <= set(spoken)
 
 
-def test_nudge_with_alpha_0_is_the_llm_alone(world, capsys):
+def test_nudge_with_alpha_0_is_the_llm_alone(world):
     heads = infer.load_beside(world.rjepa, "", "guide", "cpu")[0], None
     questions = [QUESTION, "Bo has 4 pens. How many?"]
 
@@ -2236,8 +2243,8 @@ def test_nudge_with_alpha_0_is_the_llm_alone(world, capsys):
             assert [[c["logprobs"] for c in row] for row in own] == [[c["logprobs"] for c in row] for row in same]
     for head in heads:
         assert [c["steps"] for c in write(0.0, 4.0, head)[0]] != [c["steps"] for c in own[0]]
-    found = result_of(capsys, infer.main, "nudge", world.rjepa, "--question", QUESTION, "--alpha", 1,
-                      "--max_new_tokens", 24, "--device", "cpu")
+    found = result_of(infer.main, "nudge", world.rjepa, "--question", QUESTION, "--alpha", 1, "--max_new_tokens", 24,
+                      "--device", "cpu")
     assert set(found) >= {"own", "nudged", "alpha"}
 
 
@@ -2290,8 +2297,8 @@ def test_plan_never_sees_the_step_it_predicts(world):
     assert torch.allclose(context[allowed], a[allowed], atol=1e-5)  # an empty slot is a step that is hidden
 
 
-def test_plan_and_rerank_commands(world, capsys, tmp_path):
-    steps, use = ["Tom has 2 * 3 = 6 apples.", "#### 9"], functools.partial(result_of, capsys, infer.main)
+def test_plan_and_rerank_commands(world, tmp_path):
+    steps, use = ["Tom has 2 * 3 = 6 apples.", "#### 9"], functools.partial(result_of, infer.main)
     plan = functools.partial(use, "plan", world.rjepa, "--question", QUESTION, "--steps", *steps, "--at", 2)
     found = plan("--slots", 2)
     assert [f["step"] for f in found["filled"]] == [2, 3][: len(found["filled"])] and found["decode"] == "speaker"
@@ -2315,8 +2322,8 @@ def test_plan_and_rerank_commands(world, capsys, tmp_path):
         lines.append({"id": p["id"], "question": p["question"], "answer": gold["answer"],
                       "candidates": [wrong, right, right]})
     candidates, folder = write_jsonl(tmp_path / "candidates.jsonl", lines), tmp_path / "latents"
-    extract.main(["--candidates", candidates, "--llm", world.llm_run, "--pooling", "both", "--logprobs",
-                  "--out", str(folder), "--device", "cpu"])
+    result_of(extract.main, "--candidates", candidates, "--llm", world.llm_run, "--pooling", "both", "--logprobs",
+              "--out", folder, "--device", "cpu")
     fitted = use("rerank", world.rjepa, "--fit", folder)
     assert fitted["n"] == 12 and fitted["random"] == pytest.approx(2 / 3) and min(fitted["alpha"], fitted["beta"]) >= 0
     assert 0 <= fitted["accuracy"] <= 1 and 0 <= fitted["energy"] <= 1
@@ -2328,8 +2335,8 @@ def test_plan_and_rerank_commands(world, capsys, tmp_path):
               for steps, logprob in ((["2+2 = 5", "#### 5"], 0.0), ([], -9.0), (["2+2 = 4", "#### 4"], -1.0))]
     by_gate = [[c["candidate"] for c in infer.rerank(world.model, chains, 100.0, 0.0, gate)] for gate in (False, True)]
     assert by_gate == [[1, 3, 2], [3, 1, 2]]  # the gate overrules the score; without steps there is nothing to rank
-    among = functools.partial(result_of, capsys, evaluate_accuracy.main, world.rjepa, "--latents", folder, "--device",
-                              "cpu", "--k")
+    among = functools.partial(result_of, evaluate_accuracy.main, world.rjepa, "--latents", folder, "--device", "cpu",
+                              "--k")
     methods = among(2)["methods"]  # one of the right ones
     refused(SystemExit, "--k 4: .* holds 3 candidates", among, 4)
     assert methods["majority"]["p_majority"] == 1 and 0 < methods["majority_logprob"]["p_logprob"] <= 1
@@ -2337,7 +2344,7 @@ def test_plan_and_rerank_commands(world, capsys, tmp_path):
     assert all(methods[name]["accuracy"] == 1 for name in methods if name.startswith("gate")) and "gate" in methods
 
 
-def test_the_suspect_is_what_the_gate_rejects_else_what_only_the_steps_after_it_support(world, tmp_path, capsys):
+def test_the_suspect_is_what_the_gate_rejects_else_what_only_the_steps_after_it_support(world, tmp_path):
     found = {"leave_one_out": torch.tensor([0.5, 0.1, 0.4]), "next_step": torch.tensor([0.6, 0.5, 0.7])}
     assert infer.suspect(["3+4 = 7", "7+1 = 8", "#### 8"], found) == (2, "energies")
     assert infer.suspect(["3+4 = 7", "7+1 = 8", "8+1 = 10"], found) == (3, "equation")
@@ -2347,10 +2354,10 @@ def test_the_suspect_is_what_the_gate_rejects_else_what_only_the_steps_after_it_
     path = write_jsonl(tmp_path / "errors.jsonl", [
         {"id": str(i), "question": QUESTION, "steps": steps, "is_correct": False, "first_error_step": k}
         for i, (steps, k) in enumerate(2 * rows)])
-    extract.main(["--step_errors", path, "--llm", world.llm_run, "--pooling", "both", "--logprobs",
-                  "--out", str(tmp_path / "latents"), "--device", "cpu"])
-    result = result_of(capsys, eval_alignment.main, world.rjepa, "--step_errors", path, "--latents",
-                       tmp_path / "latents", "--device", "cpu")
+    folder = tmp_path / "latents"
+    result_of(extract.main, "--step_errors", path, "--llm", world.llm_run, "--pooling", "both", "--logprobs", "--out",
+              folder, "--device", "cpu")
+    result = result_of(eval_alignment.main, world.rjepa, "--step_errors", path, "--latents", folder, "--device", "cpu")
     assert result["top1"] == result["top1_gate"] == 1 and result["top1_random"] == pytest.approx(1 / 3)
     assert result["top1_last"] == 0 and result["top1_middle"] == 0.5 and result["top1_gate_middle"] == 1
     assert {"top1_leave_one_out", "top1_difference", "top1_logprob", "top1_untrained"} <= set(result)
@@ -2374,9 +2381,9 @@ def test_a_published_run_is_used_as_the_run_is(world, tmp_path):
     refused(ValueError, "holds other files", runs.publish, rjepa, folder)
 
 
-def test_what_came_of_use_is_logged_rated_exported_and_learned_from(world, capsys, tmp_path):
+def test_what_came_of_use_is_logged_rated_exported_and_learned_from(world, tmp_path):
     kept, steps, config = str(tmp_path / "memory.duckdb"), ["Tom has 2 * 3 = 6 apples.", "#### 6"], world.config
-    use, question = functools.partial(result_of, capsys), "Ann (ann@example.com) has 2 bags of 3 apples. How many?"
+    use, question = result_of, "Ann (ann@example.com) has 2 bags of 3 apples. How many?"
     logged = [use(infer.main, "score", world.rjepa, "--question", f"{question} {i}", "--steps", *steps, "--log", kept,
                   "--truth", truth) for i, truth in enumerate([6, 6, 7, 6])]
     use(memory.main, "rate", "--memory", kept, "--id", logged[1]["interaction"], "--rating", "down")
@@ -2546,9 +2553,9 @@ def test_what_a_speaker_reads_never_holds_the_hidden_step(world, tmp_path, reads
     assert (seen > 0) == (reads != "nothing")
 
 
-def test_evaluation_of_plan_and_nudge(world, monkeypatch, capsys):
+def test_evaluation_of_plan_and_nudge(world, monkeypatch):
     problems = [world.rjepa, "--dataset", "synthetic", "--limit", "60", "--device", "cpu"]
-    plan = functools.partial(result_of, capsys, eval_alignment.main, *problems, "--plan", "--logprob_limit", 8,
+    plan = functools.partial(result_of, eval_alignment.main, *problems, "--plan", "--logprob_limit", 8,
                              "--decode_limit")
     found = plan(5)
     assert plan(0, "--speaker", "nowhere") == {key: found[key] for key in ("n", "retrieval", "gaps")}
@@ -2559,7 +2566,7 @@ def test_evaluation_of_plan_and_nudge(world, monkeypatch, capsys):
             "speaker_tries_shuffled"} < set(found["decoded"])
     assert found["decoded"]["llm_before"]["n"] == 5
     assert 0 <= found["gaps"]["precision"] <= 1
-    nudge = functools.partial(result_of, capsys, evaluate_accuracy.main, *problems, "--method", "nudge", "--alphas",
+    nudge = functools.partial(result_of, evaluate_accuracy.main, *problems, "--method", "nudge", "--alphas",
                               0, 3, "--batch_size", 20, "--max_new_tokens", 24)
     found = nudge()
     assert list(found["methods"]) == ["alpha 0", "alpha 3", "alpha 3 shuffled"] and found["n"] == 60
@@ -2892,11 +2899,9 @@ def test_distillation_brings_the_student_to_its_teacher(thinkers):
     assert again["params"] < 8_000
 
 
-def test_tjepa_commands(thinkers, capsys):
-    use = functools.partial(result_of, capsys)
-
+def test_tjepa_commands(thinkers):
     def evaluate(name, *args):
-        return use(eval_alignment.main, thinkers / name, "--limit", 24, *args, "--device", "cpu")
+        return result_of(eval_alignment.main, thinkers / name, "--limit", 24, *args, "--device", "cpu")
 
     found = evaluate("tjepa")
     assert {"mse", "mse_predict_mean", "mse_copy", "effective_rank", "std", "untrained"} <= set(found)
@@ -2905,16 +2910,16 @@ def test_tjepa_commands(thinkers, capsys):
     assert found["teacher"]["cos"] > found["teacher"]["best_constant"] and found["teacher"]["n"] > 24
     found = evaluate("speak")
     assert math.isclose(found["gap"], found["lm_loss_shuffled"] - found["lm_loss"], abs_tol=1e-6)
-    assert use(evaluate_accuracy.main, thinkers / "speak", "--limit", 8, "--max_new_tokens", 8)["n"] == 8
-    found = use(infer.main, "think", thinkers / "speak", "--text", "Ann has 3 pens.", "--device", "cpu")
+    assert result_of(evaluate_accuracy.main, thinkers / "speak", "--limit", 8, "--max_new_tokens", 8)["n"] == 8
+    found = result_of(infer.main, "think", thinkers / "speak", "--text", "Ann has 3 pens.", "--device", "cpu")
     assert len(found["nearest"]) == 5 and len(found["thought"]) == 32
     stored = thinkers / "stored.txt"
     stored.write_text("Ann has 3 pens.\nBob sold 5 cups to Ivan.\n")
-    found = use(infer.main, "think", thinkers / "tjepa", "--text", "Ann has 3 pens.", "--stored", stored,
+    found = result_of(infer.main, "think", thinkers / "tjepa", "--text", "Ann has 3 pens.", "--stored", stored,
                 "--device", "cpu")
     best = found["nearest"][0]
     assert best["text"] == "Ann has 3 pens." and math.isclose(best["cos"], 1, abs_tol=1e-4)
-    found = use(infer.main, "speak", thinkers / "speak", "--question", "How many?", "--max_new_tokens", 4)
+    found = result_of(infer.main, "speak", thinkers / "speak", "--question", "How many?", "--max_new_tokens", 4)
     assert set(found) == {"question", "response", "answer"}
 
 
@@ -2978,12 +2983,12 @@ def test_bad_input_to_infer(world, thinkers, argv, message, capsys):
 # ----------------------------------------------------------------------------- bench
 
 
-def test_bench_reports_ours_plain_and_ratio(capsys, monkeypatch, tmp_path):
+def test_bench_reports_ours_plain_and_ratio(monkeypatch, tmp_path):
     """What the figures are is no test's business."""
     import bench
 
     monkeypatch.chdir(tmp_path)
-    measure = functools.partial(result_of, capsys, bench.main, "--seconds", 0.001, "--repeats", 1, "--device", "cpu")
+    measure = functools.partial(result_of, bench.main, "--seconds", 0.001, "--repeats", 1, "--device", "cpu")
     llm = tiny_llm()
     llm.model.config.max_position_embeddings = 2048
     llm.model.save_pretrained(tmp_path / "llm"), llm.tokenizer.save_pretrained(tmp_path / "llm")

@@ -20,10 +20,10 @@ import data
 import extract
 import latents
 import runs
-import sandbox
 import train
 import verify
 from test_core import ROOT, driver, refused, result_of, weights, write_jsonl
+from test_gate import boxed
 
 SOAK = int(os.environ.get("SOAK", 3))
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -32,7 +32,6 @@ QUICKSTART = """quickstart --n_synthetic 120 --max_problem_steps 2 --n_layer 2 -
     --log_every 1 --eval_every 6 --save_every 2 --dtype fp32 --device cpu --threads 1""".split()
 STUDENT = ["--llm", "pretrained/student", "--dataset", "synthetic", "--max_problem_steps", "3", "--device", "cpu"]
 EXTRACT = [*STUDENT, "--limit", "12", "--shard_size", "2", "--threads", "1"]
-boxed = pytest.mark.skipif(sandbox.sandbox_problem() != "", reason=sandbox.sandbox_problem())
 
 
 def script(*argv, n=1, code=0, restarts=0):
@@ -232,13 +231,13 @@ def test_a_read_only_folder_is_named(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_clock_may_be_set_back(tmp_path, alone, monkeypatch, capsys):
+def test_the_clock_may_be_set_back(tmp_path, alone, monkeypatch):
     now = [2e9]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(time, "time", lambda: now.append(now[-1] - 3600) or now[-1])
     result = train.train(*cfg.parse_cli([*QUICKSTART, "--grad_accum", "2", "--out_dir", str(tmp_path / "back")]))
     assert weights(tmp_path / "back") == weights(alone) and 0 <= result["seconds"] < 300
-    assert 0 < result_of(capsys, extract.main, *EXTRACT, "--out", tmp_path / "latents")["tokens_per_s"] < 1e7
+    assert 0 < result_of(extract.main, *EXTRACT, "--out", tmp_path / "latents")["tokens_per_s"] < 1e7
     assert not [p.name for p in ROOT.glob("*.py") if "time.time()" in p.read_text() and not p.name.startswith("test_")]
 
 

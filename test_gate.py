@@ -227,13 +227,13 @@ def test_a_program_runs_and_says_how_it_ended():
     assert verify.run_program(held).stdout == "done\n" and time.monotonic() - start < 3  # its child holds the pipe
 
 
-def test_no_sandbox_is_a_refusal_and_unsafe_runs_under_limits(monkeypatch, capsys, tmp_path, asked_again):
+def test_no_sandbox_is_a_refusal_and_unsafe_runs_under_limits(monkeypatch, tmp_path, asked_again):
     which = shutil.which
     monkeypatch.setattr(shutil, "which", lambda name: None if name == "bwrap" else which(name))
     refused(ValueError, "apt install bubblewrap[^\0]*--allow_unsafe_code", verify.run_program, "print(1)")
     path = write_jsonl(tmp_path / "one.jsonl", [{**ADD, "canonical_solution": "    return a + b\n"}])
     refused(SystemExit, "apt install bubblewrap", verify.main, ["--humaneval", path])
-    assert result_of(capsys, verify.main, "--humaneval", path, "--allow_unsafe_code")["passed"] == 1
+    assert result_of(verify.main, "--humaneval", path, "--allow_unsafe_code")["passed"] == 1
     monkeypatch.setenv("SECRET_TOKEN", "hidden")
     for program, reason in [("import os; assert 'SECRET_TOKEN' not in os.environ and os.listdir() == []", "ok"),
                             ("while True: pass", "timeout"), ("while True: print('x' * 999)", "output_limit"),
@@ -266,12 +266,13 @@ def test_humaneval_every_eighth_solution_passes_and_its_mutant_fails(tmp_path):
     ("    return a + b\nimport sys\nsys.exit(0)", "tests_not_run"), ("    raise SystemExit", "tests_not_run"),
     ("    return a + b\nimport os\nos._exit(0)", "tests_not_run"), ("    return a +", "exit_code"),
     ("    return a + b\nprint('0' * 32, flush=True)\nquit = exit\nraise SystemExit(0)", "tests_not_run"),
+    ("    return a + b\nimport atexit\natexit.register(print, 'bye')", "ok"),
     ("    return a + b\ndef check(f): pass", "ok"), ("    '''", "exit_code"), ("    while True: pass", "timeout"),
     ("    while True: print('x' * 9999)", "output_limit")])
 def test_a_completion_passes_by_its_tests_alone(body, reason):
     verdict = verify.check_program(ADD, body, timeout_s=2)
     assert verdict.reason == reason and verdict.is_valid == (reason == "ok")
-    assert reason != "ok" or verdict.stdout == "x\n"  # the word that shows the end of the tests is not in it
+    assert reason != "ok" or verdict.stdout == "x\n" + "bye\n" * ("bye" in body)  # without the word that ends the tests
 
 
 @boxed
@@ -325,12 +326,6 @@ def test_answers_are_found_where_models_put_them():
     math = {"kind": "math", "answer": "It is \\boxed{5}."}
     for steps in (["So \\boxed{5}.", "I hope it is correct."], ["\\boxed 5"], ["The answer is $5$."]):
         assert verify.validate(math, {"steps": steps}).is_valid, steps
-
-
-@boxed
-def test_what_a_program_prints_at_exit_does_not_count_against_it():
-    late = "    return a + b\nimport atexit\natexit.register(print, 'bye')"
-    assert verify.check_program(ADD, late).is_valid
 
 
 def test_math_answers_compare_by_value():

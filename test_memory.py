@@ -21,9 +21,8 @@ import torch
 
 import latents
 import memory as mem
-import runs
 import verify
-from test_core import ROOT, refused, result_of, shared_data, write_jsonl
+from test_core import ROOT, refused, result_of, shared_data, write_jsonl, write_latents
 
 ORIGIN = {"llm": "toy", "layer": 2, "pooling": "last", "prompt": "", "dim": 8}
 
@@ -400,23 +399,16 @@ def test_feedback_becomes_chains(tmp_path):
     refused(ValueError, "sideways", memory.rate, good, "sideways")
 
 
-def test_memory_command_line(tmp_path, capsys, monkeypatch):
+def test_memory_command_line(tmp_path, monkeypatch):
     path, folder = tmp_path / "m.duckdb", tmp_path / "latents"
-    use = functools.partial(result_of, capsys, mem.main)
-    folder.mkdir()
+    use = functools.partial(result_of, mem.main)
 
     def folder_of(split, wrong=False):
         chains = [a_chain(i) for i in range(4)]
         for _, chain, _ in chains if wrong else ():
             chain["steps"] = [*chain["steps"][:-1], "#### 999"]
-        header = {"schema": latents.SCHEMA, "dtype": "float32", "quantization": "none", "tokenizer": "t",
-                  "logprobs": False, "dataset": "toy", "split": split, **ORIGIN}
-        rows = [latents.record(c | {"is_valid": i != 2}, p["id"], split) |
-                {"n_tokens": [1] * len(h), "shard": 0, "start": 4 * i, "end": 4 * i + 4}
-                for i, (p, c, h) in enumerate(chains)]
-        states = [h for *_, h in chains]
-        latents.write_shard(folder / latents.shard_name(0), states, [None] * 4, header, runs.write_atomic)
-        latents.write_index(folder, rows, header, runs.write_atomic)
+        write_latents(folder, [(latents.record(c | {"is_valid": i != 2}, p["id"], split), h)
+                               for i, (p, c, h) in enumerate(chains)], dataset="toy", split=split, **ORIGIN)
 
     for command in ("stats", "recall --id x", "forget --everything", "export", "rate --id x --rating up", "latents"):
         refused(SystemExit, "no such memory", use, *command.split(), "--memory", path)
