@@ -401,7 +401,9 @@ def test_feedback_becomes_chains(tmp_path):
 
 def test_memory_command_line(tmp_path, monkeypatch):
     path, folder = tmp_path / "m.duckdb", tmp_path / "latents"
-    use = functools.partial(result_of, mem.main)
+
+    def use(*argv, memory=path):
+        return result_of(mem.main, *argv, "--memory", memory)
 
     def folder_of(split, wrong=False):
         chains = [a_chain(i) for i in range(4)]
@@ -411,37 +413,36 @@ def test_memory_command_line(tmp_path, monkeypatch):
                                for i, (p, c, h) in enumerate(chains)], dataset="toy", split=split, **ORIGIN)
 
     for command in ("stats", "recall --id x", "forget --everything", "export", "rate --id x --rating up", "latents"):
-        refused(SystemExit, "no such memory", use, *command.split(), "--memory", path)
+        refused(SystemExit, "no such memory", use, *command.split())
     folder_of("test")
-    refused(SystemExit, "test split", use, "remember", "--latents", folder, "--memory", path)
+    remember = functools.partial(use, "remember", "--latents", folder)
+    refused(SystemExit, "test split", remember)
     assert not path.exists()
     folder_of("train", wrong=True)
-    remember = functools.partial(use, "remember", "--latents", folder, "--memory", path)
     assert remember() == {"memory": str(path), "remembered": 0, "new": 0, "refused": {"wrong_answer": 3}}
     assert not path.exists()
     folder_of("train")
     assert remember() == {"memory": str(path), "remembered": 3, "new": 3, "refused": {}}
-    memory = mem.Memory(path)
-    chain_id = memory.vectors()[1][0]["chain_id"]
-    nearest = use("recall", "--id", chain_id, "--position", 2, "--k", 2, "--memory", path)["nearest"]
+    chain_id = mem.Memory(path).vectors()[1][0]["chain_id"]
+    nearest = use("recall", "--id", chain_id, "--position", 2, "--k", 2)["nearest"]
     assert nearest[0]["chain_id"] == chain_id and nearest[0]["text"] == "2 * 2 = 4" and nearest[0]["cos"] > 0.999
     read = SimpleNamespace(**ORIGIN | {"name": "toy"}, latent_dim=lambda pooling: 8,
                            step_latents=lambda question, steps: a_chain(3)[2][: 1 + len(steps)])
     read.set_prompt = lambda prompt: read
     monkeypatch.setattr("llm.load_llm", lambda name, device, layer, pooling: read)
     for steps in ((), ("--steps", "3+2 = 5")):
-        found = use("recall", "--question", "3 pens?", *steps, "--k", 1, "--memory", path)["nearest"]
+        found = use("recall", "--question", "3 pens?", *steps, "--k", 1)["nearest"]
         assert (found[0]["position"], found[0]["question"][:14]) == (len(steps[1:]), "Tom has 3 pens")
     read.layer = 3
-    refused(SystemExit, "layer: 2 there, 3 here", use, "recall", "--question", "3 pens?", "--memory", path)
+    refused(SystemExit, "layer: 2 there, 3 here", use, "recall", "--question", "3 pens?")
     logged = use("log", "--kind", "cli", "--question", "3 + 4? ann@example.com", "--steps", "3+4 = 7",
-                 "#### 7", "--truth", 7, "--memory", path)
+                 "#### 7", "--truth", 7)
     assert (logged["is_valid"], logged["reason"], logged["redactions"]) == (True, "ok", 1)
-    assert use("export", "--out", tmp_path / "f.jsonl", "--memory", path)["chains"] == 1
-    refused(SystemExit, "rate needs the --id", use, "rate", "--rating", "up", "--truth", 7, "--memory", path)
-    assert use("rate", "--id", logged["id"], "--rating", "up", "--memory", path)["truth"] is None
-    assert use("forget", "--domain", "toy", "--memory", path) == {"forgotten": 3}
-    refused(SystemExit, "nothing forgotten", use, "forget", "--domain", "toys", "--memory", path)  # misspelt
-    assert use("stats", "--memory", path)["interactions"] == {"ok": 1}
+    assert use("export", "--out", tmp_path / "f.jsonl")["chains"] == 1
+    refused(SystemExit, "rate needs the --id", use, "rate", "--rating", "up", "--truth", 7)
+    assert use("rate", "--id", logged["id"], "--rating", "up")["truth"] is None
+    assert use("forget", "--domain", "toy") == {"forgotten": 3}
+    refused(SystemExit, "nothing forgotten", use, "forget", "--domain", "toys")  # misspelt
+    assert use("stats")["interactions"] == {"ok": 1}
     write_jsonl(tmp_path / "no.duckdb", [{"a": 1}] * 999)
-    refused(SystemExit, "no.duckdb is no memory", use, "stats", "--memory", tmp_path / "no.duckdb")
+    refused(SystemExit, "no.duckdb is no memory", use, "stats", memory=tmp_path / "no.duckdb")
