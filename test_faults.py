@@ -44,6 +44,11 @@ def script(*argv, n=1, code=0, restarts=0):
     return done.stdout if code == 0 else done.stderr
 
 
+def train_here(folder, *more):
+    """The same training in this process -> its figures."""
+    return train.train(*cfg.parse_cli([*QUICKSTART, *more, "--out_dir", str(folder)]))
+
+
 def stopping(folder) -> Path:
     """train.py that ends after the state of step 6."""
     return driver(folder, "train", "train.save_state", after='if args[3]["step"] == 6: sys.exit("stopped")')
@@ -67,7 +72,7 @@ def contents(folder) -> dict:
 def alone(tmp_path_factory):
     """A run of one process on the global batch of two."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    train.train(*cfg.parse_cli([*QUICKSTART, "--grad_accum", "2", "--out_dir", str(folder)]))
+    train_here(folder, "--grad_accum", "2")
     return folder
 
 
@@ -93,15 +98,13 @@ def test_two_processes_give_the_curves_of_one(tmp_path, alone, pair, shard):
 
 
 @pytest.mark.parametrize("fields", [
-    ["rjepa-small", *STUDENT[:6], "--n_synthetic", "48", "--batch_size", "8", "--n_embd", "32",
-     "--predictor_n_embd", "16"],
-    ["tjepa-small", "--dataset", "synthetic", "--n_synthetic", "80", "--max_problem_steps", "3", "--batch_size", "2",
-     "--n_layer", "1", "--n_embd", "32", "--head", "--document_share", "0.5"],
-])
+    "rjepa-small --llm pretrained/student --n_synthetic 48 --batch_size 8 --n_embd 32 --predictor_n_embd 16",
+    "tjepa-small --n_synthetic 80 --batch_size 2 --n_layer 1 --n_embd 32 --head --document_share 0.5"])
 def test_two_processes_train_the_other_models(tmp_path, fields, monkeypatch):
     monkeypatch.chdir(ROOT)
-    common = [*fields, "--max_steps", "3", "--log_every", "1", "--dtype", "fp32", "--device", "cpu", "--threads", "1"]
-    if fields[0].startswith("rjepa"):
+    common = [*fields.split(), *"""--dataset synthetic --max_problem_steps 3 --max_steps 3 --log_every 1 --dtype fp32
+        --device cpu --threads 1""".split()]
+    if fields.startswith("rjepa"):
         problems = data.load_problems("synthetic", "train", "", 90, 1, 3)
         gold = latents.gold_chains(problems, "train", False, 1)
         wrong = gold[0] | {"id": "wrong", "steps": [*gold[0]["steps"][:-1], "#### 0"], "is_valid": False}
@@ -122,7 +125,7 @@ def test_a_state_is_read_by_any_number_of_processes(tmp_path, alone, first, then
         said = script(name, *QUICKSTART, *shard, *accumulate, "--out_dir", tmp_path / "run", n=int(n), code=code)
         assert code == 0 or "stopped" in said
     same_curves(tmp_path / "run", alone)
-    refused(SystemExit, "is finished", train.train, *cfg.parse_cli([*QUICKSTART, "--out_dir", str(tmp_path / "run")]))
+    refused(SystemExit, "is finished", train_here, tmp_path / "run")
 
 
 def test_a_kill_between_the_parts_and_what_names_them(tmp_path, alone):
@@ -138,16 +141,14 @@ def test_a_kill_between_the_parts_and_what_names_them(tmp_path, alone):
 def test_another_global_batch_is_refused_and_a_damaged_part_is_named(tmp_path, alone):
     folder = tmp_path / "run"
     script(stopping(tmp_path), *QUICKSTART, "--shard", "--out_dir", folder, n=2, code=1)
-    with pytest.raises(SystemExit, match="here it is 1: --grad_accum 2 goes on"):
-        train.train(*cfg.parse_cli([*QUICKSTART, "--out_dir", str(folder)]))
-    again = cfg.parse_cli([*QUICKSTART, "--grad_accum", "2", "--out_dir", str(folder)])
+    refused(SystemExit, "here it is 1: --grad_accum 2 goes on", train_here, folder)
     part, other = sorted((folder / "state-00000006").iterdir())
     whole = part.read_bytes()
     for damaged in (whole[:-4], whole[:-1] + bytes([whole[-1] ^ 1]), other.read_bytes()):
         part.write_bytes(damaged)
-        refused(ValueError, f"{part.name} is missing or damaged", train.train, *again)
+        refused(ValueError, f"{part.name} is missing or damaged", train_here, folder, "--grad_accum", "2")
     part.write_bytes(whole)
-    assert train.train(*again)["steps"] == 12 and not list(folder.glob("state-*"))
+    assert train_here(folder, "--grad_accum", "2")["steps"] == 12 and not list(folder.glob("state-*"))
     same_curves(folder, alone)
 
 
@@ -183,7 +184,7 @@ with runs.lock(pathlib.Path(sys.argv[1]), "--out"):
                 main()
         assert [p.name for p in tmp_path.iterdir()] == [".lock"]
         other.send_signal(signal.SIGKILL)
-    train.train(*cfg.parse_cli([*QUICKSTART, "--max_steps", "1", "--out_dir", str(tmp_path)]))
+    train_here(tmp_path, "--max_steps", "1")
 
 
 def boxed_in(folder, shell: str, *options) -> str:
@@ -218,7 +219,7 @@ def test_a_full_disk_is_an_error_and_then_the_command_goes_on(tmp_path, kind):
     assert ".tmp" not in first.rpartition("error")[2], first
     assert whole.exists(), second
     if kind == "train":
-        train.train(*cfg.parse_cli([*QUICKSTART, "--out_dir", str(tmp_path / "calm")]))
+        train_here(tmp_path / "calm")
         assert weights(whole) == weights(tmp_path / "calm")
 
 
@@ -235,7 +236,7 @@ def test_the_clock_may_be_set_back(tmp_path, alone, monkeypatch):
     now = [2e9]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(time, "time", lambda: now.append(now[-1] - 3600) or now[-1])
-    result = train.train(*cfg.parse_cli([*QUICKSTART, "--grad_accum", "2", "--out_dir", str(tmp_path / "back")]))
+    result = train_here(tmp_path / "back", "--grad_accum", "2")
     assert weights(tmp_path / "back") == weights(alone) and 0 <= result["seconds"] < 300
     assert 0 < result_of(extract.main, *EXTRACT, "--out", tmp_path / "latents")["tokens_per_s"] < 1e7
     assert not [p.name for p in ROOT.glob("*.py") if "time.time()" in p.read_text() and not p.name.startswith("test_")]
