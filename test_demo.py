@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gradio as gr
+import httpx
 import pytest
 import torch
 
@@ -225,8 +226,6 @@ def serving(memory):
         process = subprocess.Popen([sys.executable, "main.py", "--port", str(port), "--memory", str(memory)], cwd=HERE,
                                    stderr=log, stdout=log)  # fmt: skip
         try:
-            import httpx
-
             for _ in range(600):
                 with contextlib.suppress(httpx.HTTPError):
                     if httpx.get(f"http://127.0.0.1:{port}/").status_code == 200:
@@ -268,8 +267,6 @@ def test_api(url, demo):
 
 def call(url, api, values, raw=None) -> str:
     """Everything that a request to the API is answered with."""
-    import httpx
-
     with httpx.Client(timeout=120) as http:
         address = f"{url}/gradio_api/call/{api}"
         body = json.dumps({"data": values}).encode() if raw is None else raw
@@ -400,8 +397,6 @@ def test_html_is_shown_as_text(url):
 
 
 def test_a_full_queue_says_so(models, tmp_path):
-    import httpx
-
     with serving(tmp_path / "memory.duckdb") as url:
         values = [WORLD, "Mia has 3 red apples. Tom has twice as many. How many?", 8, 1, 1, 1, 256, 0, 0]
         replies = [httpx.post(f"{url}/gradio_api/call/rerank", json={"data": values}) for _ in range(48)]

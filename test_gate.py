@@ -23,53 +23,45 @@ from test_core import ROOT, refused, result_of, shared_data, write_jsonl
 
 boxed = pytest.mark.skipif(sandbox.sandbox_problem() != "", reason=sandbox.sandbox_problem())
 
-# "### name: the reasons it may end with", then the program. It prints LEAK where it gets what it wants. It starts with
+# "### name: the reasons it may end with:", then the program. It prints LEAK where it gets what it wants. It starts with
 # CANARY, HOME, PREFIX (a file, the home and the interpreter of the host), PORT (where the host listens), PID (the
 # tests' process), CLONE (the system call's number), and reads(paths), which tries to.
 ATTACKS = r"""
-### password_file: ok
+### password_file: ok:
 reads("/etc/passwd", "/etc/shadow", "/etc/hosts", "/etc/hostname", "/etc/ssl", "/etc/resolv.conf")
-### home_folder: ok
+### home_folder: ok:
 reads(HOME + "/.bashrc", HOME + "/.profile", HOME + "/.ssh", HOME + "/.cache", HOME + "/.bash_history")
-### reads_a_host_file: ok
-reads(CANARY, os.path.dirname(CANARY), "/root/../" + CANARY)
-### searches_the_disk: ok timeout
+### reads_a_host_file: ok: reads(CANARY, os.path.dirname(CANARY), "/root/../" + CANARY)
+### searches_the_disk: ok timeout:
 for folder, _, files in os.walk("/"):
     if "canary.txt" in files: print("LEAK", folder)
-### environment: ok
+### environment: ok:
 if "SECRET_TOKEN" in os.environ: print("LEAK")
 reads("/proc/self/environ", f"/proc/{PID}/environ", f"/proc/{os.getppid()}/environ")
-### writes_outside: ok
+### writes_outside: ok:
 for path in ("/", "/usr", "/usr/lib", "/tmp", "/dev", "/etc", "/var", "/home", PREFIX, HOME):
     for attempt in (lambda: open(path + "/mark", "w"), lambda: os.mkdir(path + "/mark"), lambda: os.chmod(path, 0o777)):
         try: attempt(); print("LEAK", path)
         except OSError: pass
-### overwrites_a_host_file: exit_code
-open(CANARY, "w").write("gone")
-### overwrites_the_interpreter: exit_code
-open(sys.executable, "ab").write(b"x")
-### overwrites_itself: exit_code
-open(__file__, "w").write("x")
-### deletes_everything: ok timeout
+### overwrites_a_host_file: exit_code: open(CANARY, "w").write("gone")
+### overwrites_the_interpreter: exit_code: open(sys.executable, "ab").write(b"x")
+### overwrites_itself: exit_code: open(__file__, "w").write("x")
+### deletes_everything: ok timeout:
 import shutil
 for path in (os.path.dirname(CANARY), HOME, PREFIX, *(f"/{name}" for name in os.listdir("/"))):
     shutil.rmtree(path, ignore_errors=True)
-### rm_rf: ok timeout
+### rm_rf: ok timeout:
 import subprocess
 subprocess.run(["rm", "-rf", "--no-preserve-root", "/"], capture_output=True)
-### network_tcp: exit_code
-import socket; socket.create_connection(("1.1.1.1", 53), 1); print("LEAK")
-### network_of_the_host: exit_code
-import socket; socket.create_connection(("127.0.0.1", PORT), 1); print("LEAK")
-### network_names: exit_code
+### network_tcp: exit_code: import socket; socket.create_connection(("1.1.1.1", 53), 1); print("LEAK")
+### network_of_the_host: exit_code: import socket; socket.create_connection(("127.0.0.1", PORT), 1); print("LEAK")
+### network_names: exit_code:
 import urllib.request; urllib.request.urlopen("http://example.com", timeout=1); print("LEAK")
-### abstract_socket: exit_code
+### abstract_socket: exit_code:
 import socket; socket.socket(socket.AF_UNIX).connect(f"\0nano-jepa-{PORT}"); print("LEAK")
-### fork_bomb: exit_code timeout
-while True: os.fork()
-### fork_bomb_in_a_shell: ok exit_code timeout output_limit
-os.system("f() { f | f & }; f")
-### how_many_processes: ok
+### fork_bomb: exit_code timeout: while True: os.fork()
+### fork_bomb_in_a_shell: ok exit_code timeout output_limit: os.system("f() { f | f & }; f")
+### how_many_processes: ok:
 n = 0
 try:
     while n < 50:
@@ -78,81 +70,71 @@ try:
 except OSError: pass
 print("LEAK" if n > 8 else "", n, flush=True)
 os._exit(0)
-### thread_bomb: exit_code timeout
+### thread_bomb: exit_code timeout:
 import threading
 for _ in range(50): threading.Thread(target=time.sleep, args=(9,)).start()
 print("LEAK")
-### memory_bomb: memory
-x = bytearray(1 << 30)
-### memory_bomb_by_and_by: memory
+### memory_bomb: memory: x = bytearray(1 << 30)
+### memory_bomb_by_and_by: memory:
 x = []
 while True: x.append(bytearray(1 << 20))
-### memory_outside_the_limit: ok
+### memory_outside_the_limit: ok:
 if libc.shmget(0, 1 << 28, 0o1600) >= 0 or libc.memfd_create(b"x", 0) >= 0: print("LEAK")
-### disk_bomb: ok
+### disk_bomb: ok:
 for folder in ("/box", "/dev/shm"):
     n = 0
     try:
         for n in range(50): open(f"{folder}/{n}", "wb").write(bytes(8 << 20))
     except OSError: pass
     if n > 8: print("LEAK", folder, n)
-### endless_loop: timeout
-while True: pass
-### deaf_sleep: timeout
+### endless_loop: timeout: while True: pass
+### deaf_sleep: timeout:
 import signal
 for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}: signal.signal(number, signal.SIG_IGN)
 time.sleep(99)
-### closes_its_output: timeout
-os.close(1); os.close(2); time.sleep(99)
-### endless_output: output_limit
-while True: print("x" * 9999)
-### endless_errors: output_limit
-while True: os.write(2, b"x" * 9999)
-### reads_stdin: exit_code
-input()
-### kills_its_parent: ok exit_code
+### closes_its_output: timeout: os.close(1); os.close(2); time.sleep(99)
+### endless_output: output_limit: while True: print("x" * 9999)
+### endless_errors: output_limit: while True: os.write(2, b"x" * 9999)
+### reads_stdin: exit_code: input()
+### kills_its_parent: ok exit_code:
 for pid in (os.getppid(), PID, 1, -1):
     try: os.kill(pid, 9)
     except OSError: pass
-### daemon: ok
+### daemon: ok:
 if os.fork() == 0:
     os.setsid()
     if os.fork() == 0: os.execvp("sleep", ["sleep", f"99.{PORT}"])
     os._exit(0)
 time.sleep(0.2)
-### symlink: exit_code
+### symlink: exit_code:
 os.symlink(CANARY, "link"); os.symlink("/", "root")
 reads("link", "root" + CANARY)
 open("root" + CANARY, "w").write("gone")
-### ctypes_crash: exit_code
-ctypes.string_at(0)
-### ctypes_system: ok
-libc.system(b"cat /etc/passwd && echo LEAK")
-### becomes_root: ok
+### ctypes_crash: exit_code: ctypes.string_at(0)
+### ctypes_system: ok: libc.system(b"cat /etc/passwd && echo LEAK")
+### becomes_root: ok:
 calls = (libc.mount(b"none", b"/box", b"tmpfs", 0, 0), libc.umount2(b"/usr", 2), libc.chroot(b"/box"), libc.setuid(0),
          libc.unshare(0x10000000), libc.ptrace(16, 1, 0, 0), libc.mount(None, b"/usr", None, 32 | 4096, 0))
 if 0 in calls: print("LEAK", calls)
-### new_user_namespace: ok
-if libc.syscall(CLONE, 0x10000011, 0, 0, 0, 0) >= 0: print("LEAK")
-### process_table: ok
+### new_user_namespace: ok: if libc.syscall(CLONE, 0x10000011, 0, 0, 0, 0) >= 0: print("LEAK")
+### process_table: ok:
 reads("/proc", "/proc/1/cmdline", "/sys")
 if os.getpid() > 20: print("LEAK", os.getpid())
-### deep_recursion: exit_code memory timeout
+### deep_recursion: exit_code memory timeout:
 sys.setrecursionlimit(10**9)
 def f(): return [f()]
 f()
-### deep_nesting: exit_code memory
-eval("(" * 10**5 + ")" * 10**5)
-### raises_its_limits: ok
+### deep_nesting: exit_code memory: eval("(" * 10**5 + ")" * 10**5)
+### raises_its_limits: ok:
 import resource
 for kind in (resource.RLIMIT_AS, resource.RLIMIT_NPROC, resource.RLIMIT_FSIZE, resource.RLIMIT_CPU):
     try: resource.setrlimit(kind, (resource.RLIM_INFINITY,) * 2); print("LEAK", kind)
     except (OSError, ValueError): pass
-### devices: ok
+### devices: ok:
 if set(os.listdir("/dev")) & {"sda", "vda", "nvme0", "mem", "kmsg", "kvm"}: print("LEAK")
 try: os.mknod("disk", 0o60666, os.makedev(254, 0)); print("LEAK")
 except OSError: pass
-### open_descriptors: ok
+### open_descriptors: ok:
 for fd in range(3, 64):
     try: os.fstat(fd); print("LEAK", fd)
     except OSError: pass
@@ -167,7 +149,7 @@ def reads(*paths):
         if found: print("LEAK", path, str(found)[:99])
 """
 ATTACKS = {name: (reasons.split(), program) for name, reasons, program
-           in re.findall(r"### (\w+): ([a-z_ ]+)\n((?:(?!###).*\n)+)", ATTACKS)}
+           in re.findall(r"### (\w+): ([a-z_ ]+):\s((?:(?!###).*\n)+)", ATTACKS)}
 
 
 def is_running(command):
