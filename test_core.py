@@ -840,9 +840,9 @@ def test_a_gguf_file_is_known_by_all_of_its_bytes(tmp_path, monkeypatch):
         monkeypatch.setattr(transformers, kind, SimpleNamespace(from_pretrained=lambda **more: made))
     monkeypatch.setattr(llms, "CACHE", tmp_path)
     (path := tmp_path / "a.gguf").write_bytes(bytes(5 << 20))
-    folders = [llms.convert_gguf(path)]
+    first = llms.convert_gguf(path)
     path.write_bytes(bytes(3 << 20) + b"1" + bytes((2 << 20) - 1))
-    assert llms.convert_gguf(path) != folders[0]
+    assert llms.convert_gguf(path) != first
 
 
 def test_the_nearest_of_a_few_texts_are_told_by_their_own_cosine():
@@ -889,7 +889,7 @@ def test_another_runs_state_is_refused(tmp_path, monkeypatch):
     run(tmp_path / "a")
 
 
-def test_damaged_checkpoints_are_refused_by_name(finished, tmp_path):
+def test_damaged_checkpoints_are_refused_by_name(tmp_path):
     run(tmp_path, max_steps=2)
     for name in ("state.pt", "model.safetensors"):
         whole, at = (tmp_path / name).read_bytes(), (tmp_path / name).stat().st_size // 2
@@ -1482,17 +1482,15 @@ def test_the_margin_takes_wrong_chains_of_any_length():
     batch = latents.collate(chains, model.config, np.random.default_rng(3))
     assert not batch["is_wrong"].any() and batch["wrong_h"].shape == batch["h"].shape
     assert batch["wrong_is_real"].sum(1)[:6].tolist() == [len(c["wrong_h"]) for c in chains[:6]]
-    gaps = []
-    for i in range(6):
-        errors = []
-        for kind in ("wrong_", ""):
-            h, t = model.standardize(batch[kind + "h"][i : i + 1]), batch[kind + "is_target"][i : i + 1]
-            z = model.predict(h, batch[kind + "is_visible"][i : i + 1], t)
-            error = z - model.targets(h, batch[kind + "is_real"][i : i + 1], True)[t]
-            errors.append(float(error.detach().abs().mean()))
-        gaps.append(math.log1p(math.exp(-(errors[0] - errors[1]) / model.config.margin)))
-    margin = model(batch)["margin"].detach()
-    assert math.isclose(float(margin), np.mean(gaps), rel_tol=1e-4)
+
+    def error(i, kind):
+        h, is_real, visible, t = (batch[kind + k][i : i + 1] for k in ("h", "is_real", "is_visible", "is_target"))
+        h = model.standardize(h)
+        return float((model.predict(h, visible, t) - model.targets(h, is_real, True)[t]).detach().abs().mean())
+
+    gaps = [error(i, "wrong_") - error(i, "") for i in range(6)]
+    margin = np.mean([math.log1p(math.exp(-gap / model.config.margin)) for gap in gaps])
+    assert math.isclose(float(model(batch)["margin"].detach()), margin, rel_tol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["ema", "copy", "online"])
@@ -2280,14 +2278,14 @@ def test_plan_and_rerank_commands(world, tmp_path):
     plan = functools.partial(use, "plan", world.rjepa, "--question", QUESTION, "--steps", *steps, "--at", 2)
     found = plan("--slots", 2)
     assert [f["step"] for f in found["filled"]] == [2, 3][: len(found["filled"])] and found["decode"] == "speaker"
-    assert len(found["steps"]) == 2 + len(found["filled"]) and found["energy_after"] > 0
+    assert len(found["steps"]) == 2 + len(found["filled"]) > 2 and found["energy_after"] > 0
     says = SimpleNamespace(config=cfg.SpeakConfig(reads="nothing"), generate=lambda *a, **options: [[7]])
     tokenizer = SimpleNamespace(decode=lambda ids: "Mia has 2 + 2 = 5.")
     said = infer.plan(world.model, world.llm, QUESTION, steps, "speaker", says, tokenizer, at=2, slots=2)
     assert said["steps"] == [steps[0], "Mia has 2 + 2 = 5.", "Mia has 2 + 2 = 5.", steps[1]]
     assert [(f["step"], f["valid"]) for f in said["filled"]] == [(2, False), (3, False)]
     found = plan("--decode", "llm")
-    assert found["decode"] == "llm"
+    assert found["decode"] == "llm" and found["filled"]
     for f in found["filled"]:
         assert len(f["nearest"]) == 3 and f["nearest"][0]["cos"] >= f["nearest"][2]["cos"]
     refused(SystemExit, "infer.py rerank", infer.main, ["rerank", world.rjepa, "--question", QUESTION])
@@ -2308,7 +2306,7 @@ def test_plan_and_rerank_commands(world, tmp_path):
     found = use("rerank", world.rjepa, "--question", QUESTION, "--k", 3, "--max_new_tokens", 40)
     assert len(found["candidates"]) == 3 and found["alpha"] == fitted["alpha"]
     scores = [c["score"] for c in found["candidates"] if c["score"] is not None]
-    assert scores == sorted(scores, reverse=True)
+    assert scores and scores == sorted(scores, reverse=True)
     chains = [{"steps": steps, "logprob": logprob, "h": torch.randn(1 + len(steps), world.config.dim)}
               for steps, logprob in ((["2+2 = 5", "#### 5"], 0.0), ([], -9.0), (["2+2 = 4", "#### 4"], -1.0))]
     by_gate = [[c["candidate"] for c in infer.rerank(world.model, chains, 100.0, 0.0, gate)] for gate in (False, True)]
