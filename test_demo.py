@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -152,7 +152,8 @@ def test_score_is_infers(demo):
     assert "✗ arithmetic" in last(demo.score(WORLD, question, "2+2 = 5"))[0]
 
 
-def test_rerank_streams_and_ranks(demo):
+def test_rerank_streams_and_ranks(demo, monkeypatch):
+    monkeypatch.setattr(main, "wait", lambda jobs, seconds: wait(jobs, 0.01))  # it looks often while they are written
     question = demo.examples["1a · right, 5 steps"][0]
     *early, (picture, _, result) = demo.rerank(WORLD, question, 3, 0.8, 0.95, 1, 64, 2, 3)
     model, llm, _ = demo.world(WORLD)
@@ -162,7 +163,10 @@ def test_rerank_streams_and_ranks(demo):
     assert [c["score"] for c in result["candidates"]] == pytest.approx([c["score"] for c in expected], abs=1e-4)
     assert result["picks"]["logprob"] == 1 + max(range(3), key=lambda i: chains[i]["logprob"])
     assert set(result["picks"]) == {"majority", "logprob", "JEPA", "score", "gate"}
-    assert all(r is None for _, _, r in early) and picture.count("’s pick") == 5
+    assert all(r is None for _, _, r in early) and "candidate 3 · writing" in early[-1][0]
+    assert picture.count("’s pick") == 5
+    monkeypatch.setattr(infer, "rerank", lambda *args, **options: [{"steps": []}])
+    refused(gr.Error, "no candidate has a step", last, demo.rerank(WORLD, question, 1, 0.8, 0.95, 1, 8, 2, 3))
 
 
 def test_nudge_is_infers_and_alpha_0_is_the_llm(demo):
