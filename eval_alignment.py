@@ -354,7 +354,8 @@ def evaluate_rjepa(run: str, args) -> dict:
     folder = args.latents or config.latents
     rows, manifest = latents.load_latents(folder)
     latents.check_same_llm(config, manifest, f"{run} and {folder}")
-    rows = [r for r in rows if r["steps"] and (args.latents or r["split"] == "val")][: args.limit or None]
+    rows = [r for r in rows if r["steps"] and (args.latents or r["split"] == "val")]
+    rows = latents.first_problems(rows, args.limit)
     if len(rows) < 2:
         raise ValueError(f"{folder}: {len(rows)} chain to look at")
     found = infer.energies(model, [r["h"] for r in rows])

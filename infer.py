@@ -523,7 +523,10 @@ def run_score(args: Score) -> dict:
         return score(model, llm, args.question, list(args.steps))
     found = []
     for chain in latents.chains_of_file(args.chains, "chains", args.limit):
-        found.append(score(model, llm, chain["question"], chain["steps"]))
+        try:
+            found.append(score(model, llm, chain["question"], chain["steps"]))
+        except ValueError as error:
+            raise ValueError(f"{args.chains}, {chain['id']}: {error}") from None
         print(json.dumps({"id": chain["id"], **found[-1]}))
     if not found:
         raise ValueError(f"{args.chains}: no chain")
@@ -739,9 +742,15 @@ def main(argv=None):
         raise ValueError(f"--truth {args.truth}: needs a number, and --log FILE to be kept in")
     if args.log and (argv[0] == "think" or not args.question.strip() or getattr(args, "fit", "")):
         raise ValueError("--log is for the answer to one --question")
-    result = function(args)
+    if args.log and Path(args.log).exists():
+        with Memory(args.log).open(write=True):  # is it one, and free? before there is work to lose
+            pass
+    result, not_logged = function(args), None
     if args.log:
-        result["interaction"] = log_answer(argv[0], args, result)
+        try:
+            result["interaction"] = log_answer(argv[0], args, result)
+        except (ValueError, OSError) as error:
+            not_logged = error
     if argv[0] == "score" and "steps" in result:
         for i, s in enumerate(result["steps"], 1):
             mark = f" <- suspect, by its {result['suspect_by']}" if i == result["suspect"] else ""
@@ -753,6 +762,8 @@ def main(argv=None):
             + (f"wrong: {c['arithmetic']}" if c["arithmetic"] else "no wrong equation"))
         print("\n    ".join([head, *c["steps"]]))
     print(json.dumps(result, allow_nan=False))
+    if not_logged:
+        raise not_logged
 
 
 if __name__ == "__main__":

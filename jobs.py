@@ -134,7 +134,7 @@ class TextJob(Job):
 class LatentJob(Job):
     """What the loop needs to train RJEPA: verified chains' latents, extracted first where they are missing.
 
-    Sets config's llm, layer, pooling, prompt and dim to what the latents say.
+    Sets config's llm, layer, pooling, prompt, dim and dataset to what the latents say.
     """
 
     def __init__(self, config, out: Path):
@@ -147,6 +147,8 @@ class LatentJob(Job):
         config.latents = str(folder)
         for name in latents.SAME_LLM:
             setattr(config, name, manifest[name])
+        if manifest["dataset"] in ("gsm8k", "synthetic"):
+            config.dataset = manifest["dataset"]
         if config.held_out:
             self.train = sum(latents.training_chains(rows, manifest, folder), [])[: config.limit or None]
             self.val = held_out_chains(config)

@@ -69,10 +69,13 @@ def chains_of_file(path: str, kind: str, limit: int = 0) -> list[dict]:
     """
     fields = {"chains": ["id", "question", "steps", "is_valid"], "candidates": ["id", "question", "candidates"],
               "step_errors": ["id", "question", "steps", "is_correct", "first_error_step"]}[kind]
-    records = []
+    records, seen = [], set()
     for row in verify.read_jsonl(path, fields, limit):
         where = f"{path}, {row['id']}"
         if kind == "candidates":
+            if str(row["id"]) in seen:
+                raise ValueError(f"{where}: this id is there twice; its candidates would be taken for one problem's")
+            seen.add(str(row["id"]))
             if not isinstance(row["candidates"], list):
                 raise ValueError(f"{where}: field 'candidates' must be a list")
             parts = [(f"{row['id']}/{k}", c, "is_correct") for k, c in enumerate(row["candidates"])]

@@ -1899,7 +1899,7 @@ def test_an_endpoint_is_asked_judged_and_resumed(tmp_path, capsys, monkeypatch):
     records = latents.chains_of_file(str(path), "chains")
     assert sum(r["is_valid"] for r in records) == sum(r["is_valid"] for r in there) and all(r["steps"] for r in records)
     assert {r["split"] for r in records} == {"test"} == {r["split"] for r in there}
-    with pytest.raises(SystemExit, match="of m temperature 0.8 .*--overwrite"):
+    with pytest.raises(SystemExit, match="of m on gsm8k temperature 0.8 .*--overwrite"):
         ask(server, "--temperature", "1")
     with runs.lock(tmp_path / "out", "--out"), pytest.raises(SystemExit, match="out: another process is writing there"):
         ask(server)
