@@ -465,18 +465,13 @@ def think(encoder, tokenizer, block_size: int, texts: list[str]) -> torch.Tensor
 
     Raises ValueError for an empty text.
     """
-    parts, owner = [], []
-    for i, text in enumerate(texts):
-        ids = tokenizer.encode(text.strip())
-        if not ids:
-            raise ValueError(f"text {i} is empty")
-        for start in range(0, len(ids), block_size):
-            parts.append(ids[start : start + block_size])
-            owner.append(i)
-    weights, owner = torch.tensor([float(len(p)) for p in parts])[:, None], torch.tensor(owner)
-    total = torch.zeros(len(texts), encoder.transformer.n_embd)
-    total.index_add_(0, owner, encoder.thoughts(parts).cpu() * weights)
-    return total / torch.zeros(len(texts), 1).index_add_(0, owner, weights)
+    coded = [tokenizer.encode(text.strip()) for text in texts]
+    if [] in coded:
+        raise ValueError(f"text {coded.index([])} is empty")
+    parts = [[ids[at : at + block_size] for at in range(0, len(ids), block_size)] for ids in coded]
+    found = encoder.thoughts([row for part in parts for row in part]).cpu().split([len(part) for part in parts])
+    return torch.stack([torch.tensor([len(row) / len(ids) for row in part]) @ z
+                        for ids, part, z in zip(coded, parts, found, strict=True)])
 
 
 def nearest_texts(thought: torch.Tensor, stored: torch.Tensor, texts: list[str], k: int = 5) -> list[dict]:

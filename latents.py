@@ -259,11 +259,9 @@ def select(folder, where: str = "") -> list[dict]:
         raise ValueError("--where needs DuckDB: pip install duckdb") from None
     connection = duckdb.connect(config={"threads": 1})
     try:
-        relation = connection.read_parquet(str(path)).filter(where).order("shard, start")
-        rows = relation.fetchall()
+        return connection.read_parquet(str(path)).filter(where).order("shard, start").to_arrow_table().to_pylist()
     except duckdb.Error as error:
         raise ValueError(f"--where {where}: {str(error).splitlines()[0]}") from None
-    return [dict(zip(relation.columns, row, strict=True)) for row in rows]
 
 
 def load_latents(folder, where: str = "") -> tuple[list[dict], dict]:
