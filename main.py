@@ -23,6 +23,7 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ import data
 import infer
 import pictures as pic
 import verify
-from config import check, plain_errors
+from config import AnswerConfig, NanoJEPAConfig, RJEPAConfig, check, plain_errors
 from evaluate_accuracy import majority
 from llm import generate, written_steps
 from memory import Memory, checked
@@ -74,13 +75,19 @@ def text_of(name: str, text, longest: int, empty: bool = False) -> str:
     return text
 
 
+def parts_of(name: str, text, split, empty: bool = False) -> list[str]:
+    """The parts that split(text) finds, each `name`, as many as LIMITS allows. Raises ValueError as text_of does."""
+    most, longest = LIMITS[f"{name}s"], LIMITS[name]
+    text = text_of(f"{name}s", text, most * (longest + 2), empty)
+    parts = [text_of(name, part, longest) for part in split(text) if part.strip()]
+    if len(parts) > most:
+        raise ValueError(f"{name}s: {len(parts)} of them, at most {most} are read")
+    return parts
+
+
 def steps_of(text) -> list[str]:
     """The steps in a text, one a line."""
-    text = text_of("steps", text, LIMITS["steps"] * (LIMITS["step"] + 2))
-    steps = [text_of("step", line, LIMITS["step"]) for line in text.splitlines() if line.strip()]
-    if len(steps) > LIMITS["steps"]:
-        raise ValueError(f"steps: {len(steps)} of them, at most {LIMITS['steps']} are read")
-    return steps
+    return parts_of("step", text, str.splitlines)
 
 
 def number(name: str, value, whole: bool = True):
@@ -168,6 +175,10 @@ def answers(handler):
     return wrapper
 
 
+def synthetic_chains(n: int, split: str, seed: int) -> list[tuple[dict, dict]]:
+    return [(p, data.make_chain(p)) for p in data.synthetic_problems(n, split, seed, 4)]
+
+
 class Demo:
     """The models, loaded when first asked for, and a generator for each button."""
 
@@ -175,19 +186,18 @@ class Demo:
         self.args, self.device, self.loaded = args, pick_device(args.device), {}
         self.worlds, self.others, self.llm = dict(WORLDS), dict(OTHERS), {}
         if args.run:
-            kind = type(load_config(args.run)[1]).__name__
-            if kind == "RJEPAConfig":
+            kind = type(load_config(args.run)[1])
+            if kind is RJEPAConfig:
                 self.worlds = {args.run: ""} | self.worlds
-            elif kind in ("NanoJEPAConfig", "AnswerConfig"):
-                self.others["nano" if kind == "NanoJEPAConfig" else "tjepa"] = (args.run, "")
+            elif kind in (NanoJEPAConfig, AnswerConfig):
+                self.others["nano" if kind is NanoJEPAConfig else "tjepa"] = (args.run, "")
             else:
                 raise ValueError(f"--run {args.run}: the demo shows runs of R-JEPA, nanoJEPA, and tjepa-speak")
         if args.llm:
             self.llm[next(iter(self.worlds))] = args.llm
-        self.examples = {}
-        for i, problem in enumerate(p for p in data.synthetic_problems(40, "test", 7, 4) if len(data.split_steps(
-                p["answer"])) > 3):
-            chain = data.make_chain(problem)
+        self.examples = {}  # name: question, steps, answer, the step that is wrong
+        long = [(p, c) for p, c in synthetic_chains(40, "test", 7) if len(c["steps"]) > 3]
+        for i, (problem, chain) in enumerate(long[:5]):
             wrong, step = data.counterfactual(problem, chain, 1)
             n = len(chain["steps"])
             gap = 1 + i % (n - 2)
@@ -196,8 +206,6 @@ class Demo:
                                        (f"{i + 1}b · wrong from step {step} on", wrong["steps"], step),
                                        (f"{i + 1}c · step {gap + 1} left out", lacking, None)):
                 self.examples[name] = (problem["question"], "\n".join(steps), chain["answer"], known)
-            if i == 4:
-                break
 
     def missing(self, kind: str) -> str:
         """What makes the model of a tab that is not there; empty where it is."""
@@ -229,15 +237,11 @@ class Demo:
             raise ValueError(problem)
 
         def load():
-            model, config = load_run(run, self.device)
-            if not hasattr(model, {"nano": "predict_latent", "tjepa": "speaker"}[kind]):
-                raise ValueError(f"{run} is a run of preset '{model.preset}', another kind than this tab shows")
+            shown = {"nano": NanoJEPAConfig, "tjepa": AnswerConfig}[kind]
+            model, config = load_run(run, self.device, shown, "another kind than this tab shows")
             return run, model, config, load_tokenizer(run, config)
 
         return self.get(run, load)
-
-    def chains(self, n: int, split: str):
-        return [(p, data.make_chain(p)) for p in data.synthetic_problems(n, split, 11, 4)]
 
     def verified(self, run: str):
         """(latents, texts) of verified steps for an R-JEPA run: from --memory, else of a few synthetic chains."""
@@ -248,7 +252,7 @@ class Demo:
                 return infer.load_memory(config, self.args.memory)
             except (ValueError, FileNotFoundError):
                 pass  # no memory, one that holds ratings alone, or one of another LLM
-            chains = [c for p, c in self.chains(40, "train") if verify.validate(p, c).is_valid]
+            chains = [c for p, c in synthetic_chains(40, "train", 11) if verify.validate(p, c).is_valid]
             h = llm.read_chains([(c["question"], c["steps"]) for c in chains])
             return torch.cat([x[1:] for x in h]), [s for c in chains for s in c["steps"]]
 
@@ -368,8 +372,8 @@ class Demo:
                     for c in chains]  # one by one: equal chains have equal bits then
         pictures = [curve("energy, the step alone hidden", e, quantiles) if e else "" for e in energies]
         texts = [c["steps"] for c in chains]
-        same = texts[0] == texts[1]
-        same = "Both are the same, word for word." if same else "Marked: words that the LLM’s own chain has not."
+        same = ("Both are the same, word for word." if texts[0] == texts[1] else
+                "Marked: words that the LLM’s own chain has not.")
         result = {name: {"steps": c["steps"], "logprob": c["logprob"], "energies": e}
                   for name, c, e in zip(("own", "nudged"), chains, energies, strict=True)}
         yield tag("div", cards(texts, pictures), tag("p", same), legend(*RANGE)), {
@@ -410,24 +414,21 @@ class Demo:
     @answers
     def nano(self, question, candidates, tokens):
         question, tokens = text_of("question", question, LIMITS["question"]), number("tokens", tokens)
-        longest = LIMITS["candidates"] * (LIMITS["candidate"] + 2)
-        blocks = text_of("candidates", candidates, longest, True).replace("\r", "").split("\n\n")
-        blocks = [text_of("candidate", b, LIMITS["candidate"]) for b in blocks if b.strip()]
-        if len(blocks) > LIMITS["candidates"]:
-            raise ValueError(f"candidates: {len(blocks)} of them, at most {LIMITS['candidates']} are read")
+        blocks = parts_of("candidate", candidates, lambda text: text.replace("\r", "").split("\n\n"), empty=True)
         run, model, config, tokenizer = self.other("nano")
         ids = tokenizer.encode(question)
         answer = tokenizer.decode(model.generate([ids], tokens)[0]).strip()
-        names = (["what the model wrote"] if answer else []) + [f"candidate {i}" for i in range(1, len(blocks) + 1)]
-        texts = ([answer] if answer else []) + blocks
-        cos = []
+        texts = {"what the model wrote": answer} if answer else {}
+        texts |= {f"candidate {i}": block for i, block in enumerate(blocks, 1)}
+        alignment, chart = [], []
         if texts:
-            pred, latent = model.encode([ids] * len(texts), [tokenizer.encode(t) for t in texts])
-            cos = torch.cosine_similarity(pred, latent, dim=-1).tolist()
-        rows = [(f"{name}: {' / '.join(t.splitlines())}", c) for name, t, c in zip(names, texts, cos, strict=True)]
-        chart = [tag("h4", "Cosine of [PRED] with the latents of answers"), bars(rows, int(np.argmax(cos))),
-                 legend(*COSINE)] if cos else []
-        spoken = tokenizer.encode(texts[0] if texts else "#### 0")
+            latents = model.encode([ids] * len(texts), [tokenizer.encode(t) for t in texts.values()])
+            cos = torch.cosine_similarity(*latents, dim=-1).tolist()
+            alignment = [{"name": n, "text": t, "cos": c} for (n, t), c in zip(texts.items(), cos, strict=True)]
+            rows = [(f"{a['name']}: {' / '.join(a['text'].splitlines())}", a["cos"]) for a in alignment]
+            chart = [tag("h4", "Cosine of [PRED] with the latents of answers"), bars(rows, int(np.argmax(cos))),
+                     legend(*COSINE)]
+        spoken = tokenizer.encode(next(iter(texts.values()), "#### 0"))
         q, a = [*ids[:8], model.pred_id], answer_row(spoken[:8], model.eos_id)
         allowed = attn_allowed(torch.tensor([[0] * len(q) + [1] * len(a)]))[0]
         words = [[tokenizer.decode([i]).strip() or "␣" for i in ids] for ids in (q[:-1], a[1:-1])]
@@ -437,8 +438,8 @@ class Demo:
                       legend(("cell", "row may look at column"), ("empty", "may not")),
                       tag("p", "The first tokens of both views. [PRED] sees the question and nothing of the answer. "
                                f"The text is written with answer_context = {config.answer_context}."))
-        yield picture, {"run": run, "question": question, "steps": answer.splitlines(), "answer": verify.extract_answer(
-            answer), "alignment": [{"name": n, "text": t, "cos": c} for n, t, c in zip(names, texts, cos, strict=True)]}
+        yield picture, {"run": run, "question": question, "steps": answer.splitlines(),
+                        "answer": verify.extract_answer(answer), "alignment": alignment}
 
     @answers
     def think(self, question, nearest):
@@ -485,7 +486,7 @@ class Demo:
         n = number("chains", n)
         model, llm, _ = self.world(run)
         chains, places, seen = [], [], set()
-        for problem, chain in self.chains(n, "test"):
+        for problem, chain in synthetic_chains(n, "test", 11):
             try:
                 wrong, first = data.counterfactual(problem, chain, 1)
             except ValueError:
@@ -503,7 +504,7 @@ class Demo:
         z = torch.stack([p[2] for p in points]).numpy()
         _, s, axes = np.linalg.svd(z - z.mean(0), full_matrices=False)
         at, share = (z - z.mean(0)) @ axes[:2].T, (s[:2] ** 2 / (s**2).sum()).tolist()
-        counts = {shape: sum(p[1] == shape for p in points) for shape in ("good", "bad", "after")}
+        counts = Counter(shape for _, shape, _ in points)
         placed = [(*xy, shape, step) for xy, (step, shape, _) in zip(at.tolist(), points, strict=True)]
         picture = tag("div", scatter(placed), legend(
             ("good", f"a verified step ({counts['good']})"), ("bad", f"a wrong step ({counts['bad']})"),
