@@ -12,7 +12,7 @@ nanojepa_mask        the same, both sides on length-bucketed batches and without
 nanojepa_gpt         the same step, against a plain GPT of its shape: question and answer in one causal row, no latent
                      loss; both sides on length-bucketed batches of as many problems
 nanojepa_llm_jepa    the same step, against three forward passes (text, question, answer) as LLM-JEPA first did
-nanojepa_overhead    answer_context = question with the latent loss, against a plain language model (ratio = cost)
+nanojepa_overhead    answer_context = question with the latent loss, against a plain language model (1 / ratio = cost)
 rjepa_step           length-bucketed batches without what is padding or hidden, short chains packed, against batches in
                      random order, padded to their longest chain as a DataLoader does, with that masked in attention.
                      As many steps a chain as the problems' solutions have, all with a counterfactual; the latents are
@@ -301,7 +301,6 @@ class Bench:
         return self.compare(ours=self.nanojepa(), plain=self.nanojepa("question", more=questions, loss=loss))
 
     def nanojepa_overhead(self):
-        """ratio below 1: what the latent loss costs; 1 / ratio is the cost of a token."""
         return self.compare(ours=self.nanojepa("question", 1.0), plain=self.nanojepa("question", 0.0))
 
     def rjepa_step(self):
@@ -361,8 +360,7 @@ class Bench:
         def states(idx):
             return model.transformer(model.embed(idx), is_causal=True)
 
-        return self.compare(ours=cached,
-                            plain=lambda: recompute(idx, new, model.embed.weight[: model.pred_id], states))
+        return self.compare(ours=cached, plain=lambda: recompute(idx, new, model.embed.weight[: model.pred_id], states))
 
     @torch.no_grad()
     def speaker_cache(self):

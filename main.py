@@ -19,6 +19,7 @@ The server checks every length and range itself (LIMITS), runs one model at a ti
 
 import functools
 import html
+import inspect
 import os
 import sys
 import threading
@@ -100,10 +101,12 @@ def number(name: str, value, whole: bool = True):
     return int(value) if whole else float(value)
 
 
-def writing(temperature, top_p, seed, tokens) -> dict:
-    """Options of llm.generate."""
-    return {"temperature": number("temperature", temperature, False), "top_p": number("top_p", top_p, False),
-            "seed": number("seed", seed), "max_new_tokens": number("tokens", tokens)}
+CHECKED = {  # a handler's arguments of these names have been through here
+    "question": lambda text: text_of("question", text, LIMITS["question"]), "steps": steps_of,
+    "n": functools.partial(number, "chains"),
+    **{name: functools.partial(number, name) for name in ("k", "tokens", "seed", "at", "nearest")},
+    **{name: functools.partial(number, name, whole=False) for name in ("temperature", "top_p")},
+}
 
 
 # ----------------------------------------------------------------------------- writing, seen while it happens
@@ -158,10 +161,13 @@ def answers(handler):
     What a user can do wrong is one sentence in the page; texts in it are escaped, for a message is shown as HTML.
     """
 
+    _, *names = inspect.signature(handler).parameters
+
     @functools.wraps(handler)
     def wrapper(self, *args):
         begun = time.perf_counter()
         try:
+            args = [CHECKED[name](arg) if name in CHECKED else arg for name, arg in zip(names, args, strict=True)]
             if isinstance(args[0], str) and args[0] in self.worlds and args[0] not in self.loaded:
                 yield gr.skip(), f"loading {args[0]} and its LLM, once …", None
             for picture, result in handler(self, *args):
@@ -276,7 +282,6 @@ class Demo:
 
     @answers
     def score(self, run, question, steps):
-        question, steps = text_of("question", question, LIMITS["question"]), steps_of(steps)
         model, llm, _ = self.world(run)
         found = infer.score(model, llm, question, steps)
         known = next((e[3] for e in self.examples.values() if e[:2] == (question, "\n".join(steps))), None)
@@ -313,8 +318,7 @@ class Demo:
 
     @answers
     def rerank(self, run, question, k, temperature, top_p, seed, tokens, alpha, beta):
-        question, k = text_of("question", question, LIMITS["question"]), number("k", k)
-        options = writing(temperature, top_p, seed, tokens)
+        options = dict(temperature=temperature, top_p=top_p, seed=seed, max_new_tokens=tokens)
         model, llm, _ = self.world(run)
         weights = self.weights(run, {"alpha": alpha, "beta": beta})
         watch = Watch()
@@ -350,10 +354,10 @@ class Demo:
 
     @answers
     def nudge(self, run, question, alpha, how, temperature, top_p, seed, tokens):
-        question, alpha = text_of("question", question, LIMITS["question"]), number("nudge", alpha, False)
+        alpha = number("nudge", alpha, False)
         if how not in ("bias", "hidden"):
             raise ValueError("nudge: must be 'bias' or 'hidden'")
-        options = writing(temperature, top_p, seed, tokens)
+        options = dict(temperature=temperature, top_p=top_p, seed=seed, max_new_tokens=tokens)
         model, llm, _ = self.world(run)
         guide = infer.load_beside(run, "", "guide", self.device)[0] if how == "bias" else None
         chains, quantiles, titles = [], model.quantiles[0].tolist(), ("the LLM’s own", f"nudged, α = {alpha:g}")
@@ -381,8 +385,6 @@ class Demo:
 
     @answers
     def plan(self, run, question, steps, decode, at, tokens):
-        question, steps = text_of("question", question, LIMITS["question"]), steps_of(steps)
-        at, tokens = number("at", at), number("tokens", tokens)
         if decode not in ("speaker", "llm"):
             raise ValueError("decode: must be 'speaker' or 'llm'")
         if at > len(steps) + 1:
@@ -413,7 +415,6 @@ class Demo:
 
     @answers
     def nano(self, question, candidates, tokens):
-        question, tokens = text_of("question", question, LIMITS["question"]), number("tokens", tokens)
         blocks = parts_of("candidate", candidates, lambda text: text.replace("\r", "").split("\n\n"), empty=True)
         run, model, config, tokenizer = self.other("nano")
         ids = tokenizer.encode(question)
@@ -443,7 +444,6 @@ class Demo:
 
     @answers
     def think(self, question, nearest):
-        question, nearest = text_of("question", question, LIMITS["question"]), number("nearest", nearest)
         run, *_ = self.other("tjepa")
 
         def load():
@@ -465,8 +465,6 @@ class Demo:
 
     @answers
     def speak(self, question, temperature, seed, tokens):
-        question, tokens = text_of("question", question, LIMITS["question"]), number("tokens", tokens)
-        temperature, seed = number("temperature", temperature, False), number("seed", seed)
         run, model, _, tokenizer = self.other("tjepa")
         ids, length = tokenizer.encode(question), 0
         while length < tokens:  # from the start each time, with the same random numbers: so it can be seen and stopped
@@ -483,7 +481,6 @@ class Demo:
 
     @answers
     def latent_map(self, run, n):
-        n = number("chains", n)
         model, llm, _ = self.world(run)
         chains, places, seen = [], [], set()
         for problem, chain in synthetic_chains(n, "test", 11):
