@@ -17,6 +17,7 @@ the page shows, a line with device and seconds, and the result as JSON:
 The server checks every length and range itself (LIMITS), runs one model at a time, and shows all texts as text.
 """
 
+import contextlib
 import functools
 import html
 import inspect
@@ -310,17 +311,14 @@ class Demo:
                         "verified_range": {"leave_one_out": [quantiles[0][5], quantiles[0][95]],
                                            "next_step": [quantiles[1][5], quantiles[1][95]]}}  # fmt: skip
 
-    def weights(self, run: str, given: dict) -> dict:
-        """alpha and beta of RERANK: as given; both 0: as `infer.py rerank --fit` found them for this run, else 1."""
-        given = {name: number(name, value, False) for name, value in given.items()}
-        fitted = infer.fitted_weights(run) or dict.fromkeys(given, 1.0)
-        return given if any(given.values()) else {name: fitted[name] for name in given}
-
     @answers
     def rerank(self, run, question, k, temperature, top_p, seed, tokens, alpha, beta):
         options = dict(temperature=temperature, top_p=top_p, seed=seed, max_new_tokens=tokens)
+        weights = {"alpha": number("alpha", alpha, False), "beta": number("beta", beta, False)}
         model, llm, _ = self.world(run)
-        weights = self.weights(run, {"alpha": alpha, "beta": beta})
+        if not any(weights.values()):  # as `infer.py rerank --fit` found them for this run, else 1
+            fitted = infer.fitted_weights(run) or {}
+            weights = {name: fitted.get(name, 1.0) for name in weights}
         watch = Watch()
         for texts in watch.run(llm, question, k, **options):
             yield tag("div", *(tag("div", tag("b", f"candidate {i} · writing …"), listed(t), class_="card")
@@ -482,20 +480,16 @@ class Demo:
     @answers
     def latent_map(self, run, n):
         model, llm, _ = self.world(run)
-        chains, places, seen = [], [], set()
+        chains, points, seen = [], [], set()
         for problem, chain in synthetic_chains(n, "test", 11):
-            try:
-                wrong, first = data.counterfactual(problem, chain, 1)
-            except ValueError:
-                continue
-            for c, at in ((chain, None), (wrong, first)):
-                chains.append((c["question"], c["steps"]))
-                places.append(at)
-        points = []
-        for (question, steps), at, h in zip(chains, places, llm.read_chains(chains), strict=True):
+            with contextlib.suppress(ValueError):  # no step of it can be made wrong
+                chains += [(chain, None), data.counterfactual(problem, chain, 1)]
+        read = llm.read_chains([(chain["question"], chain["steps"]) for chain, _ in chains])
+        for (chain, at), h in zip(chains, read, strict=True):
             latents = model.standardize(h[1:].to(model.h_mean.device)).cpu()
-            for i, (step, z) in enumerate(zip(steps, latents, strict=True), 1):
-                if (key := (question, *steps[:i])) not in seen:  # a wrong chain begins as the right one does
+            for i, (step, z) in enumerate(zip(chain["steps"], latents, strict=True), 1):
+                key = (chain["question"], *chain["steps"][:i])
+                if key not in seen:  # a wrong chain begins as the right one does
                     seen.add(key)
                     points.append((step, "good" if not at else "bad" if i == at else "after", z))
         z = torch.stack([p[2] for p in points]).numpy()
