@@ -255,10 +255,9 @@ class Demo:
         model, llm, config = self.world(run)
 
         def load():
-            try:
+            # unless there is no memory, one that holds ratings alone, or one of another LLM
+            with contextlib.suppress(ValueError, FileNotFoundError):
                 return infer.load_memory(config, self.args.memory)
-            except (ValueError, FileNotFoundError):
-                pass  # no memory, one that holds ratings alone, or one of another LLM
             chains = [c for p, c in synthetic_chains(40, "train", 11) if verify.validate(p, c).is_valid]
             h = llm.read_chains([(c["question"], c["steps"]) for c in chains])
             return torch.cat([x[1:] for x in h]), [s for c in chains for s in c["steps"]]
@@ -480,7 +479,7 @@ class Demo:
     @answers
     def latent_map(self, run, n):
         model, llm, _ = self.world(run)
-        chains, points, seen = [], [], set()
+        chains, points = [], {}  # points by what was said up to there: a wrong chain begins as the right one does
         for problem, chain in synthetic_chains(n, "test", 11):
             with contextlib.suppress(ValueError):  # no step of it can be made wrong
                 chains += [(chain, None), data.counterfactual(problem, chain, 1)]
@@ -488,15 +487,14 @@ class Demo:
         for (chain, at), h in zip(chains, read, strict=True):
             latents = model.standardize(h[1:].to(model.h_mean.device)).cpu()
             for i, (step, z) in enumerate(zip(chain["steps"], latents, strict=True), 1):
-                key = (chain["question"], *chain["steps"][:i])
-                if key not in seen:  # a wrong chain begins as the right one does
-                    seen.add(key)
-                    points.append((step, "good" if not at else "bad" if i == at else "after", z))
-        z = torch.stack([p[2] for p in points]).numpy()
+                shape = "good" if not at else "bad" if i == at else "after"
+                points.setdefault((chain["question"], *chain["steps"][:i]), (step, shape, z))
+        texts, shapes, z = zip(*points.values(), strict=True)
+        z = torch.stack(z).numpy()
         _, s, axes = np.linalg.svd(z - z.mean(0), full_matrices=False)
         at, share = (z - z.mean(0)) @ axes[:2].T, (s[:2] ** 2 / (s**2).sum()).tolist()
-        counts = Counter(shape for _, shape, _ in points)
-        placed = [(*xy, shape, step) for xy, (step, shape, _) in zip(at.tolist(), points, strict=True)]
+        counts = Counter(shapes)
+        placed = [(*xy, shape, step) for xy, shape, step in zip(at.tolist(), shapes, texts, strict=True)]
         picture = tag("div", scatter(placed), legend(
             ("good", f"a verified step ({counts['good']})"), ("bad", f"a wrong step ({counts['bad']})"),
             ("after", f"consistent, after a wrong step ({counts['after']})")), tag(
