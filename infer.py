@@ -25,12 +25,13 @@ import numpy as np
 import torch
 import tyro
 
+import config as cfg
 import data
 import extract
 import latents
 import verify
 from config import check, not_negative, pick_command, plain_errors, positive, shares
-from llm import LLM, HuggingFaceLLM, generate, load_llm
+from llm import LLM, HuggingFaceLLM, generate, llm_of
 from memory import Memory
 from runs import encoder_block_size, load_config, load_encoder, load_run, load_tokenizer, weights_digest, write_jsonl
 
@@ -39,24 +40,7 @@ from runs import encoder_block_size, load_config, load_encoder, load_run, load_t
 
 def load_world_model(run: str, device: str = "auto"):
     """(model, config) of an R-JEPA run. Raises ValueError for a run of another kind."""
-    model, config = load_run(run, device)
-    if not hasattr(model, "ENERGIES"):
-        raise ValueError(f"{run} is a run of preset '{model.preset}', not of R-JEPA (train.py rjepa-small)")
-    return model, config
-
-
-def llm_of(config, llm: str = "", device: str = "auto") -> LLM:
-    """The LLM whose latents a run reads, at its layer and pooling; `llm` says where it lies, if not under its name.
-
-    Raises ValueError where its depth or width is another.
-    """
-    loaded = load_llm(llm or config.llm, device, layer=config.layer, pooling=config.pooling)
-    loaded.set_prompt(config.prompt)
-    ours = {k: getattr(loaded, k) for k in ("layer", "pooling", "prompt")}
-    ours["dim"] = loaded.latent_dim(config.pooling)
-    ours["llm"] = config.llm if llm else loaded.name
-    latents.check_same_llm(config, ours, f"the run's LLM and --llm {llm or config.llm}")
-    return loaded
+    return load_run(run, device, cfg.RJEPAConfig, "not of R-JEPA (train.py rjepa-small)")
 
 
 @torch.no_grad()
@@ -245,9 +229,8 @@ def load_beside(run: str, folder: str, kind: str, device: str):
     command = f"python train.py rjepa-{kind} --init_from {run}"
     if not (Path(folder) / "model.safetensors").is_file():
         raise ValueError(f"{folder} holds no finished run: {command}")
-    model, config = load_run(folder, device)
-    if type(model).__name__ != {"guide": "Guidance", "speak": "Speaker"}[kind]:
-        raise ValueError(f"{folder} is a run of preset '{model.preset}': {command}")
+    asked = {"guide": cfg.GuideConfig, "speak": cfg.SpeakConfig}[kind]
+    model, config = load_run(folder, device, asked, f"no {kind}: {command}")
     if config.world != weights_digest(run):
         raise ValueError(f"{folder} was trained for another R-JEPA than {run} holds now: {command}")
     return model, config, folder
@@ -706,10 +689,8 @@ class Speak(Asked):
 
 
 def run_speak(args: Speak) -> dict:
-    model, config = load_run(args.run, args.device)
-    if not hasattr(model, "speaker"):
-        raise ValueError(f"{args.run} is a run of preset '{model.preset}' and has no Speaker: python train.py "
-                         f"tjepa-speak --init_from RUN")
+    model, config = load_run(args.run, args.device, cfg.AnswerConfig,
+                             "which has no Speaker: python train.py tjepa-speak --init_from RUN")
     tokenizer = load_tokenizer(args.run, config)
     ids = model.generate([tokenizer.encode(args.question)], args.max_new_tokens, args.temperature, args.seed)[0]
     text = tokenizer.decode(ids)

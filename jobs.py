@@ -203,10 +203,8 @@ class WorldJob(Job):
 
     def __init__(self, config, out: Path):
         self.config = config
-        self.world, self.world_config = runs.load_run(config.init_from, config.device)
-        if not isinstance(self.world_config, cfg.RJEPAConfig):
-            raise ValueError(f"--init_from {config.init_from}: a run of preset '{self.world.preset}', not of R-JEPA "
-                             "(train.py rjepa-small)")
+        self.world, self.world_config = runs.load_run(config.init_from, config.device, cfg.RJEPAConfig,
+                                                      "not of R-JEPA (train.py rjepa-small)")
         self.world.requires_grad_(False)
         rows, manifest = latents.load_latents(self.world_config.latents, self.world_config.where)
         latents.check_same_llm(self.world_config, manifest, f"{config.init_from} and {self.world_config.latents}")

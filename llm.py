@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import latents
 from model import pad_rows
 from runs import digest, digest_file, is_run, load_run, load_tokenizer, pick_device, pick_dtype, say, tokenizer_digest
 
@@ -574,6 +575,21 @@ def load_llm(name: str = "smollm2", device: str = "auto", dtype: str = "auto", q
     if quantize == "none":
         model.to(device)
     return HuggingFaceLLM(model.eval(), tokenizer, name, quantization).choose(layer, pooling)
+
+
+def llm_of(config, llm: str = "", device: str = "auto") -> LLM:
+    """The LLM whose latents a run or memory reads, at its layer and pooling; `llm` says where it lies, if not under its
+    name.
+
+    Raises ValueError where its depth or width is another.
+    """
+    loaded = load_llm(llm or config.llm, device, layer=config.layer, pooling=config.pooling)
+    loaded.set_prompt(config.prompt)
+    ours = {k: getattr(loaded, k) for k in ("layer", "pooling", "prompt")}
+    ours["dim"] = loaded.latent_dim(config.pooling)
+    ours["llm"] = config.llm if llm else loaded.name
+    latents.check_same_llm(config, ours, f"its LLM and --llm {llm or config.llm}")
+    return loaded
 
 
 def smollm2() -> tuple[str, str, str]:

@@ -79,12 +79,6 @@ def now() -> datetime.datetime:
     return datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
 
 
-def origin_of(llm) -> dict:
-    """What says whether two latents may be compared, of an LLM (llm.load_llm)."""
-    return {"llm": llm.name, "layer": llm.layer, "pooling": llm.pooling, "prompt": llm.prompt,
-            "dim": llm.latent_dim(llm.pooling)}
-
-
 def records(found) -> list[dict]:
     """The rows that a query found."""
     names = [column[0] for column in found.description]
@@ -102,7 +96,7 @@ def latent_table(chains: list[str], positions: list[int], z: np.ndarray):
 class Memory:
     """One DuckDB file of verified chains, their latents, and logged interactions. Made by the first write.
 
-    origin: latents.SAME_LLM of the latents that will be given, a manifest for one (`origin_of` an LLM). The first
+    origin: latents.SAME_LLM of the latents that will be given, a manifest for one. The first
     chain fixes it for the file; ValueError where a later one differs. wait_s: how long to wait for another process,
     then TimeoutError. Reading a file that is not there raises FileNotFoundError.
     """
@@ -511,14 +505,12 @@ class Recall(Stats):
         if self.id:
             z, is_step = memory.latent(self.id, self.position), self.position > 0
         else:
-            from llm import load_llm
+            from llm import llm_of
 
             meta = memory.stats()
             if meta["dim"] is None:
                 raise ValueError(f"{self.memory} holds no chains")
-            llm = load_llm(self.llm or meta["llm"], self.device, layer=meta["layer"], pooling=meta["pooling"])
-            origin = origin_of(llm.set_prompt(meta["prompt"])) | ({"llm": meta["llm"]} if self.llm else {})
-            memory = Memory(self.memory, origin)
+            llm = llm_of(SimpleNamespace(**meta), self.llm, self.device)
             z, is_step = llm.step_latents(self.question, list(self.steps))[-1], bool(self.steps)
         positions = self.positions if self.positions != "like" else "steps" if is_step else "questions"
         return {"nearest": memory.recall(z, self.k, self.domain, positions)}
