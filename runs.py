@@ -317,7 +317,9 @@ def inherit(config):
     elif type(config) in cfg.NETWORK and config.init_from:
         _, theirs = load_config(config.init_from, type(config), "another kind of model than --init_from needs here")
         for name in cfg.NETWORK[type(config)]:
-            setattr(config, name, getattr(theirs, name))
+            if (ours := getattr(config, name)) != getattr(theirs, name):
+                say(f"--init_from {config.init_from} decides: {name} = {getattr(theirs, name)}, not {ours}")
+                setattr(config, name, getattr(theirs, name))
 
 
 def start_from(model, config):
@@ -373,7 +375,7 @@ def load_tokenizer(folder, config) -> data.Tokenizer:
 
 # from `latents` on: what follows from a job's identity
 FREE_ON_RESUME = set("""out_dir overwrite device threads log_every save_every data_dir vocab_size shard grad_accum
-                        latents llm layer pooling prompt dim
+                        latents llm layer pooling prompt dim dataset
                         z_dim h_dim context_dim teacher_dim world""".split())
 
 
@@ -467,15 +469,16 @@ def save_plots(folder: Path):
         fig.savefig(folder / name, dpi=110)
 
 
-def publish(run: str, folder: str, llm: str = "") -> dict:
+def publish(run: str, folder: str, llm: str = "", overwrite: bool = False) -> dict:
     """Copies what a finished run needs to be used, its matrices in bf16 -> {"folder", "bytes"}; `python runs.py`.
 
     llm: what an R-JEPA's LLM is called from now on. A guide or Speaker is tied to the R-JEPA beside `folder`.
     """
     run, folder = Path(run), Path(folder)
     preset, config = load_config(run)
-    if folder.exists() and any(p.name not in (*RUN_FILES, "rerank.json") for p in folder.iterdir()):
-        raise ValueError(f"{folder} holds other files: choose another folder")
+    here = {p.name for p in folder.iterdir()} if folder.exists() else set()
+    if here - {*RUN_FILES, "rerank.json"} or (here and not overwrite):
+        raise ValueError(f"{folder} is not empty: choose another folder, or --overwrite (the files of a run alone)")
     config.out_dir, config.data_dir = str(folder), ""
     if hasattr(config, "latents"):
         config.llm, config.latents = llm or config.llm, ""

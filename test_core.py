@@ -2485,7 +2485,7 @@ def test_a_published_run_is_used_as_the_run_is(world, tmp_path):
     assert found["bytes"] < sum(p.stat().st_size for p in Path(rjepa).glob("*.[js]*"))
     runs.publish(f"{rjepa}-guide", f"{folder}-guide")
     (tmp_path / "small" / "rerank.json").write_text("{}")
-    runs.publish(rjepa, folder)  # again, beside what RERANK has fitted
+    runs.publish(rjepa, folder, overwrite=True)  # again, beside what RERANK has fitted
     (a, _), (b, config) = infer.load_world_model(rjepa, "cpu"), infer.load_world_model(folder, "cpu")
     assert (config.out_dir, config.data_dir, config.latents) == (folder, "", "")
     assert torch.equal(a.quantiles, b.quantiles) and torch.equal(a.h_mean, b.h_mean)

@@ -169,8 +169,8 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
         grad_norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
         if not torch.isfinite(sums["loss"] + grad_norm):
             raise SystemExit(f"loss {float(sums['loss'])}, gradient norm {float(grad_norm)} at step {step}: stopped. "
-                             f"Last good checkpoint: {out / 'state.pt'} "
-                             f"({f'step {saved}' if saved else 'none yet'}); lower --lr")
+                             f"Last good checkpoint: {out / 'state.pt'} ({f'step {saved}' if saved else 'none yet'}). "
+                             "It would come to the same: start again, with a lower --lr and --overwrite")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         model.update_target(config.ema_start + (config.ema_end - config.ema_start) * step / max(1, n_steps - 1))
