@@ -12,7 +12,7 @@ nanojepa_mask        the same, both sides on length-bucketed batches and without
 nanojepa_gpt         the same step, against a plain GPT of its shape: question and answer in one causal row, no latent
                      loss; both sides on length-bucketed batches of as many problems
 nanojepa_llm_jepa    the same step, against three forward passes (text, question, answer) as LLM-JEPA first did
-nanojepa_overhead    answer_context = question with the latent loss, against a plain language model (ratio = cost)
+nanojepa_overhead    answer_context = question with the latent loss, against a plain language model (1 / ratio = cost)
 rjepa_step           length-bucketed batches without what is padding or hidden, short chains packed, against batches in
                      random order, padded to their longest chain as a DataLoader does, with that masked in attention.
                      As many steps a chain as the problems' solutions have, all with a counterfactual; the latents are
@@ -153,8 +153,8 @@ class Step:
 class Bench:
     """Problems, network shapes, LLM and the clock that all comparisons share; each of those is a method."""
 
-    def __init__(self, args):
-        self.args, self.name, self.device = args, args.name, pick_device(args.device)
+    def __init__(self, args, name: str = ""):
+        self.args, self.name, self.device = args, name or args.name, pick_device(args.device)
         self.dtype, self.on_gpu = pick_dtype(args.dtype, self.device), self.device.startswith("cuda")
         self.device_name = torch.cuda.get_device_name(self.device) if self.on_gpu else self.device
         self.compile = {"auto": self.on_gpu, "on": True, "off": False}[args.compile]
@@ -261,7 +261,7 @@ class Bench:
 
     # ------------------------------------------------------------------------- training steps
 
-    def nanojepa(self, context: str, lambda_jepa: float, packed=False, bucketed=True, more=lambda part: {}, **loss):
+    def nanojepa(self, context="isolated", lambda_jepa=1.0, packed=False, bucketed=True, more=lambda part: {}, **loss):
         """A Step of NanoJEPA; more(part): what else a batch needs."""
         config = dataclasses.replace(self.config, answer_context=context, lambda_jepa=lambda_jepa)
         batches, n = data.Batches(self.examples, config), config.batch_size
@@ -275,14 +275,13 @@ class Bench:
         return Step(self, config, batch_of, **loss)
 
     def nanojepa_step(self):
-        return self.compare(ours=self.nanojepa("isolated", 1.0),
-                            plain=self.nanojepa("isolated", 1.0, packed=True, bucketed=False, all_slots=True))
+        return self.compare(ours=self.nanojepa(), plain=self.nanojepa(packed=True, bucketed=False, all_slots=True))
 
     def nanojepa_mask(self):
-        return self.compare(ours=self.nanojepa("isolated", 1.0), plain=self.nanojepa("isolated", 1.0, packed=True))
+        return self.compare(ours=self.nanojepa(), plain=self.nanojepa(packed=True))
 
     def nanojepa_gpt(self):
-        return self.compare(ours=self.nanojepa("isolated", 1.0), plain=self.nanojepa("question", 0.0))
+        return self.compare(ours=self.nanojepa(), plain=self.nanojepa("question", 0.0))
 
     def nanojepa_llm_jepa(self):
         def questions(part):
@@ -299,11 +298,9 @@ class Bench:
             target = model.target_latent(batch["target_idx"], batch["target_pool"])
             return lm_loss + 1 - F.cosine_similarity(pred, target, dim=-1).mean()
 
-        return self.compare(ours=self.nanojepa("isolated", 1.0),
-                            plain=self.nanojepa("question", 1.0, more=questions, loss=loss))
+        return self.compare(ours=self.nanojepa(), plain=self.nanojepa("question", more=questions, loss=loss))
 
     def nanojepa_overhead(self):
-        """ratio below 1: what the latent loss costs; 1 / ratio is the cost of a token."""
         return self.compare(ours=self.nanojepa("question", 1.0), plain=self.nanojepa("question", 0.0))
 
     def rjepa_step(self):
@@ -363,8 +360,7 @@ class Bench:
         def states(idx):
             return model.transformer(model.embed(idx), is_causal=True)
 
-        return self.compare(ours=cached,
-                            plain=lambda: recompute(idx, new, model.embed.weight[: model.pred_id], states))
+        return self.compare(ours=cached, plain=lambda: recompute(idx, new, model.embed.weight[: model.pred_id], states))
 
     @torch.no_grad()
     def speaker_cache(self):
@@ -478,11 +474,10 @@ class Bench:
         All are measured there and back again, and the faster of the two counts: what else the machine does is no cost.
         """
         points = dict.fromkeys(point(kind, field, value) for kind, field, values in SWEEPS for value in values)
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as fresh:
-            for at in [*points, *reversed(points)]:
-                found = fresh.submit(measure, self.args, *at).result()
-                points[at] = max(points[at] or found, found, key=lambda p: p["tokens_per_s"])
-                say("{} of length {}, batch {}, width {}:".format(*at), f"{found['tokens_per_s']:,.0f} a second")
+        for at in [*points, *reversed(points)]:
+            found = in_process(measure, self.args, *at)
+            points[at] = max(points[at] or found, found, key=lambda p: p["tokens_per_s"])
+            say("{} of length {}, batch {}, width {}:".format(*at), f"{found['tokens_per_s']:,.0f} a second")
         sweeps = {}
         for kind, field, values in SWEEPS:
             sweeps[f"{kind} {field}"] = [{field: value, **points[point(kind, field, value)]} for value in values]
@@ -569,36 +564,32 @@ def draw(sweeps: dict, path: Path):
 
 def run(args, name: str) -> dict:
     """One comparison."""
-    bench = Bench(args)
-    bench.name = name
-    return getattr(bench, name)()
+    return getattr(Bench(args, name), name)()
 
 
+def in_process(function, *args):
+    """function(*args) in a process of its own: memory that others have freed is faster than fresh one."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+@cfg.plain_errors()
 def main(argv=None):
     args, results, skipped = tyro.cli(Args, args=argv), {}, {}
-    every, spawn = args.name == "all", multiprocessing.get_context("spawn")
-    try:
-        bench = Bench(args)
-        for name in get_args(NAMES)[1:-1] if every else [args.name]:
-            try:
-                if every:  # in a process of its own: memory that others have freed is faster than fresh one
-                    with ProcessPoolExecutor(1, spawn) as fresh:
-                        r = fresh.submit(run, args, name).result()
-                else:
-                    r = run(args, name)
-                results[name] = r
-            except (ValueError, OSError, torch.OutOfMemoryError, BrokenProcessPool) as error:
-                if not every:
-                    raise
-                skipped[name] = str(error).splitlines()[0]
-                print(f"{name:18} skipped: {skipped[name]}", flush=True)
-                continue
-            if "ratio" in r:
-                more = "".join(f"  {k} {v:,}" for k, v in r.items() if v and k not in "ours plain unit ratio".split())
-                print(f"{name:18} ours {r['ours']:>10,} plain {r['plain']:>10,} {r['unit']:10}  "
-                      f"ratio {r['ratio']:<6}{more}", flush=True)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        raise SystemExit(f"error: {error}") from None
+    bench, every = Bench(args), args.name == "all"
+    for name in get_args(NAMES)[1:-1] if every else [args.name]:
+        try:
+            r = results[name] = in_process(run, args, name) if every else run(args, name)
+        except (ValueError, OSError, torch.OutOfMemoryError, BrokenProcessPool) as error:
+            if not every:
+                raise ValueError(error) from None
+            skipped[name] = str(error).splitlines()[0]
+            print(f"{name:18} skipped: {skipped[name]}", flush=True)
+            continue
+        if "ratio" in r:
+            more = "".join(f"  {k} {v:,}" for k, v in r.items() if v and k not in "ours plain unit ratio".split())
+            print(f"{name:18} ours {r['ours']:>10,} plain {r['plain']:>10,} {r['unit']:10}  "
+                  f"ratio {r['ratio']:<6}{more}", flush=True)
     print(json.dumps({"bench": results, "skipped": skipped, "device": bench.device_name, "dtype": str(bench.dtype)[6:],
                       "threads": torch.get_num_threads()}))
 

@@ -76,6 +76,13 @@ class RunConfig:
         shares(self, "min_lr_ratio warmup_ratio beta2 ema_start ema_end")
         check(self, "val_problems", self.val_problems >= 2, "must be at least 2 (a pair is needed to mismatch)")
         check(self, "max_problem_steps", self.max_problem_steps <= 8, "must be at most 8")
+        names = [field.name for field in dataclasses.fields(self)]
+        positive(self, " ".join(name for name in names if name.endswith(("n_layer", "n_head", "n_embd"))))
+        for name in (name for name in names if name.endswith("n_embd")):
+            heads = next(h for h in (name.replace("embd", "head"), "n_head") if h in names)
+            check(self, heads, getattr(self, name) % (2 * getattr(self, heads)) == 0,
+                  f"must divide {name}={getattr(self, name)} into even parts")
+        check(self, "dropout", "dropout" not in names or 0 <= self.dropout < 1, "must lie in [0, 1)")
 
 
 @dataclass
@@ -113,12 +120,8 @@ class NanoJEPAConfig(RunConfig):
 
 def check_language_model(config):
     """What holds of every Transformer over tokens."""
-    positive(config, "n_layer n_head n_embd")
     check(config, "vocab_size", config.vocab_size >= 258, "must be at least 258 (256 bytes and two special tokens)")
     check(config, "block_size", config.block_size >= 16, "must be at least 16")
-    check(config, "n_head", config.n_embd % (2 * config.n_head) == 0,
-          f"must divide n_embd={config.n_embd} into even parts")
-    check(config, "dropout", 0 <= config.dropout < 1, "must lie in [0, 1)")
 
 
 @dataclass
@@ -166,11 +169,8 @@ class RJEPAConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        positive(self, "n_layer n_head n_embd predictor_n_layer predictor_n_embd tau margin")
-        for name in ("n_embd", "predictor_n_embd"):
-            check(self, name, getattr(self, name) % (2 * self.n_head) == 0, f"must be a multiple of 2 x {self.n_head}")
+        positive(self, "tau margin")
         not_negative(self, "lambda_variance lambda_infonce lambda_own lambda_reconstruction lambda_margin dim")
-        check(self, "dropout", 0 <= self.dropout < 1, "must lie in [0, 1)")
         check(self, "mask_min", 0 <= self.mask_min <= self.mask_max <= 1, "needs 0 <= mask_min <= mask_max <= 1")
         shares(self, "suffix_share single_share")
         check(self, "suffix_share", self.suffix_share + self.single_share <= 1, "and single_share make more than 1")
@@ -222,10 +222,8 @@ class SpeakConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        positive(self, "n_layer n_head n_embd block_size read_size")
-        check(self, "n_head", self.n_embd % (2 * self.n_head) == 0, f"must divide n_embd={self.n_embd} into even parts")
+        positive(self, "block_size read_size")
         shares(self, "predicted_share alone_share read_weight")
-        check(self, "dropout", 0 <= self.dropout < 1, "must lie in [0, 1)")
         check(self, "use_z", self.use_z or (self.reads != "nothing" and self.alone_share == 0),
               "off leaves nothing to go by unless it reads (--reads all or before) and always does (--alone_share 0)")
 
@@ -281,9 +279,7 @@ class TJEPAConfig(DocumentConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        positive(self, "predictor_n_layer predictor_n_embd span_max")
-        check(self, "predictor_n_embd", self.predictor_n_embd % (2 * self.n_head) == 0,
-              f"must be a multiple of 2 x {self.n_head}")
+        positive(self, "span_max")
         check(self, "mask_min", 0 < self.mask_min <= self.mask_max < 1, "needs 0 < mask_min <= mask_max < 1")
         shares(self, "paragraph_share document_share")
         not_negative(self, "lambda_variance lambda_covariance lambda_document lambda_decorrelation")
@@ -326,9 +322,6 @@ class AnswerConfig(TextConfig):
     def __post_init__(self):
         super().__post_init__()
         check(self, "init_from", bool(self.init_from), "give the run folder of an encoder, or random")
-        positive(self, "encoder_n_layer encoder_n_head encoder_n_embd")
-        check(self, "encoder_n_head", self.encoder_n_embd % (2 * self.encoder_n_head) == 0,
-              f"must divide encoder_n_embd={self.encoder_n_embd} into even parts")
 
 
 # fields that a run takes over from the one it starts from: they say which weights there are and what they mean

@@ -692,11 +692,20 @@ def load_texts(config, split: str) -> list[str]:
     if len(texts) >= 2 * VAL_EVERY:
         texts = [t for i, t in enumerate(texts) if (i % VAL_EVERY == VAL_EVERY - 1) == (split == "val")]
     else:
-        parts = [re.split(r"\n[^\S\n]*\n", t.strip()) for t in texts]
-        ends = [len(part) - max(1, len(part) // VAL_EVERY) for part in parts]
-        texts = ["\n\n".join(part[end:] if split == "val" else part[:end])
-                 for part, end in zip(parts, ends, strict=True)]
+        texts = [cut_text(t.strip(), split) for t in texts]
     return [t for t in texts if t][: (config.val_problems if split == "val" else config.limit) or None]
+
+
+def cut_text(text: str, split: str) -> str:
+    """A text less the last 20th of its paragraphs (of its lines, where it has no empty one; of its sentences, where it
+    is a single line), or for `val` that part."""
+    parts, between = re.split(r"\n[^\S\n]*\n", text), "\n\n"
+    if len(parts) == 1:
+        parts, between = text.splitlines(), "\n"
+    if len(parts) == 1:
+        parts, between = split_sentences(text), " "
+    end = len(parts) - max(1, len(parts) // VAL_EVERY)
+    return between.join(parts[end:] if split == "val" else parts[:end])
 
 
 def sentence_pieces(text: str) -> list[tuple[str, int]]:

@@ -173,11 +173,16 @@ def ranking_figures(score: np.ndarray, is_valid: np.ndarray, group: list[str]) -
             "auroc_within": float(np.mean(within)) if within else None}
 
 
-def rank_of_first(guess: torch.Tensor, among: torch.Tensor, barred=()) -> int:
-    """Rank, from 1, of among[0] by cosine to guess [C], among [n, C]; ties count against it, `barred` rows are out."""
-    score = F.cosine_similarity(guess[None], among)
-    score[list(barred)] = -2.0
-    return 1 + int((score[1:] >= score[0]).sum())
+def add_ranks(ranks: dict, guesses: dict, among: torch.Tensor, own: list[int], k: int):
+    """Adds to `ranks` that of among[0], from 1, among [n, C] by cosine to each guess [C]; ties count against it.
+
+    It is step k of a chain, after it come the chain's `own` other steps: baselines may not pick its neighbours.
+    """
+    near = [i for i, s in enumerate(own, 1) if abs(s - k) == 1]
+    for name, guess in guesses.items():
+        score = F.cosine_similarity(guess[None], among)
+        score[near if name in ("copy", "neighbours") else []] = -2.0
+        ranks.setdefault(name, []).append(1 + int((score[1:] >= score[0]).sum()))
 
 
 def rank_figures(ranks: dict[str, list[int]]) -> dict:
@@ -202,7 +207,7 @@ def step_retrieval(model, rows: list[dict], seed: int, n_candidates: int = 100) 
     x_all, x_pred = model.standardize(h), model.w_out(z_pred)
     mean_of = torch.stack([z_all[:, s][is_real[:, s]].mean(0) for s in range(h.shape[1])])
     at = {pair: i for i, pair in enumerate(zip(chain.tolist(), step.tolist(), strict=True))}
-    ranks = {name: [] for name in ("z_pred", "W_out", "copy", "neighbours", "position")}
+    ranks = {}
     for c, row in enumerate(rows):
         k = int(rng.integers(2, row["n_steps"]))  # a middle step
         own = [s for s in range(1, row["n_steps"] + 1) if s != k]
@@ -210,18 +215,14 @@ def step_retrieval(model, rows: list[dict], seed: int, n_candidates: int = 100) 
                for o in rng.choice([i for i in range(len(rows)) if i != c], n_candidates - 1 - len(own))]
         where = torch.tensor([(c, k), *((c, s) for s in own), *far], device=h.device).T
         z, x, i = z_all[where[0], where[1]], x_all[where[0], where[1]], at[c, k]
-        guesses = {"z_pred": z_pred[i], "copy": z_all[c, k - 1], "neighbours": (z_all[c, k - 1] + z_all[c, k + 1]) / 2,
-                   "position": mean_of[k]}
-        near = [j for j, s in enumerate(own, 1) if abs(s - k) == 1]
-        for name, guess in guesses.items():
-            ranks[name].append(rank_of_first(guess, z, near if name in ("copy", "neighbours") else ()))
-        ranks["W_out"].append(rank_of_first(x_pred[i], x))
+        add_ranks(ranks, {"z_pred": z_pred[i], "copy": z_all[c, k - 1], "position": mean_of[k],
+                          "neighbours": (z_all[c, k - 1] + z_all[c, k + 1]) / 2}, z, own, k)
+        add_ranks(ranks, {"W_out": x_pred[i]}, x, own, k)
     return {"n": len(rows), "candidates": n_candidates, **rank_figures(ranks)}
 
 
-def last_number(text: str):
-    found = data.NUMBER.findall(text)
-    return data.number(found[-1]) if found else None
+def numbers(text: str) -> list:
+    return list(map(data.number, data.NUMBER.findall(text)))
 
 
 @torch.no_grad()
@@ -275,12 +276,8 @@ def evaluate_plan(run: str, args) -> dict:
         where = [(c, k), *((c, s) for s in own), *far]
         among = torch.stack([x[o][s] for o, s in where])
         before, after = space(gapped[c][k - 1]), space(gapped[c][k])
-        guesses = {"plan": predicted[c], "next_step": predicted_next[c], "copy": before,
-                   "neighbours": (before + after) / 2, "position": mean_of[k]}
-        near = [i for i, s in enumerate(own, 1) if abs(s - k) == 1]  # baselines may not pick the neighbours themselves
-        for name, guess in guesses.items():
-            ranks.setdefault(name, []).append(
-                rank_of_first(guess, among, near if name in ("copy", "neighbours") else ()))
+        add_ranks(ranks, {"plan": predicted[c], "next_step": predicted_next[c], "copy": before,
+                          "neighbours": (before + after) / 2, "position": mean_of[k]}, among, own, k)
         if c < args.logprob_limit:
             question, before = chains[c]["question"], chains[c]["steps"][: k - 1]
             means = llm.read_chains([(question, [*before, chains[o]["steps"][s - 1]]) for o, s in where], logprobs=True)
@@ -326,18 +323,16 @@ def evaluate_plan(run: str, args) -> dict:
     def recovered(said):
         """Shares of the true step's words and numbers that a text holds, and of texts that are the same."""
         words = [np.mean([w in s.split() for w in t.split()]) for t, s in zip(truths, said, strict=True)]
-        numbers = [(set(map(data.number, data.NUMBER.findall(t))), set(map(data.number, data.NUMBER.findall(s))))
-                   for t, s in zip(truths, said, strict=True)]
+        both = [(set(numbers(t)), set(numbers(s))) for t, s in zip(truths, said, strict=True)]
         whole = [t == s for t, s in zip(truths, said, strict=True)]
         return {"words": float(np.mean(words)), "whole": float(np.mean(whole)),
-                "numbers": float(np.mean([len(t & s) / len(t) for t, s in numbers if t]))}
+                "numbers": float(np.mean([len(t & s) / len(t) for t, s in both if t]))}
 
     given_away = {"true": recovered(say(z_true, alone)), "shuffled": recovered(say(z_true.roll(1, 0), alone))}
     decoded = {}
     for name, said in texts.items():
         holds = np.array([bool(t.strip()) and verify.check_step(t).is_valid for t in said])
-        number = np.array([last_number(t) is not None and last_number(t) == last_number(truth)
-                           for t, truth in zip(said, truths, strict=True)])
+        number = np.array([numbers(t)[-1:] == numbers(truth)[-1:] != [] for t, truth in zip(said, truths, strict=True)])
         right = float((holds & number).mean())
         decoded[name] = {"n": n, "holds": float(holds.mean()), "number": float(number.mean()), "right": right,
                          "ci95": list(wilson(right, n))}
@@ -354,7 +349,8 @@ def evaluate_rjepa(run: str, args) -> dict:
     folder = args.latents or config.latents
     rows, manifest = latents.load_latents(folder)
     latents.check_same_llm(config, manifest, f"{run} and {folder}")
-    rows = [r for r in rows if r["steps"] and (args.latents or r["split"] == "val")][: args.limit or None]
+    rows = [r for r in rows if r["steps"] and (args.latents or r["split"] == "val")]
+    rows = latents.first_problems(rows, args.limit)
     if len(rows) < 2:
         raise ValueError(f"{folder}: {len(rows)} chain to look at")
     found = infer.energies(model, [r["h"] for r in rows])

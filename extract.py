@@ -241,11 +241,13 @@ def ask_endpoint(args, splits: list[tuple[str, list[dict]]]) -> dict:
         whole = path.read_bytes().rpartition(b"\n")[0]
         runs.write_atomic(path, lambda p: p.write_bytes(whole + b"\n" * bool(whole)))
     rows = verify.read_jsonl(path, ["problem_id", "made_by"]) if path.is_file() and path.stat().st_size else []
-    made_by = f"{args.llm} temperature {args.temperature:g} top_p {args.top_p:g} seed {args.seed}"
+    made_by = (f"{args.llm} on {args.dataset} temperature {args.temperature:g} top_p {args.top_p:g} seed {args.seed}")
     if foreign := {r["made_by"] for r in rows} - {made_by}:
         raise ValueError(f"{path} holds chains of {foreign.pop()}, not of {made_by}: choose another --out, or "
                          "--overwrite")
-    n_there = Counter(r["problem_id"] for r in rows)
+    n_there, asked = Counter(r["problem_id"] for r in rows), {p["id"]: p["question"] for p in problems}
+    if other := next((r for r in rows if asked.get(r["problem_id"], r["question"]) != r["question"]), None):
+        raise ValueError(f"{path} has another question as {other['problem_id']}: choose another --out")
     client = openai.OpenAI(base_url=args.endpoint, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=5)
     runs.say(f"asking {args.endpoint} for {args.generate} chains to each of {len(problems):,} problems; "
              f"{len(rows):,} are there")

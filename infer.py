@@ -25,12 +25,13 @@ import numpy as np
 import torch
 import tyro
 
+import config as cfg
 import data
 import extract
 import latents
 import verify
 from config import check, not_negative, pick_command, plain_errors, positive, shares
-from llm import LLM, HuggingFaceLLM, generate, load_llm
+from llm import LLM, HuggingFaceLLM, generate, llm_of
 from memory import Memory
 from runs import encoder_block_size, load_config, load_encoder, load_run, load_tokenizer, weights_digest, write_jsonl
 
@@ -39,24 +40,7 @@ from runs import encoder_block_size, load_config, load_encoder, load_run, load_t
 
 def load_world_model(run: str, device: str = "auto"):
     """(model, config) of an R-JEPA run. Raises ValueError for a run of another kind."""
-    model, config = load_run(run, device)
-    if not hasattr(model, "ENERGIES"):
-        raise ValueError(f"{run} is a run of preset '{model.preset}', not of R-JEPA (train.py rjepa-small)")
-    return model, config
-
-
-def llm_of(config, llm: str = "", device: str = "auto") -> LLM:
-    """The LLM whose latents a run reads, at its layer and pooling; `llm` says where it lies, if not under its name.
-
-    Raises ValueError where its depth or width is another.
-    """
-    loaded = load_llm(llm or config.llm, device, layer=config.layer, pooling=config.pooling)
-    loaded.set_prompt(config.prompt)
-    ours = {k: getattr(loaded, k) for k in ("layer", "pooling", "prompt")}
-    ours["dim"] = loaded.latent_dim(config.pooling)
-    ours["llm"] = config.llm if llm else loaded.name
-    latents.check_same_llm(config, ours, f"the run's LLM and --llm {llm or config.llm}")
-    return loaded
+    return load_run(run, device, cfg.RJEPAConfig, "not of R-JEPA (train.py rjepa-small)")
 
 
 @torch.no_grad()
@@ -245,9 +229,8 @@ def load_beside(run: str, folder: str, kind: str, device: str):
     command = f"python train.py rjepa-{kind} --init_from {run}"
     if not (Path(folder) / "model.safetensors").is_file():
         raise ValueError(f"{folder} holds no finished run: {command}")
-    model, config = load_run(folder, device)
-    if type(model).__name__ != {"guide": "Guidance", "speak": "Speaker"}[kind]:
-        raise ValueError(f"{folder} is a run of preset '{model.preset}': {command}")
+    asked = {"guide": cfg.GuideConfig, "speak": cfg.SpeakConfig}[kind]
+    model, config = load_run(folder, device, asked, f"no {kind}: {command}")
     if config.world != weights_digest(run):
         raise ValueError(f"{folder} was trained for another R-JEPA than {run} holds now: {command}")
     return model, config, folder
@@ -465,18 +448,13 @@ def think(encoder, tokenizer, block_size: int, texts: list[str]) -> torch.Tensor
 
     Raises ValueError for an empty text.
     """
-    parts, owner = [], []
-    for i, text in enumerate(texts):
-        ids = tokenizer.encode(text.strip())
-        if not ids:
-            raise ValueError(f"text {i} is empty")
-        for start in range(0, len(ids), block_size):
-            parts.append(ids[start : start + block_size])
-            owner.append(i)
-    weights, owner = torch.tensor([float(len(p)) for p in parts])[:, None], torch.tensor(owner)
-    total = torch.zeros(len(texts), encoder.transformer.n_embd)
-    total.index_add_(0, owner, encoder.thoughts(parts).cpu() * weights)
-    return total / torch.zeros(len(texts), 1).index_add_(0, owner, weights)
+    coded = [tokenizer.encode(text.strip()) for text in texts]
+    if [] in coded:
+        raise ValueError(f"text {coded.index([])} is empty")
+    parts = [[ids[at : at + block_size] for at in range(0, len(ids), block_size)] for ids in coded]
+    found = encoder.thoughts([row for part in parts for row in part]).cpu().split([len(part) for part in parts])
+    return torch.stack([torch.tensor([len(row) / len(ids) for row in part]) @ z
+                        for ids, part, z in zip(coded, parts, found, strict=True)])
 
 
 def nearest_texts(thought: torch.Tensor, stored: torch.Tensor, texts: list[str], k: int = 5) -> list[dict]:
@@ -523,7 +501,10 @@ def run_score(args: Score) -> dict:
         return score(model, llm, args.question, list(args.steps))
     found = []
     for chain in latents.chains_of_file(args.chains, "chains", args.limit):
-        found.append(score(model, llm, chain["question"], chain["steps"]))
+        try:
+            found.append(score(model, llm, chain["question"], chain["steps"]))
+        except ValueError as error:
+            raise ValueError(f"{args.chains}, {chain['id']}: {error}") from None
         print(json.dumps({"id": chain["id"], **found[-1]}))
     if not found:
         raise ValueError(f"{args.chains}: no chain")
@@ -708,10 +689,8 @@ class Speak(Asked):
 
 
 def run_speak(args: Speak) -> dict:
-    model, config = load_run(args.run, args.device)
-    if not hasattr(model, "speaker"):
-        raise ValueError(f"{args.run} is a run of preset '{model.preset}' and has no Speaker: python train.py "
-                         f"tjepa-speak --init_from RUN")
+    model, config = load_run(args.run, args.device, cfg.AnswerConfig,
+                             "which has no Speaker: python train.py tjepa-speak --init_from RUN")
     tokenizer = load_tokenizer(args.run, config)
     ids = model.generate([tokenizer.encode(args.question)], args.max_new_tokens, args.temperature, args.seed)[0]
     text = tokenizer.decode(ids)
@@ -739,9 +718,15 @@ def main(argv=None):
         raise ValueError(f"--truth {args.truth}: needs a number, and --log FILE to be kept in")
     if args.log and (argv[0] == "think" or not args.question.strip() or getattr(args, "fit", "")):
         raise ValueError("--log is for the answer to one --question")
-    result = function(args)
+    if args.log and Path(args.log).exists():
+        with Memory(args.log).open(write=True):  # is it one, and free? before there is work to lose
+            pass
+    result, not_logged = function(args), None
     if args.log:
-        result["interaction"] = log_answer(argv[0], args, result)
+        try:
+            result["interaction"] = log_answer(argv[0], args, result)
+        except (ValueError, OSError) as error:
+            not_logged = error
     if argv[0] == "score" and "steps" in result:
         for i, s in enumerate(result["steps"], 1):
             mark = f" <- suspect, by its {result['suspect_by']}" if i == result["suspect"] else ""
@@ -753,6 +738,8 @@ def main(argv=None):
             + (f"wrong: {c['arithmetic']}" if c["arithmetic"] else "no wrong equation"))
         print("\n    ".join([head, *c["steps"]]))
     print(json.dumps(result, allow_nan=False))
+    if not_logged:
+        raise not_logged
 
 
 if __name__ == "__main__":

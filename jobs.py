@@ -134,7 +134,7 @@ class TextJob(Job):
 class LatentJob(Job):
     """What the loop needs to train RJEPA: verified chains' latents, extracted first where they are missing.
 
-    Sets config's llm, layer, pooling, prompt and dim to what the latents say.
+    Sets config's llm, layer, pooling, prompt, dim and dataset to what the latents say.
     """
 
     def __init__(self, config, out: Path):
@@ -147,6 +147,8 @@ class LatentJob(Job):
         config.latents = str(folder)
         for name in latents.SAME_LLM:
             setattr(config, name, manifest[name])
+        if manifest["dataset"] in ("gsm8k", "synthetic"):
+            config.dataset = manifest["dataset"]
         if config.held_out:
             self.train = sum(latents.training_chains(rows, manifest, folder), [])[: config.limit or None]
             self.val = held_out_chains(config)
@@ -201,10 +203,8 @@ class WorldJob(Job):
 
     def __init__(self, config, out: Path):
         self.config = config
-        self.world, self.world_config = runs.load_run(config.init_from, config.device)
-        if not isinstance(self.world_config, cfg.RJEPAConfig):
-            raise ValueError(f"--init_from {config.init_from}: a run of preset '{self.world.preset}', not of R-JEPA "
-                             "(train.py rjepa-small)")
+        self.world, self.world_config = runs.load_run(config.init_from, config.device, cfg.RJEPAConfig,
+                                                      "not of R-JEPA (train.py rjepa-small)")
         self.world.requires_grad_(False)
         rows, manifest = latents.load_latents(self.world_config.latents, self.world_config.where)
         latents.check_same_llm(self.world_config, manifest, f"{config.init_from} and {self.world_config.latents}")

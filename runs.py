@@ -23,8 +23,16 @@ from model import RJEPA, TJEPA, DistilledEncoder, Guidance, NanoJEPA, Speaker, S
 
 # ----------------------------------------------------------------------------- devices
 
-RUN_FILES = ["model.safetensors", "config.json", "state.pt", "log.jsonl", "tokenizer.tiktoken", "token_loss_curve.png",
-             "jepa_loss_curve.png", "l1_curve.png", "mse_curve.png", "rank_curve.png"]  # fmt: skip
+PLOTS = {  # file: what of log.jsonl it shows, how that is called, and the controls beside it
+    "token_loss_curve.png": ("lm_loss", "token loss (nats)", {}),
+    "jepa_loss_curve.png": ("jepa_loss", "1 - cos(pred, answer)", {"predict_mean_loss": "best constant"}),
+    "l1_curve.png": ("l1", "L1 of hidden steps", {"l1_predict_mean": "constant", "l1_copy": "copy a neighbour"}),
+    "mse_curve.png": ("mse", "squared error of hidden tokens",
+                      {"mse_predict_mean": "constant", "mse_copy": "copy a neighbour",
+                       "mse_document_mean": "mean of the visible tokens"}),
+    "rank_curve.png": ("effective_rank", "effective rank", {"target_effective_rank": "targets"}),
+}  # fmt: skip
+RUN_FILES = ["model.safetensors", "config.json", "state.pt", "log.jsonl", "tokenizer.tiktoken", *PLOTS]
 
 
 def pick_device(name: str = "auto") -> str:
@@ -238,25 +246,29 @@ def llm_label(config, folder: str = "") -> str:
     return f"{name}-{digest(json.dumps(more))[:6]}" if more else name
 
 
-def load_config(folder) -> tuple:
+def load_config(folder, kind=cfg.RunConfig, fault: str = "") -> tuple:
     """(preset, config) of a finished run folder, without its weights. Raises as load_run does."""
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} does not exist: {folder} is no finished run of train.py "
                                     "(the command that started a run also finishes it)")
-    return cfg.from_json((folder / "config.json").read_text(), str(folder / "config.json"))
+    preset, config = cfg.from_json((folder / "config.json").read_text(), str(folder / "config.json"))
+    if not isinstance(config, kind):
+        raise ValueError(f"{folder} is a run of preset '{preset}', {fault}")
+    return preset, config
 
 
-def load_run(folder, device: str = "auto"):
+def load_run(folder, device: str = "auto", kind=cfg.RunConfig, fault: str = ""):
     """(model in eval mode, config) of any run folder, strictly: every weight present, none left over.
 
-    The config's `preset` is model.preset. Raises FileNotFoundError or ValueError that names the file at fault.
+    The config's `preset` is model.preset. Raises FileNotFoundError or ValueError that names the file at fault, or says
+    `fault` of a run whose config is of another kind.
     """
     from safetensors import SafetensorError
 
     folder = Path(folder)
-    preset, config = load_config(folder)
+    preset, config = load_config(folder, kind, fault)
     model = build_model(config)
     try:
         model.load_state_dict(read_weights(folder / "model.safetensors"), strict=True)
@@ -284,6 +296,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 ADAPTERS = ("w_in.", "w_in_target.", "w_out.", "h_mean", "h_std", "quantiles")  # what of an RJEPA belongs to one LLM
+NO_TEXT = "not of T-JEPA (train.py tjepa-small)"
 
 
 def inherit(config):
@@ -293,9 +306,7 @@ def inherit(config):
     """
     source = getattr(config, "teacher", config.init_from)
     if isinstance(config, (cfg.DistillConfig, cfg.AnswerConfig)) and source != "random":
-        preset, theirs = load_config(source)
-        if not isinstance(theirs, cfg.TextConfig):
-            raise ValueError(f"{source} is a run of preset '{preset}', not of T-JEPA (train.py tjepa-small)")
+        _, theirs = load_config(source, cfg.TextConfig, NO_TEXT)
         config.tokenizer, config.vocab_size = theirs.tokenizer, theirs.vocab_size
         if isinstance(config, cfg.AnswerConfig):
             config.encoder_n_layer, config.encoder_n_head, config.encoder_n_embd = encoder_shape(theirs)
@@ -304,12 +315,11 @@ def inherit(config):
             config.text, config.text_field = theirs.text, theirs.text_field
             say(f"the teacher's documents: --text {config.text}")
     elif type(config) in cfg.NETWORK and config.init_from:
-        preset, theirs = load_config(config.init_from)
-        if type(theirs) is not type(config):
-            raise ValueError(f"--init_from {config.init_from}: a run of preset '{preset}', which is another kind of "
-                             "model")
+        _, theirs = load_config(config.init_from, type(config), "another kind of model than --init_from needs here")
         for name in cfg.NETWORK[type(config)]:
-            setattr(config, name, getattr(theirs, name))
+            if (ours := getattr(config, name)) != getattr(theirs, name):
+                say(f"--init_from {config.init_from} decides: {name} = {getattr(theirs, name)}, not {ours}")
+                setattr(config, name, getattr(theirs, name))
 
 
 def start_from(model, config):
@@ -327,9 +337,7 @@ def start_from(model, config):
 
 def load_encoder(folder, device: str = "auto"):
     """(TextEncoder in eval mode, config, tokenizer) of any T-JEPA run: pre-trained, distilled or with a Speaker."""
-    model, config = load_run(folder, device)
-    if not hasattr(model, "encoder_weights"):
-        raise ValueError(f"{folder} is a run of preset '{model.preset}', not of T-JEPA (train.py tjepa-small)")
+    model, config = load_run(folder, device, cfg.TextConfig, NO_TEXT)
     encoder = TextEncoder(config.vocab_size, *encoder_shape(config)).eval().requires_grad_(False)
     encoder.load_state_dict(model.encoder_weights())
     return encoder.to(pick_device(device)), config, load_tokenizer(folder, config)
@@ -367,7 +375,7 @@ def load_tokenizer(folder, config) -> data.Tokenizer:
 
 # from `latents` on: what follows from a job's identity
 FREE_ON_RESUME = set("""out_dir overwrite device threads log_every save_every data_dir vocab_size shard grad_accum
-                        latents llm layer pooling prompt dim
+                        latents llm layer pooling prompt dim dataset
                         z_dim h_dim context_dim teacher_dim world""".split())
 
 
@@ -387,10 +395,9 @@ def open_run(folder: Path, preset: str, config) -> dict | None:
     Raises SystemExit for a finished run, another run's folder or a damaged state. --overwrite starts again: it replaces
     this project's files, once all else is ready, and leaves all others.
     """
-    here = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
     if config.overwrite:
         return None
-    if "config.json" in here:
+    if (folder / "config.json").exists():
         try:
             old_preset, old = cfg.from_json((folder / "config.json").read_text(), str(folder / "config.json"))
         except ValueError as error:
@@ -398,7 +405,7 @@ def open_run(folder: Path, preset: str, config) -> dict | None:
         if type(old) is not type(config):
             raise SystemExit(f"{folder} is a run of preset '{old_preset}'. Choose another --out_dir, or --overwrite")
         refuse_changes(folder, {k: v for k, v in cfg.diff(old, config).items() if k not in FREE_ON_RESUME})
-    if "state.pt" not in here:
+    if not (folder / "state.pt").exists():
         return None  # killed before the first checkpoint
     try:
         with zipfile.ZipFile(folder / "state.pt") as archive:
@@ -445,24 +452,14 @@ def save_plots(folder: Path):
     from matplotlib.figure import Figure
 
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    plots = [
-        ("token_loss_curve.png", "lm_loss", "token loss (nats)", {}),
-        ("jepa_loss_curve.png", "jepa_loss", "1 - cos(pred, answer)", {"predict_mean_loss": "best constant"}),
-        ("l1_curve.png", "l1", "L1 of hidden steps", {"l1_predict_mean": "constant", "l1_copy": "copy a neighbour"}),
-        ("mse_curve.png", "mse", "squared error of hidden tokens",
-         {"mse_predict_mean": "constant", "mse_copy": "copy a neighbour",
-          "mse_document_mean": "mean of the visible tokens"}),
-        ("rank_curve.png", "effective_rank", "effective rank", {"target_effective_rank": "targets"}),
-    ]
-    for name, key, title, controls in plots:
+    for name, (key, title, controls) in PLOTS.items():
         if not any(key in row for row in log):
             continue
         fig = Figure(figsize=(7, 4))
         ax = fig.subplots()
         for split, k, label in [("train", key, "train"), ("val", key, "val"),
                                 *(("val", k, f"val, {label}") for k, label in controls.items())]:
-            points = [(r["step"], r[k]) for r in log if r["split"] == split and k in r]
-            if points:
+            if points := [(r["step"], r[k]) for r in log if r["split"] == split and k in r]:
                 ax.plot(*zip(*points, strict=True), label=label, linestyle=":" if k != key else None,
                         marker="." if split == "val" and k == key else None)
         ax.set(xlabel="step", ylabel=title)
@@ -472,15 +469,16 @@ def save_plots(folder: Path):
         fig.savefig(folder / name, dpi=110)
 
 
-def publish(run: str, folder: str, llm: str = "") -> dict:
+def publish(run: str, folder: str, llm: str = "", overwrite: bool = False) -> dict:
     """Copies what a finished run needs to be used, its matrices in bf16 -> {"folder", "bytes"}; `python runs.py`.
 
     llm: what an R-JEPA's LLM is called from now on. A guide or Speaker is tied to the R-JEPA beside `folder`.
     """
     run, folder = Path(run), Path(folder)
     preset, config = load_config(run)
-    if folder.exists() and any(p.name not in (*RUN_FILES, "rerank.json") for p in folder.iterdir()):
-        raise ValueError(f"{folder} holds other files: choose another folder")
+    here = {p.name for p in folder.iterdir()} if folder.exists() else set()
+    if here - {*RUN_FILES, "rerank.json"} or (here and not overwrite):
+        raise ValueError(f"{folder} is not empty: choose another folder, or --overwrite (the files of a run alone)")
     config.out_dir, config.data_dir = str(folder), ""
     if hasattr(config, "latents"):
         config.llm, config.latents = llm or config.llm, ""

@@ -1811,7 +1811,7 @@ def test_an_endpoint_is_asked_judged_and_resumed(tmp_path, monkeypatch):
     records = latents.chains_of_file(str(path), "chains")
     assert sum(r["is_valid"] for r in records) == sum(r["is_valid"] for r in there) and all(r["steps"] for r in records)
     assert {r["split"] for r in records} == {"test"} == {r["split"] for r in there}
-    refused(SystemExit, "of m temperature 0.8 .*--overwrite", ask, server, "--temperature", "1")
+    refused(SystemExit, "of m on gsm8k temperature 0.8 .*--overwrite", ask, server, "--temperature", "1")
     with runs.lock(tmp_path / "out", "--out"), pytest.raises(SystemExit, match="out: another process is writing there"):
         ask(server)
     monkeypatch.setattr(runs, "processes", lambda device: contextlib.nullcontext((0, 2)))
@@ -2345,7 +2345,7 @@ def test_a_published_run_is_used_as_the_run_is(world, tmp_path):
     assert found["bytes"] < sum(p.stat().st_size for p in Path(rjepa).glob("*.[js]*"))
     runs.publish(f"{rjepa}-guide", f"{folder}-guide")
     (tmp_path / "small" / "rerank.json").write_text("{}")
-    runs.publish(rjepa, folder)  # again, beside what RERANK has fitted
+    runs.publish(rjepa, folder, overwrite=True)  # again, beside what RERANK has fitted
     a, (b, config) = world.model, infer.load_world_model(folder, "cpu")
     assert (config.out_dir, config.data_dir, config.latents) == (folder, "", "")
     assert torch.equal(a.quantiles, b.quantiles) and torch.equal(a.h_mean, b.h_mean)

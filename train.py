@@ -12,6 +12,7 @@ The same command on an unfinished run folder continues it, to the same weights. 
 model.safetensors, config.json, state.pt (what resuming needs), log.jsonl and its plots.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -115,10 +116,9 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
         dist.barrier()  # every process has looked at the folder before the first one writes
     if rank == 0:  # all is ready: only now does anything in the folder change
         if config.overwrite:
-            for name in (*runs.RUN_FILES, "energies.png"):
-                (out / name).unlink(missing_ok=True)
-            for path in out.glob("generations-*.jsonl"):
-                path.unlink()
+            known = [out / name for name in (*runs.RUN_FILES, "energies.png")]
+            for path in [*known, *out.glob("generations-*.jsonl")]:
+                path.unlink(missing_ok=True)
             for folder in out.glob("state-*"):
                 shutil.rmtree(folder)
         job.write(out)
@@ -169,8 +169,8 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
         grad_norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
         if not torch.isfinite(sums["loss"] + grad_norm):
             raise SystemExit(f"loss {float(sums['loss'])}, gradient norm {float(grad_norm)} at step {step}: stopped. "
-                             f"Last good checkpoint: {out / 'state.pt'} "
-                             f"({f'step {saved}' if saved else 'none yet'}); lower --lr")
+                             f"Last good checkpoint: {out / 'state.pt'} ({f'step {saved}' if saved else 'none yet'}). "
+                             "It would come to the same: start again, with a lower --lr and --overwrite")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         model.update_target(config.ema_start + (config.ema_end - config.ema_start) * step / max(1, n_steps - 1))
@@ -234,11 +234,9 @@ def keep_log_until(path: Path, step: int):
     if path.is_file():
         kept = []
         for line in path.read_text().splitlines():
-            try:
+            with contextlib.suppress(json.JSONDecodeError):
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
-            except json.JSONDecodeError:
-                continue
         runs.write_text(path, "".join(line + "\n" for line in kept))
 
 

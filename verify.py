@@ -12,6 +12,7 @@ in bubblewrap (Linux, `apt install bubblewrap`), LaTeX answers are compared by m
 import ast
 import gzip
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -129,11 +130,8 @@ def evaluate(expression):
         raise Rejected("not_whitelisted", f"{alien[0]!r} in {expression!r}")
     if re.search(rf"\d{{{MAX_DIGITS + 1}}}", expression):
         raise Rejected("too_large", f"more than {MAX_DIGITS} digits in a row: {expression!r}")
-    depth = 0
-    for char in expression:
-        depth += (char == "(") - (char == ")")
-        if depth > MAX_DEPTH:
-            raise Rejected("too_deep", f"more than {MAX_DEPTH} open parentheses: {expression!r}")
+    if max(itertools.accumulate((char == "(") - (char == ")") for char in expression), default=0) > MAX_DEPTH:
+        raise Rejected("too_deep", f"more than {MAX_DEPTH} open parentheses: {expression!r}")
     source = " ".join(expression.split())
     try:
         tree = ast.parse(source, mode="eval")
@@ -468,8 +466,7 @@ def validate(problem, chain, allow_unsafe=False):
     if kind == "code":
         return check_program(problem, "\n".join(steps), allow_unsafe=allow_unsafe)
     stated = _field(chain, name, "answer", str) if chain.get("answer") is not None else None
-    by_kind = {"number": _validate_number, "math": _validate_math, "choice": _validate_choice,
-               "exact": _validate_exact}
+    by_kind = {"number": _validate_number, "math": _validate_math, "choice": _validate_choice, "exact": _validate_exact}
     return by_kind[kind](problem, steps, stated)
 
 
