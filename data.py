@@ -20,7 +20,7 @@ import torch
 import benchmarks
 import verify
 from benchmarks import VAL_EVERY
-from model import answer_row, keep, pad_rows, pool_weights, real_tokens
+from model import answer_row, keep, pad_rows, pool_weights, real_tokens, send
 
 # ----------------------------------------------------------------------------- problems
 
@@ -650,10 +650,8 @@ def add_rows(batch: dict, prefix: str, rows: list[list[int]], fill: int, read, w
 
 
 def move(batch: dict, device) -> dict:
-    """The tensors of a batch on the device; to a GPU from pinned memory, so that nobody waits for its work to end."""
-    if torch.device(device or "cpu").type == "cuda":
-        batch = {k: v.pin_memory() for k, v in batch.items()}
-    return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+    """The tensors of a batch on the device (see model.send)."""
+    return {k: send(v, device) for k, v in batch.items()}
 
 
 # ----------------------------------------------------------------------------- documents and masked spans (T-JEPA)
@@ -791,7 +789,8 @@ def collate_documents(rows: list[list[dict]], config, rng, device=None) -> dict:
              "is_target": laid_out(lambda i, d: [False] * len(d["tokens"]) if rng is None else
                                    draw_spans(d, config, rng).repeat(d["sentences"]).tolist()).bool()}
     n = int((batch["segment"] >= 0).sum())
-    return {**move(batch, device), "n_tokens": n, "n_filled": n, "n_slots": batch["idx"].numel()}
+    batch |= {k: send(batch[k], device) for k in ("idx", "positions")}  # the others say what is where (model.places)
+    return batch | {"n_tokens": n, "n_filled": n, "n_slots": batch["idx"].numel()}
 
 
 def packed(documents: list[dict], config, device, masks: bool = True):
@@ -799,7 +798,8 @@ def packed(documents: list[dict], config, device, masks: bool = True):
     rows = pack([len(d["tokens"]) for d in documents], config.block_size)
     for start in range(0, len(rows), config.batch_size):
         part = [[documents[i] for i in row] for row in rows[start : start + config.batch_size]]
-        yield collate_documents(part, config, np.random.default_rng([0, start]) if masks else None, device)
+        batch = collate_documents(part, config, np.random.default_rng([0, start]) if masks else None)
+        yield {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
 class Documents(Batches):

@@ -257,7 +257,10 @@ def evaluate_plan(run: str, args) -> dict:
     gapped = llm.read_chains([(c["question"], s) for c, s in zip(chains, gapped_steps, strict=True)])
     slots = torch.tensor(holes, device=model.h_mean.device)
     context, allowed, offsets = model.around(*latents.with_slots(gapped, holes, slots.device), slots)
-    space = model.standardize
+
+    def space(z):
+        return model.standardize(z.to(slots.device))
+
     ahead = model.predict_next(*latents.pad_latents([z[:k] for z, k in zip(gapped, holes, strict=True)],
                                                     model.h_mean.device))
     folder = args.latents or config.latents

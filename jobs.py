@@ -177,15 +177,16 @@ class LatentJob(Job):
             batch = latents.collate(part, clean, np.random.default_rng([0, start]), device)
             with autocast():
                 losses = model(batch)
-                h, is_target = model.standardize(batch["h"]), batch["is_target"]
-                z = model.targets(h, batch["is_real"])
-                z_pred.append(model.predict(h, batch["is_visible"], is_target).cpu())
+                is_real, is_visible, is_target = (batch[k].to(device) for k in ("is_real", "is_visible", "is_target"))
+                h = model.standardize(batch["h"])
+                z = model.targets(h, is_real)
+                z_pred.append(model.predict(h, is_visible, is_target).cpu())
             z_target.append(z[is_target].cpu())
             z_copy.append(z[:, :-1][is_target[:, 1:]].cpu())  # the step before, or the question
             for k, v in losses.items():
                 sums[k] = sums.get(k, 0.0) + float(v) * len(part) / len(self.val)
             for mode, values in zip(model.ENERGIES, energies, strict=False):
-                e = model.energy(batch["h"], batch["is_real"], mode)
+                e = model.energy(batch["h"], is_real, mode)
                 values.append(e[~e.isnan()].cpu())
             later = e[:, 2:].nan_to_num(-1.0)  # next-step energies after the first step
             highest = later.amax(1) if later.shape[1] else later.new_zeros(0)
@@ -334,8 +335,8 @@ def spoken(texts: list[list[int]], eos: int, device, reads: list[list[int]] | No
     heads = [[*r, eos] if r else [] for r in reads or [[]] * len(texts)]
     rows = [[*r, *t] for r, t in zip(heads, texts, strict=True)]
     idx, n = pad_rows([[eos, *row] for row in rows], eos, device), sum(len(row) + 1 for row in rows)
-    is_text = pad_rows([[0] * len(r) + [1] * (len(t) + 1) for r, t in zip(heads, texts, strict=True)], 0, device)
-    return {"idx": idx, "targets": pad_rows([[*row, eos] for row in rows], -100, device), "is_text": is_text.bool(),
+    is_text = pad_rows([[0] * len(r) + [1] * (len(t) + 1) for r, t in zip(heads, texts, strict=True)], 0)
+    return {"idx": idx, "targets": pad_rows([[*row, eos] for row in rows], -100), "is_text": is_text.bool(),
             "n_tokens": n, "n_filled": n, "n_slots": idx.numel()}  # fmt: skip
 
 
@@ -501,7 +502,7 @@ class AnswerJob(Job):
 def collate_answers(examples: list[dict], eos: int, device, questions: list[dict] = ()) -> dict:
     """A batch of SpeakingTJEPA.forward; the questions may be those of other examples."""
     rows = [e["question"] for e in questions or examples]
-    return {"question": pad_rows(rows, 0, device), "context_allowed": real_tokens(rows, device),
+    return {"question": pad_rows(rows, 0, device), "context_allowed": real_tokens(rows),
             **spoken([e["answer"] for e in examples], eos, device)}
 
 
@@ -520,8 +521,8 @@ def answer_losses(model, examples: list[dict], config, device) -> dict[str, np.n
             context = model.read(batch["question"], batch["context_allowed"])
             loss = model.speaker.losses(batch | {"context": context})  # (B, T)
             counts = (batch["targets"] >= 0).sum(1)
-            out[name][order[here], 0] = (loss.sum(1) / counts).cpu()
-            out[name][order[here], 1] = counts.cpu()
+            out[name][order[here], 0] = loss.sum(1).cpu() / counts
+            out[name][order[here], 1] = counts
     return out
 
 

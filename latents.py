@@ -20,6 +20,7 @@ import torch
 import data
 import verify
 from config import check
+from model import send
 
 SCHEMA = 1
 SAME_LLM = ("llm", "layer", "pooling", "prompt", "dim")  # what a model and the latents it reads must agree on
@@ -353,7 +354,8 @@ def collate(chains: list[dict], config, rng, device=None, with_wrong: bool | Non
 
     with_wrong: whether it has wrong chains, None: if one of these has. Of several processes all must say the same. A
     counterfactual (which has a wrong_step) is masked as its chain, any other wrong chain by a mask of its own.
-    joined: (table, starts [B, 2]) as `join` makes it, where the table is there already, maybe on the device.
+    joined: (table, starts [B, 2]) as `join` makes it, where the table is there already, maybe on the device. The masks
+    stay on the CPU: who asks where they are True need not wait for a GPU.
     """
     def order_of(z):
         n = len(z) - 1
@@ -376,12 +378,11 @@ def collate(chains: list[dict], config, rng, device=None, with_wrong: bool | Non
     order[is_real] = np.concatenate(orders)
     for i, (hidden, asked) in enumerate(masks):
         is_hidden[i, hidden], is_target[i, asked] = True, True
-    rows = torch.from_numpy(starts.T.reshape(-1)[: len(orders), None] + order)
     both = {"is_real": is_real, "is_visible": is_real & ~is_hidden, "is_target": is_target}
-    both = data.move({k: torch.from_numpy(v) for k, v in both.items()}, device)
-    h = table[data.move({"rows": rows}, table.device)["rows"]]
-    h = data.move({"h": h}, device)["h"] if h.device.type == "cpu" else h
-    both["h"] = h.masked_fill_(~both["is_real"][..., None], 0.0).float()
+    both = {k: torch.from_numpy(v) for k, v in both.items()}
+    rows = torch.from_numpy(starts.T.reshape(-1)[: len(orders), None] + order)
+    h = send(table[send(rows, table.device)], device)
+    both["h"] = h.masked_fill_(~send(both["is_real"], h.device)[..., None], 0.0).float()
     batch = {k: v[:B] for k, v in both.items()}
     if pairs:
         batch |= {f"wrong_{k}": v[B:] for k, v in both.items()}
@@ -390,7 +391,7 @@ def collate(chains: list[dict], config, rng, device=None, with_wrong: bool | Non
         other = np.array([["wrong_h" in c and "wrong_step" not in c] for c in chains])
         more = {"is_wrong": is_wrong, "right_counts": is_target[:B] & (is_wrong | other),
                 "wrong_counts": is_target[B:] & (is_wrong | other)}
-        batch |= data.move({k: torch.from_numpy(v) for k, v in more.items()}, device)
+        batch |= {k: torch.from_numpy(v) for k, v in more.items()}
     n = int(lengths[:B].sum())
     return {**batch, "n_tokens": n, "n_filled": n, "n_slots": is_real[:B].size}
 

@@ -67,17 +67,29 @@ def attend(q, k, v, attn_allowed=None, is_causal=False):
     return scores.softmax(-1) @ v
 
 
+def send(x, device):
+    """A tensor on the device; to a GPU from pinned memory, so that nobody waits for its work to end."""
+    device = torch.device(device or "cpu")
+    x = x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x
+    return x.to(device, non_blocking=True)
+
+
+def places(mask, device):
+    """Where a mask [B, T] is True: flat positions [N] on the device. Of a mask on the CPU nobody waits for a GPU."""
+    return send(mask.flatten().nonzero()[:, 0], device)
+
+
 ROW = {"cuda": 128, "cpu": 32}  # slots of a row in which short sequences are packed
 
 
 def pack(is_real, slots: int):
-    """Lays the real positions of B sequences, is_real bool [B, T], end to end in rows of so many slots, none cut.
+    """Lays the real positions of B sequences, is_real bool [B, T] on the CPU, end to end in rows of so many slots, none
+    cut.
 
     -> (their flat positions [N], their flat slots [N] in the rows, (number of rows R, slots of a row L)). The longest
     are dealt out first, to and fro over the rows, which fills them evenly. Attention's kernels take 64 to 128 positions
     at a time on a GPU: alone, a chain of five leaves them idle.
     """
-    device, is_real = is_real.device, is_real.cpu()
     lengths, order = is_real.sum(1).sort(descending=True, stable=True)
     n = int(lengths.sum())
     first, L = (1, -(-n // 8) * 8) if n <= slots else (-(-n // (2 * slots)) * 2, slots)
@@ -90,7 +102,7 @@ def pack(is_real, slots: int):
     start[1::2] = start[1::2].flip(1)
     start = torch.empty_like(order).index_copy_(0, order, start.flatten()[: len(order)])  # (B,)
     at = (start[:, None] + is_real.cumsum(1) - 1)[is_real]
-    return is_real.flatten().nonzero()[:, 0].to(device), at.to(device), (R, L)
+    return is_real.flatten().nonzero()[:, 0], at, (R, L)
 
 
 def packed_mask(attn_allowed, kept, slots, shape):
@@ -201,7 +213,8 @@ class Transformer(nn.Module):
 
         positions: int [B or 1, T], 0 … T-1 by default. attn_allowed: bool [B or 1, T, T_keys]. context [B, T_ctx, C]
         or its `context_keys`, with context_allowed [B, T_ctx], for cross-attention. caches: see `new_caches`.
-        is_real bool [B, T]: where it is given the others are left out, of attention where rows are packed (otherwise
+        is_real bool [B, T] (on the CPU, if it is there: then nobody waits for a GPU): where it is given the others are
+        left out, of attention where rows are packed (otherwise
         its mask must bar them);
         what comes out there is meaningless. kept: what `keep` makes of it, where that is known without asking a GPU.
         wanted bool [B, T]: where the output may be meaningless elsewhere, too.
@@ -213,19 +226,21 @@ class Transformer(nn.Module):
         # in training alone: otherwise a result would depend, in its last bits, on what else is in the batch
         short = is_real is not None and attn_allowed is not None and 2 * T <= room
         if self.training and short and caches is None and context is None:
-            index, slots, shape = pack(is_real, room)
-            asked = slice(None) if wanted is None else keep(wanted.flatten()[index])
-            whole, only, is_real = (index[asked], (B, T)), slots[asked], None
+            index, slots, shape = pack(is_real.cpu(), room)
+            asked = slice(None) if wanted is None else keep(wanted.cpu().flatten()[index])
+            back, only, index, slots = (send(t, x.device) for t in (index[asked], slots[asked], index, slots))
+            whole, is_real = (back, (B, T)), None
             x = spread(x.flatten(0, 1)[index], (slots, shape))
             positions = positions.expand(B, T).flatten()
             positions = positions.new_zeros(shape[0] * shape[1]).index_copy(0, slots, positions[index]).view(shape)
             attn_allowed = packed_mask(attn_allowed, index, slots, shape)
         cos_sin = rope(positions, self.n_embd // self.n_head)
         attn_allowed = None if attn_allowed is None else attn_allowed[:, None]  # (B, 1, T, T_keys)
-        context_allowed = None if context_allowed is None else context_allowed[:, None, None]  # (B, 1, 1, T_ctx)
+        if context_allowed is not None:
+            context_allowed = send(context_allowed, x.device)[:, None, None]  # (B, 1, 1, T_ctx)
         assert is_real is None or kept is None, "kept follows from is_real"
         if is_real is not None:
-            kept = keep(is_real)
+            kept = send(keep(is_real), x.device)
         if kept is not None:
             kept, x = (kept, x.shape[:2]), x.flatten(0, 1)[kept]
         x = self.drop(x)
@@ -313,19 +328,23 @@ class Predictor(nn.Module):
         init_weights(self, n_layer)
 
     def forward(self, z_context, positions, is_visible, is_target, segment=None):
-        x, is_real = torch.where(is_target[..., None], self.mask_token, self.proj_in(z_context)), is_visible | is_target
-        x = self.transformer(x, positions, may_attend(is_real, segment), is_real=is_real, wanted=is_target)
-        return self.proj_out(x[is_target])
+        is_real, hidden = is_visible | is_target, send(is_target, z_context.device)[..., None]
+        x = torch.where(hidden, self.mask_token, self.proj_in(z_context))
+        allowed = may_attend(is_real, segment, x.device)
+        x = self.transformer(x, positions, allowed, is_real=is_real, wanted=is_target)
+        return self.proj_out(x.flatten(0, 1)[places(is_target, x.device)])
 
 
-def may_attend(visible, segment=None):
+def may_attend(visible, segment=None, device=None):
     """visible bool [B, S] -> bool [B, S, S]: every position attends to the visible ones, and to itself.
 
-    segment int [B, S]: of its own segment alone, where several sequences lie packed in a row.
+    segment int [B, S]: of its own segment alone, where several sequences lie packed in a row. device: of the result.
     """
+    visible = visible if device is None else send(visible, device)
     own = torch.eye(visible.shape[1], dtype=torch.bool, device=visible.device)  # a row without any key would be NaN
     allowed = visible[:, None, :]
     if segment is not None:
+        segment = send(segment, visible.device)
         allowed = allowed & (segment[:, :, None] == segment[:, None, :])
     return allowed | own
 
@@ -345,7 +364,7 @@ class JEPA(nn.Module):
 
         segment: see `may_attend`; wanted: see Transformer.
         """
-        return encoder(x, positions, may_attend(visible, segment), is_real=visible, wanted=wanted)
+        return encoder(x, positions, may_attend(visible, segment, x.device), is_real=visible, wanted=wanted)
 
     def predict(self, x, positions, is_visible, is_target):
         """z_pred [N, C] of the N targets from what is visible [B, S]. What is neither is not there at all."""
@@ -410,13 +429,13 @@ def pad_rows(rows: list[list[int]], fill: int, device=None) -> torch.Tensor:
     is_real = real_tokens(rows)
     out = torch.full(is_real.shape, fill, dtype=torch.long)
     out[is_real] = torch.tensor(list(itertools.chain.from_iterable(rows)), dtype=torch.long)
-    return out.to(device, non_blocking=True)
+    return send(out, device)
 
 
 def real_tokens(rows: list[list[int]], device=None) -> torch.Tensor:
     """is_real bool [B, T] of what `pad_rows` makes of ragged rows."""
     lengths = torch.tensor([len(row) for row in rows])
-    return (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
+    return send(torch.arange(int(lengths.max())) < lengths[:, None], device)
 
 
 def attn_allowed(segment: torch.Tensor) -> torch.Tensor:
@@ -744,11 +763,12 @@ class RJEPA(Model):
         """A batch of latents.collate -> {"loss" and its named parts}: means, scalars.
 
         h [B, S, D]; is_real, is_visible, is_target bool [B, S] (neither visible nor target: hidden, not asked for).
+        Masks may lie on the CPU: so nobody waits for a GPU to know what is where.
         With wrong chains for some of them: wrong_h and the same three masks with wrong_ before their names; is_wrong
         bool [B, S]: the steps that differ from h's, of counterfactuals, whose masks are h's; right_counts, wrong_counts
         bool [B, S]: the targets that the margin compares.
         """
-        cfg, is_target, B = self.config, batch["is_target"], len(batch["h"])
+        cfg, is_target, (B, S), device = self.config, batch["is_target"], batch["h"].shape[:2], batch["h"].device
         online = cfg.target_encoder == "online" and torch.is_grad_enabled()  # ablation: no stop-gradient
         hard, margin = ("wrong_h" in batch and wanted for wanted in (cfg.hard_negatives, cfg.lambda_margin > 0))
 
@@ -758,11 +778,13 @@ class RJEPA(Model):
 
         self.reads_wrong, h_all = hard, self.standardize(rows("h", hard or margin))
         h = h_all[:B]
-        is_step = batch["is_real"] & (self.positions(h) > 0)
+        is_step = batch["is_real"].clone()
+        is_step[:, 0] = False
         asked = torch.cat((is_step, is_target & batch["is_wrong"])) if hard else is_step
         z_all = self.targets(h_all if hard else h, rows("is_real", hard), online, asked)  # (B or 2 B, S, C)
         z_all, z_wrong = z_all[:B], z_all[B:].detach()
-        z_target = z_all[is_target]  # (N, C)
+        at = places(is_target, device)  # (N,) of the B S positions
+        z_target = z_all.flatten(0, 1)[at]  # (N, C)
         z_pred = self.predict(h_all if margin else h, rows("is_visible", margin), rows("is_target", margin))
         z_pred, wrong_pred = z_pred[: len(z_target)], z_pred[len(z_target) :]
         parts = {"l1": (z_pred - z_target).abs().mean()}
@@ -771,22 +793,22 @@ class RJEPA(Model):
         with torch.autocast(p.device.type, enabled=False):  # over tau a rounding to bf16 would be up to 0.08
             logits = p @ t.T / cfg.tau  # (N, N)
         if hard:
-            own_wrong = (p * F.normalize(z_wrong[is_target], dim=-1)).sum(-1, keepdim=True) / cfg.tau
-            has_wrong = batch["is_wrong"][is_target][:, None]
+            own_wrong = (p * F.normalize(z_wrong.flatten(0, 1)[at], dim=-1)).sum(-1, keepdim=True) / cfg.tau
+            has_wrong = send(batch["is_wrong"], device).flatten()[at, None]
             logits = torch.cat((logits, own_wrong.masked_fill(~has_wrong, float("-inf"))), dim=1)
         parts["infonce"] = F.cross_entropy(logits, torch.arange(len(p), device=p.device))
-        chain, step = is_target.nonzero(as_tuple=True)
+        chain, step = at // S, at % S
         with torch.autocast(p.device.type, enabled=False):
             own = (F.normalize(z_all, dim=-1)[chain] @ p[:, :, None])[..., 0] / cfg.tau  # (N, S)
-        parts["own"] = F.cross_entropy(own.masked_fill(~is_step[chain], float("-inf")), step)
-        parts["reconstruction"] = (self.w_out(z_pred.to(h.dtype)) - h[is_target]).abs().mean()
+        parts["own"] = F.cross_entropy(own.masked_fill(~send(is_step, device)[chain], float("-inf")), step)
+        parts["reconstruction"] = (self.w_out(z_pred.to(h.dtype)) - h.flatten(0, 1)[at]).abs().mean()
         parts["margin"] = z_pred.new_zeros(())
         if margin:
             # the wrong chain should have the higher mean error; its target learns too
             z = self.targets(h_all, rows("is_real", True), online=True)
             gap = (mean_error(wrong_pred, z[B:], batch["wrong_is_target"], batch["wrong_counts"])
                    - mean_error(z_pred, z[:B], is_target, batch["right_counts"]))  # (B,)
-            paired = batch["right_counts"].any(1) & batch["wrong_counts"].any(1)  # maybe none of them
+            paired = send(batch["right_counts"].any(1) & batch["wrong_counts"].any(1), device)  # maybe none of them
             parts["margin"] = (F.softplus(-gap / cfg.margin) * paired).sum() / paired.sum().clamp_min(1)
         loss = parts["l1"] + sum(getattr(cfg, f"lambda_{k}") * v for k, v in parts.items() if k != "l1")
         return {"loss": loss, **parts}
@@ -806,7 +828,7 @@ class RJEPA(Model):
         h, position = self.standardize(h), self.positions(h)
         chain, step = (is_real & (position > 0)).nonzero(as_tuple=True)
         out = []
-        for c, s in zip(chain.split(max_rows), step.split(max_rows), strict=True):
+        for c, s in zip(chain.split(max_rows), step.split(max_rows), strict=True) if len(chain) else ():
             is_target = position[c] == s[:, None]
             seen = position[c] < s[:, None] if mode == "next_step" else ~is_target
             out.append(self.predict(h[c], is_real[c] & seen, is_target))
@@ -882,8 +904,9 @@ class RJEPA(Model):
 
 def mean_error(z_pred, z_target, is_target, counts):
     """Mean L1 error [B] over the targets that count [B, S], of predictions z_pred [N, C] against z_target [B, S, C]."""
-    error = z_target.new_zeros(is_target.shape)
-    error[is_target] = (z_pred - z_target[is_target]).abs().mean(-1)
+    at, counts = places(is_target, z_target.device), send(counts, z_target.device)
+    error = (z_pred - z_target.flatten(0, 1)[at]).abs().mean(-1)
+    error = error.new_zeros(is_target.numel()).index_copy(0, at, error).view(is_target.shape)
     return (error * counts).sum(1) / counts.sum(1).clamp_min(1)
 
 
@@ -951,19 +974,19 @@ class Speaker(Model):
         idx [B, T] ([EOS], then the text; before both what is read, if anything), targets [B, T] (-100: padding),
         is_text [B, T] (which of them are the text's), context, context_allowed, offsets.
         """
-        losses, is_text = self.losses(batch), batch["is_text"]
-        weights = torch.where(is_text, 1.0, self.config.read_weight) * (batch["targets"] >= 0)
-        return {"loss": (losses * weights).sum() / weights.sum(), "lm_loss": losses[is_text].mean()}
+        losses, is_text = self.losses(batch), send(batch["is_text"], batch["idx"].device)
+        weights = torch.where(is_text, 1.0, self.config.read_weight) * (send(batch["targets"], losses.device) >= 0)
+        return {"loss": (losses * weights).sum() / weights.sum(), "lm_loss": (losses * is_text).sum() / is_text.sum()}
 
     def losses(self, batch: dict) -> torch.Tensor:
         """Cross-entropy [B, T] of every token, 0 where there is none; a batch of `forward`."""
         context, kept = self.prepare(batch["context"], batch.get("offsets")), batch["targets"] >= 0
         h = self.transformer(self.embed(batch["idx"]), is_causal=True, context=context,
                              context_allowed=batch["context_allowed"], is_real=kept)
-        logits = F.linear(h[kept], self.embed.weight[: self.config.vocab_size])
-        losses = h.new_zeros(kept.shape, dtype=torch.float32)
-        losses[kept] = F.cross_entropy(logits.float(), batch["targets"][kept], reduction="none")
-        return losses
+        at = places(kept, h.device)
+        logits = F.linear(h.flatten(0, 1)[at], self.embed.weight[: self.config.vocab_size])
+        losses = F.cross_entropy(logits.float(), send(batch["targets"][kept], h.device), reduction="none")
+        return losses.new_zeros(kept.numel()).index_copy(0, at, losses).view(kept.shape)
 
     @torch.no_grad()
     def generate(self, context, context_allowed, offsets=None, max_new_tokens: int = 64, temperature: float = 0.0,
@@ -991,7 +1014,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, idx, is_real, positions=None, segment=None):
         """idx [B, T], is_real bool [B, T] (and of packed rows positions, segment [B, T]) -> [B, T, C]."""
-        return self.transformer(self.embed(idx), positions, attn_allowed=may_attend(is_real, segment), is_real=is_real)
+        return self.transformer(self.embed(idx), positions, may_attend(is_real, segment, idx.device), is_real=is_real)
 
     @torch.no_grad()
     def thoughts(self, rows: list[list[int]], batch_size: int = 64) -> torch.Tensor:
@@ -1051,9 +1074,10 @@ class TJEPA(Model):
         """(what the context encoder makes of the visible tokens [B, T, C], visible [B, T]); it runs on them alone."""
         visible = (segment >= 0) & ~is_target
         kept = visible.int().argsort(dim=1, descending=True, stable=True)[:, : int(visible.sum(1).max())]
-        z = self.jepa.encode(self.jepa.context_encoder, self.embed(idx.gather(1, kept)),
-                             *(x.gather(1, kept) for x in (positions, visible, segment)))  # (B, T_visible, C)
-        return z.new_zeros(*idx.shape, z.shape[-1]).scatter(1, kept[..., None].expand_as(z), z), visible
+        at = send(kept, idx.device)
+        z = self.jepa.encode(self.jepa.context_encoder, self.embed(idx.gather(1, at)), positions.gather(1, at),
+                             visible.gather(1, kept), segment.gather(1, kept))  # (B, T_visible, C)
+        return z.new_zeros(*idx.shape, z.shape[-1]).scatter(1, at[..., None].expand_as(z), z), visible
 
     def predict(self, idx, positions, segment, is_target, seen=None, **counts):
         """z_pred [N, C] fp32 of the N hidden tokens; seen: what `see` has returned already."""
@@ -1061,7 +1085,8 @@ class TJEPA(Model):
         return self.head(self.jepa.predictor(z_context, positions, visible, is_target, segment)).float()
 
     def forward(self, batch: dict) -> dict:
-        """idx, positions, segment (-1: padding) int [B, T], is_target bool [B, T] -> {"loss" and its named parts}.
+        """idx, positions, segment (-1: padding) int [B, T], is_target bool [B, T] -> {"loss" and its named parts}; the
+        last two may lie on the CPU.
 
         mse of the hidden tokens' latents, standardised over the batch where config says so; against collapse,
         variance and covariance (VICReg, Bardes et al. 2022, eq. 1, 4) of what the context encoder (and the head, where
@@ -1070,18 +1095,19 @@ class TJEPA(Model):
         cfg, seen = self.config, self.see(**batch)
         z_context, visible = seen
         z_pred = self.predict(**batch, seen=seen)
-        z_target = self.targets(batch["idx"], batch["positions"], batch["segment"])[batch["is_target"]]
+        z_target = self.targets(batch["idx"], batch["positions"], batch["segment"])
+        z_target = z_target.flatten(0, 1)[places(batch["is_target"], z_target.device)]
         if cfg.standardize_target:
             z_target = (z_target - z_target.mean(0)) / z_target.std(0, correction=0).clamp_min(1e-3)
         with torch.autocast(z_context.device.type, enabled=False):
-            z = self.head(z_context[visible].float())
+            z = self.head(z_context.flatten(0, 1)[places(visible, z_context.device)].float())
             z = z - z.mean(0)
             cov = z.T @ z / len(z)  # (C, C)
             std = cov.diagonal().add(1e-4).sqrt()
             parts = {"mse": F.mse_loss(z_pred, z_target), "variance": F.relu(1 - std).mean(),
                      "covariance": off_diagonal(cov)}
             if cfg.document_share:
-                row = torch.arange(len(visible), device=z.device)[:, None] * visible.shape[1]
+                row = torch.arange(len(visible), device=visible.device)[:, None] * visible.shape[1]
                 parts |= document_terms(z / std, (batch["segment"] + row)[visible], cfg.document_share)
         loss = parts["mse"] + sum(getattr(cfg, f"lambda_{k}") * v for k, v in parts.items() if k != "mse")
         return {"loss": loss, **parts}
@@ -1113,7 +1139,8 @@ def document_terms(z, document, share: float) -> dict:
     that of the means is about C / D at the least: it makes a batch's documents orthogonal, so a larger batch is another
     loss, and with one document both say nothing.
     """
-    belongs = F.one_hot(document.unique(return_inverse=True)[1]).to(z)  # (N, D)
+    names, number = document.unique(return_inverse=True)
+    belongs = F.one_hot(send(number, z.device), len(names)).to(z)  # (N, D)
     between = belongs @ (belongs.T @ z / belongs.sum(0)[:, None])
     correlations, std = [], []
     for part in (between, z - between):
@@ -1138,8 +1165,9 @@ class DistilledEncoder(Model):
     def forward(self, batch: dict) -> dict:
         """idx, positions, segment [B, T], z_teacher [B, T, C_teacher] layer-normed -> {"loss", "mse", "cos"}."""
         is_real = batch["segment"] >= 0
-        z = self.project(self.student(batch["idx"], is_real, batch["positions"], batch["segment"])[is_real]).float()
-        z_teacher = batch["z_teacher"][is_real]
+        z, z_teacher = self.student(batch["idx"], is_real, batch["positions"], batch["segment"]), batch["z_teacher"]
+        at = places(is_real, z.device)
+        z, z_teacher = self.project(z.flatten(0, 1)[at]).float(), z_teacher.flatten(0, 1)[at]
         mse = F.mse_loss(z, z_teacher)
         return {"loss": mse, "mse": mse, "cos": F.cosine_similarity(z, z_teacher, dim=-1).mean()}
 

@@ -205,25 +205,32 @@ def test_parameter_counts():
         assert abs(m.RJEPA(cfg.PRESETS["rjepa"]).n_params() / 678e6 - 1) < 0.01
 
 
-def test_the_flops_that_mfu_counts_are_not_more_than_those_made():
-    """Beside those that PyTorch counts, at widths that matter: embeddings and padding make none."""
-    shape = dict(n_layer=2, n_head=4, n_embd=128, batch_size=64)
+def models_and_batches(device="cpu", dropout=0.0, margin=0.0):
+    """Every kind of model that is trained on its own, on the CPU, and a batch for it on the device."""
+    shape = dict(n_layer=2, n_head=4, n_embd=128, batch_size=64, dropout=dropout)
     text = text_config(cfg.TJEPAConfig, block_size=64, **shape | dict(predictor_n_layer=2, predictor_n_embd=64))
     answer = text_config(cfg.AnswerConfig, init_from="random", encoder_n_layer=2, encoder_n_head=4, encoder_n_embd=128,
                          context_dim=128, **shape)
-    worlds = [rjepa_config(dim=64, hard_negatives=hard, **shape | dict(predictor_n_layer=2, predictor_n_embd=64))
-              for hard in (True, False)]
-    spoken = [{"question": q, "answer": a} for q, a in zip(token_lists(64, 8, 30), token_lists(64, 8, 30), strict=True)]
-    packed = data.Documents(documents(200), text)(0)
-    cases = [(m.RJEPA(c), latents.collate(latent_chains(64, 64), c, np.random.default_rng(0))) for c in worlds]
+    distill = text_config(cfg.DistillConfig, teacher="x", vocab_size=4096, teacher_dim=64, block_size=64, **shape)
     nano = cfg.NanoJEPAConfig(tokenizer="bpe", vocab_size=300, **shape)
-    cases += [(m.NanoJEPA(nano), data.collate(examples(64), nano))]
-    cases += [(m.TJEPA(text), packed), (m.DistilledEncoder(text_config(
-        cfg.DistillConfig, teacher="x", vocab_size=4096, teacher_dim=64, block_size=64, **shape)), packed | {
-            "z_teacher": torch.randn(*packed["idx"].shape, 64)})]
-    cases += [(m.SpeakingTJEPA(dataclasses.replace(answer, train_encoder=trained)),
-               jobs.collate_answers(spoken, answer.vocab_size - 2, "cpu")) for trained in (False, True)]
-    for model, batch in cases:
+    for hard in (True, False):
+        c = rjepa_config(dim=64, hard_negatives=hard, lambda_margin=margin * hard, predictor_n_layer=2,
+                         predictor_n_embd=64, **shape)
+        yield m.RJEPA(c), latents.collate(latent_chains(64, 64), c, np.random.default_rng(0), device)
+    yield m.NanoJEPA(nano), data.collate(examples(64), nano, device)
+    packed = data.Documents(documents(200), text)(0, device)
+    yield m.TJEPA(text), packed
+    taught = torch.randn(*packed["idx"].shape, 64, generator=torch.Generator().manual_seed(0))
+    yield m.DistilledEncoder(distill), packed | {"z_teacher": taught.to(device)}
+    spoken = [{"question": q, "answer": a} for q, a in zip(token_lists(64, 8, 30), token_lists(64, 8, 30), strict=True)]
+    for trained in (False, True):
+        yield (m.SpeakingTJEPA(dataclasses.replace(answer, train_encoder=trained)),
+               jobs.collate_answers(spoken, answer.vocab_size - 2, device))
+
+
+def test_the_flops_that_mfu_counts_are_not_more_than_those_made():
+    """Beside those that PyTorch counts, at widths that matter: embeddings and padding make none."""
+    for model, batch in models_and_batches():
         with FlopCounterMode(display=False) as counter:
             model.train()(batch)["loss"].backward()
         claimed = batch["n_tokens"] * model.flops_per_token(batch["n_tokens"] / jobs.n_rows(batch))
@@ -843,6 +850,25 @@ def test_a_gguf_file_is_known_by_all_of_its_bytes(tmp_path, monkeypatch):
     first = llms.convert_gguf(path)
     path.write_bytes(bytes(3 << 20) + b"1" + bytes((2 << 20) - 1))
     assert llms.convert_gguf(path) != first
+
+
+def test_a_damaged_llm_is_named(tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(40))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/config.json").write_text("{")
+    for name in ("a.gguf", "folder"):
+        refused(ValueError, rf"(?s){name} could not be loaded \(.*damaged or cut short", llms.load_llm,
+                str(tmp_path / name), "cpu")
+    with pytest.raises(FileNotFoundError, match="(?s)nowhere could not be loaded .*offline"):
+        llms.load_llm(str(tmp_path / "nowhere"), "cpu")
+
+
+def test_the_lowest_temperatures_are_greedy():
+    logits, generators = torch.tensor([[1.0, 3.0, 2.0]] * 2), [torch.Generator() for _ in range(2)]
+    assert llms.sample(logits, 1e-40, 0.95, generators).tolist() == [1, 1]
+    rows = token_lists(2, 3, 6)
+    net = tiny_model(answer_context="question")
+    assert net.generate(rows, 4, temperature=1e-40) == net.generate(rows, 4)
 
 
 def test_the_nearest_of_a_few_texts_are_told_by_their_own_cosine():
@@ -1812,6 +1838,9 @@ def test_an_endpoint_is_asked_judged_and_resumed(tmp_path, monkeypatch):
     assert sum(r["is_valid"] for r in records) == sum(r["is_valid"] for r in there) and all(r["steps"] for r in records)
     assert {r["split"] for r in records} == {"test"} == {r["split"] for r in there}
     refused(SystemExit, "of m on gsm8k temperature 0.8 .*--overwrite", ask, server, "--temperature", "1")
+    write_jsonl(tmp_path / "test.jsonl", [rows[1], rows[0]])
+    refused(SystemExit, "has another question as gsm8k-test-0: choose another --out", ask, server)
+    write_jsonl(tmp_path / "test.jsonl", rows)
     with runs.lock(tmp_path / "out", "--out"), pytest.raises(SystemExit, match="out: another process is writing there"):
         ask(server)
     monkeypatch.setattr(runs, "processes", lambda device: contextlib.nullcontext((0, 2)))
@@ -2167,6 +2196,8 @@ def test_chains_of_files(tmp_path):
             ("step_errors", errors | {"first_error_step": 3}, "p: field 'first_error_step'"),
             ("step_errors", errors | {"steps": ["", "b"]}, "p: field 'steps'")]:  # which step would be the wrong one?
         refused(ValueError, rf"c.jsonl, {field}", read, kind, **fields)
+    twice = write_jsonl(tmp_path / "twice.jsonl", [chain | {"candidates": both}] * 2)
+    refused(ValueError, "twice.jsonl, p: this id is there twice", latents.chains_of_file, twice, "candidates")
     args = SimpleNamespace(chains="", candidates="", step_errors="", dataset="synthetic", limit=0)
     refused(ValueError, "--limit 0", latents.chains_to_extract, args)
     rows = latents.chains_of_file(str(shared_data("step_errors/dev.jsonl")), "step_errors")
@@ -2195,6 +2226,15 @@ def world(tmp_path_factory):
 
 
 QUESTION = "Mia has 3 red apples. Tom has twice as many. How many apples do they have in all?"
+
+
+def test_a_run_over_latents_has_their_data_set(world):
+    assert world.config.dataset == "synthetic" and rjepa_config().dataset == "gsm8k"
+
+
+def test_chains_without_steps_have_no_energies(world):
+    empty = torch.randn(1, world.config.dim)
+    assert [len(e["next_step"]) for e in infer.energies(world.model, [empty, empty])] == [0, 0]
 
 
 def test_guidance_and_speaker_are_trained_beside_the_run(world):
@@ -2354,7 +2394,8 @@ def test_a_published_run_is_used_as_the_run_is(world, tmp_path):
         assert torch.allclose(x["leave_one_out"], y["leave_one_out"], atol=0.02)
     infer.load_beside(folder, "", "guide", "cpu")  # tied to the published weights
     (tmp_path / "small" / "letter.txt").write_text("x")
-    refused(ValueError, "holds other files", runs.publish, rjepa, folder)
+    for overwrite in (False, True):
+        refused(ValueError, "small is not empty", runs.publish, rjepa, folder, overwrite=overwrite)
 
 
 def test_what_came_of_use_is_logged_rated_exported_and_learned_from(world, tmp_path):
@@ -2380,6 +2421,26 @@ def test_what_came_of_use_is_logged_rated_exported_and_learned_from(world, tmp_p
     assert set(texts) == set(infer.load_memory(config, config.latents)[1])
     with pytest.raises(SystemExit, match="--truth 6: .* and --log FILE"):
         infer.main(["score", world.rjepa, "--question", question, "--steps", *steps, "--truth", "6"])
+
+
+def test_nothing_is_lost_where_it_cannot_be_logged(world, tmp_path, monkeypatch, capsys):
+    asked = ["score", world.rjepa, "--question", QUESTION, "--steps", "3 * 2 = 6", "#### 9", "--log"]
+    (tmp_path / "other").write_text("no memory, but a text")
+    with monkeypatch.context() as patch:
+        patch.setattr(infer, "score", Mock())
+        refused(SystemExit, "other is no memory", infer.main, [*asked, str(tmp_path / "other")])
+        assert not infer.score.called
+    monkeypatch.setattr(infer.Memory, "log", Mock(side_effect=TimeoutError("it is in use")))
+    refused(SystemExit, "it is in use", infer.main, [*asked, str(tmp_path / "new.duckdb")])
+    assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["steps"]) == 2
+
+
+def test_a_file_of_chains_is_scored_and_one_without_steps_named(world, tmp_path):
+    rows = [{"id": i, "question": QUESTION, "steps": steps, "is_valid": True, "answer": "9"}
+            for i, steps in (("whole", ["3 * 2 = 6", "#### 9"]), ("bare", []))]
+    one, both = write_jsonl(tmp_path / "one.jsonl", rows[:1]), write_jsonl(tmp_path / "both.jsonl", rows)
+    assert result_of(infer.main, "score", world.rjepa, "--chains", one)["n"] == 1
+    refused(SystemExit, "both.jsonl, bare: score needs", infer.main, ["score", world.rjepa, "--chains", both])
 
 
 def test_written_chains_are_extracted_once_and_go_on_where_they_stopped(world, tmp_path, monkeypatch):
@@ -2634,6 +2695,10 @@ def test_texts_of_a_folder_are_held_out_by_text_or_by_their_ends(tmp_path):
     config = text_config(text=str(tmp_path / "book"))
     (first,), (last,) = data.load_texts(config, "train"), data.load_texts(config, "val")
     assert first.count("Paragraph") == 38 and last.startswith("Paragraph 38.") and "Paragraph 37" in first
+    for between in ("\n", " "):
+        text = between.join(f"Line {i}." for i in range(40))
+        train_text, val_text = (data.cut_text(text, split) for split in ("train", "val"))
+        assert val_text == f"Line 38.{between}Line 39." and train_text + between + val_text == text
 
 
 def test_packing_keeps_every_document_once_and_fills_rows():

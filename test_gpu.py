@@ -1,0 +1,258 @@
+"""The way over a GPU, without one: tensors that say they are elsewhere, and whose numbers lie on the CPU.
+
+As on a GPU it is an error where a tensor of one side meets one of the other. And what a CPU waits for is noted: copies
+that are not asynchronous, values that Python asks for, sizes that follow from values. A training step must not wait.
+"""
+
+import contextlib
+import dataclasses
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+
+import config as cfg
+import eval_alignment
+import evaluate_accuracy
+import extract
+import infer
+import memory
+import model as m
+import test_core as t
+import train
+
+ELSEWHERE = torch.device("meta")  # the one device beside the CPU that every PyTorch has
+WAITS = "nonzero _local_scalar_dense masked_select equal _unique2 unique_dim unique_consecutive".split()
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor whose device is ELSEWHERE and whose numbers are those of `here`."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    waits: list[str] = []
+
+    @staticmethod
+    def __new__(cls, here):
+        return torch.Tensor._make_wrapper_subclass(cls, here.shape, strides=here.stride(), dtype=here.dtype,
+                                                   storage_offset=here.storage_offset(), device=ELSEWHERE)
+
+    def __init__(self, here):
+        self.here = here
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return run_here(function, args, kwargs or {})
+
+    def __getitem__(self, key):
+        return super().__getitem__(as_tensors(key))
+
+    def __setitem__(self, key, value):
+        return super().__setitem__(as_tensors(key), value)
+
+    def tolist(self):
+        note("tolist")
+        return self.here.tolist()
+
+    def numpy(self):
+        raise TypeError("a GPU's tensor has no numpy")
+
+
+class Gpu(TorchDispatchMode):
+    """Also tensors that are made where none has been."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return run_here(function, args, kwargs or {})
+
+
+def as_tensors(key):
+    """An index whose lists are tensors of the CPU, as PyTorch takes them."""
+    keys = key if isinstance(key, tuple) else (key,)
+    return tuple(torch.as_tensor(k, dtype=torch.long) if isinstance(k, list) else k for k in keys)
+
+
+def note(what):
+    ours = [f for f in traceback.extract_stack() if Path(f.filename).parent == t.ROOT and "test_" not in f.filename]
+    Elsewhere.waits.append(f"{what}: {ours[-1].name}: {ours[-1].line}" if ours else what)
+
+
+def run_here(function, args, kwargs):
+    name, leaves = function._schema.name.removeprefix("aten::"), tree_leaves((args, kwargs))
+    tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+    there, to = [x for x in tensors if isinstance(x, Elsewhere)], kwargs.get("device")
+    result_there = bool(there) if to is None else torch.device(to) == ELSEWHERE
+    if name in ("_to_copy", "copy_"):
+        source = args[1] if name == "copy_" else args[0]
+        result_there = isinstance(args[0], Elsewhere) if name == "copy_" else result_there
+        if result_there != isinstance(source, Elsewhere) and source.numel() > 1 and not kwargs.get("non_blocking"):
+            note("copy")
+    elif name in ("index", "index_put", "index_put_", "_index_put_impl_"):  # the indices may lie on the CPU
+        result_there = isinstance(args[0], Elsewhere)
+        assert result_there or not there, f"{name}: a tensor of the CPU is indexed by one of the GPU"
+        if there and any(x.dtype == torch.bool or not isinstance(x, Elsewhere) for x in args[1] if x is not None):
+            note(name)
+    elif there:
+        bad = [x for x in tensors if not isinstance(x, Elsewhere) and x.dim()]
+        assert not bad, f"{name}: a tensor {tuple(bad[0].shape)} of the CPU meets the GPU's"
+        if name in WAITS:
+            note(name)
+    if to is not None:
+        kwargs = kwargs | {"device": torch.device("cpu")}
+
+    def here(x):
+        return x.here if isinstance(x, Elsewhere) else x
+
+    def back(x):
+        if not isinstance(x, torch.Tensor):
+            return x
+        return own[id(x)] if id(x) in own else Elsewhere(x) if result_there else x
+
+    own = {id(x.here): x for x in there}  # what is changed in place is returned itself
+    with _disable_current_modes():
+        return tree_map(back, function(*tree_map(here, args), **tree_map(here, kwargs)))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A context in which `meta` is a GPU."""
+    autocast, is_enabled, tensor, generator, adamw = (
+        torch.autocast, torch.is_autocast_enabled, torch.tensor, torch.Generator, torch.optim.AdamW)
+
+    def put(name, value, place=torch):
+        monkeypatch.setattr(place, name, value)
+
+    put("autocast", lambda device, *a, **k: autocast("cpu" if device == "meta" else device, *a, **k))
+    put("is_autocast_enabled", lambda device: device != "meta" and is_enabled(device))
+    put("tensor", lambda x, *a, device=None, **k: tensor(x, *a, **k).to(device or "cpu", non_blocking=True))
+    put("Generator", lambda device="cpu": generator())
+    put("synchronize", lambda device: None, torch.accelerator)
+    put("AdamW", lambda groups, **k: adamw(groups, **k | {"fused": False, "foreach": False}), torch.optim)
+    put("loss_and_gradient", loss_and_gradient, m)  # functorch does not take subclasses
+    put("ROW", m.ROW | {"meta": m.ROW["cpu"]}, m)
+    Elsewhere.waits.clear()
+    return Gpu
+
+
+def loss_and_gradient(logits, targets):
+    """Of model.loss_and_gradient what works on a subclass."""
+    with torch.enable_grad():
+        x = logits.detach().requires_grad_()
+        loss = F.cross_entropy(x.float(), targets, reduction="sum")
+    return loss.detach(), torch.autograd.grad(loss, x)[0]
+
+
+def test_a_training_step_gives_the_same_on_a_gpu_and_never_waits_for_it(gpu):
+    options = dict(dropout=0.1, margin=1.0)
+    with gpu():
+        for (model, batch), (other, other_batch) in zip(
+                t.models_and_batches("cpu", **options), t.models_and_batches(ELSEWHERE, **options), strict=True):
+            other.load_state_dict(model.state_dict())
+            other.to(ELSEWHERE)
+            losses = []
+            for net, given in ((model, batch), (other, other_batch)):
+                torch.manual_seed(0)
+                Elsewhere.waits.clear()
+                losses.append(net.train()(given)["loss"])
+                losses[-1].backward()
+                net.update_target(0.9)
+            assert not Elsewhere.waits, (type(model).__name__, Elsewhere.waits)
+            torch.testing.assert_close(losses[1].detach().cpu(), losses[0].detach())
+            for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+                for value, there in ((ours, theirs), (ours.grad, theirs.grad)):
+                    if value is not None:
+                        torch.testing.assert_close(there.detach().cpu(), value.detach(), msg=name)
+
+
+def test_a_wait_and_a_meeting_of_both_sides_are_noticed(gpu):
+    with gpu():
+        there, here = torch.arange(4.0, device=ELSEWHERE), torch.arange(4.0)
+        for what in (lambda: there[there > 1], lambda: float(there.sum()), there.cpu, there.tolist, there.nonzero,
+                     lambda: here.to(ELSEWHERE), lambda: there[torch.tensor([1])]):
+            Elsewhere.waits.clear()
+            what()
+            assert Elsewhere.waits
+        Elsewhere.waits.clear()
+        assert (there + 1)[there.long()].device == m.send(here, ELSEWHERE).device == ELSEWHERE
+        assert not Elsewhere.waits
+        for what in (lambda: there + here, lambda: here[there.long()], lambda: torch.cat((there, here))):
+            with pytest.raises(AssertionError, match="of the CPU"):
+                what()
+
+
+def tour(device):
+    """(command, its figures) of what the scripts can do, on the device, in the present folder."""
+    def trained(preset, **fields):
+        config = dataclasses.replace(cfg.pick_preset(preset), **SMALL | fields, device=device)
+        return f"train {preset}", train.train(preset, config)
+
+    def asked(script, *argv):
+        argv = *argv, "--device", device
+        return f"{script.__name__} {' '.join(argv)}", t.result_of(script.main, *argv)
+
+    shape, text = dict(n_layer=2, n_head=2, n_embd=16), dict(vocab_size=300, block_size=700)
+    problems = dict(dataset="synthetic", n_synthetic=96, max_problem_steps=3, tokenizer="bpe", **shape, **text)
+    made = "--dataset synthetic --max_problem_steps 3 --limit 40 --llm llm --layer 1 --pooling both".split()
+    question, few = ("--question", "Ann has 2 pens and buys 3."), ("--max_new_tokens", "8")
+    steps = ("--steps", "2+3 = 5", "#### 5")
+    t.write_jsonl(Path("errors.jsonl"), [{"id": str(i), "question": "Ann has 2 pens.", "steps": ["2+2=4", "2+3=5"],
+                                          "is_correct": False, "first_error_step": 2} for i in range(3)])
+    yield trained("quickstart", **problems, batch_size=8, out_dir="llm")
+    yield trained("quickstart", **problems, batch_size=8, out_dir="ema", target_encoder="ema", answer_context="latent")
+    yield asked(extract, *made, "--counterfactual", "--logprobs", "--out", "latents")
+    yield asked(extract, *made, "--generate", "2", "--split", "test", *few, "--out", "written")
+    world = shape | dict(predictor_n_embd=8, latents="latents")
+    yield trained("rjepa-small", **world, batch_size=8, out_dir="world")
+    yield trained("rjepa-small", **world, batch_size=8, init_from="world", held_out="latents", out_dir="next",
+                  where="split = 'train'", mask="random")
+    yield trained("rjepa-calibrate", **world, batch_size=8, init_from="world", out_dir="calibrated")
+    yield trained("rjepa-guide", init_from="world", batch_size=4)
+    yield trained("rjepa-speak", init_from="world", batch_size=4, **shape, vocab_size=300)
+    yield trained("tjepa-document", **problems, predictor_n_embd=8, batch_size=2, out_dir="thinker")
+    yield trained("tjepa-distill", **problems, teacher="thinker", batch_size=2, out_dir="student")
+    yield trained("tjepa-speak", **problems, init_from="thinker", batch_size=8, out_dir="speaker")
+    for run in ("llm", "thinker", "speaker"):
+        yield asked(eval_alignment, run, "--limit", "12")
+    yield asked(eval_alignment, "student", "--limit", "12", "--teacher", "thinker")
+    yield asked(eval_alignment, "world", "--latents", "latents")
+    yield asked(eval_alignment, "world", "--step_errors", "errors.jsonl")
+    yield asked(eval_alignment, "world", "--plan", "--dataset", "synthetic", "--limit", "30", "--decode_limit", "3",
+                "--logprob_limit", "1")
+    yield asked(evaluate_accuracy, "llm", "--limit", "6", "--k", "2", *few)
+    yield asked(evaluate_accuracy, "world", "--latents", "written")
+    for way in ("bias", "hidden"):
+        yield asked(evaluate_accuracy, "world", "--method", "nudge", "--nudge", way, "--limit", "3", *few,
+                    "--alphas", "1")
+    yield asked(infer, "score", "world", *question, *steps)
+    yield asked(infer, "rerank", "world", *question, "--k", "2", "--alpha", "1", "--beta", "1", *few)
+    for who in ("speaker", "llm"):
+        yield asked(infer, "plan", "world", *question, *steps, "--at", "1", "--decode", who, *few)
+    yield asked(infer, "think", "thinker", "--text", "Ann has 2 pens.")
+    yield asked(infer, "speak", "speaker", *question, *few)
+    memory.main(["remember", "--latents", "latents", "--memory", "memory.duckdb"])
+    yield asked(memory, "recall", *question, "--memory", "memory.duckdb")
+
+
+SMALL = dict(max_steps=3, log_every=1, eval_every=2, save_every=2, val_problems=8, threads=1, dtype="fp32")
+
+
+def figures(found, path=""):
+    """The numbers of a nested result, each with its path; not those of a time."""
+    if isinstance(found, (dict, list)):
+        for key, value in found.items() if isinstance(found, dict) else enumerate(found):
+            yield from figures(value, f"{path}/{key}")
+    elif isinstance(found, (int, float)) and not path.endswith(("seconds", "tokens_per_s")):
+        yield path, found
+
+
+def test_every_command_gives_the_same_on_a_gpu(gpu, tmp_path, monkeypatch):
+    results = []
+    for device, there in (("cpu", contextlib.nullcontext), ("meta", gpu)):
+        (tmp_path / device).mkdir()
+        monkeypatch.chdir(tmp_path / device)
+        with there():
+            results.append(list(tour(device)))
+    for (name, here), (_, there) in zip(*results, strict=True):
+        assert dict(figures(there)) == pytest.approx(dict(figures(here)), rel=1e-3, abs=1e-3), name
