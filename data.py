@@ -20,7 +20,7 @@ import torch
 import benchmarks
 import verify
 from benchmarks import VAL_EVERY
-from model import answer_row, keep, pad_rows, pool_weights, real_tokens, send
+from model import answer_row, keep, pad_rows, pool_weights, real_tokens, to_device
 
 # ----------------------------------------------------------------------------- problems
 
@@ -650,8 +650,8 @@ def add_rows(batch: dict, prefix: str, rows: list[list[int]], fill: int, read, w
 
 
 def move(batch: dict, device) -> dict:
-    """The tensors of a batch on the device (see model.send)."""
-    return {k: send(v, device) for k, v in batch.items()}
+    """The tensors of a batch on the device (see model.to_device)."""
+    return {k: to_device(v, device) for k, v in batch.items()}
 
 
 # ----------------------------------------------------------------------------- documents and masked spans (T-JEPA)
@@ -789,7 +789,7 @@ def collate_documents(rows: list[list[dict]], config, rng, device=None) -> dict:
              "is_target": laid_out(lambda i, d: [False] * len(d["tokens"]) if rng is None else
                                    draw_spans(d, config, rng).repeat(d["sentences"]).tolist()).bool()}
     n = int((batch["segment"] >= 0).sum())
-    batch |= {k: send(batch[k], device) for k in ("idx", "positions")}  # the others say what is where (model.places)
+    batch |= {k: to_device(batch[k], device) for k in ("idx", "positions")}  # the others: see there
     return batch | {"n_tokens": n, "n_filled": n, "n_slots": batch["idx"].numel()}
 
 

@@ -147,7 +147,8 @@ class LatentJob(Job):
         config.latents = str(folder)
         for name in latents.SAME_LLM:
             setattr(config, name, manifest[name])
-        if manifest["dataset"] in ("gsm8k", "synthetic"):
+        if manifest["dataset"] in {"gsm8k", "synthetic"} - {config.dataset}:
+            runs.say(f"{folder} is of --dataset {manifest['dataset']}")
             config.dataset = manifest["dataset"]
         if config.held_out:
             self.train = sum(latents.training_chains(rows, manifest, folder), [])[: config.limit or None]
@@ -240,7 +241,7 @@ class GuideJob(WorldJob):
         seen, final = self.llm.states(pad_rows([ids for ids, _ in coded], 0, self.llm.device), {self.llm.layer}, True)
         h, is_real = latents.pad_latents([c["h"] for c in chains], device)
         chain, step, z_pred, _ = self.world.hidden_steps(h, is_real, "next_step")
-        at = {(int(c), int(s)): i for i, (c, s) in enumerate(zip(chain, step, strict=True))}
+        at = {pair: i for i, pair in enumerate(zip(chain.tolist(), step.tolist(), strict=True))}
         rows, columns, tokens, mine, others = [], [], [], [], []
         for i, (ids, spans) in enumerate(coded):
             j, ids = (i + 1) % len(coded), [*ids, self.llm.end_id]

@@ -20,7 +20,7 @@ import torch
 import data
 import verify
 from config import check
-from model import send
+from model import to_device
 
 SCHEMA = 1
 SAME_LLM = ("llm", "layer", "pooling", "prompt", "dim")  # what a model and the latents it reads must agree on
@@ -323,7 +323,7 @@ def pad_latents(parts: list[torch.Tensor], device=None) -> tuple[torch.Tensor, t
     """[1 + S, D] each -> h [B, S_max, D] fp32, zero-padded, and is_real bool [B, S_max]."""
     h = torch.nn.utils.rnn.pad_sequence([p.float() for p in parts], batch_first=True)
     lengths = torch.tensor([len(p) for p in parts])
-    return h.to(device), (torch.arange(h.shape[1]) < lengths[:, None]).to(device)
+    return to_device(h, device), to_device(torch.arange(h.shape[1]) < lengths[:, None], device)
 
 
 def with_slots(parts: list[torch.Tensor], slots: list[int], device=None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -381,8 +381,8 @@ def collate(chains: list[dict], config, rng, device=None, with_wrong: bool | Non
     both = {"is_real": is_real, "is_visible": is_real & ~is_hidden, "is_target": is_target}
     both = {k: torch.from_numpy(v) for k, v in both.items()}
     rows = torch.from_numpy(starts.T.reshape(-1)[: len(orders), None] + order)
-    h = send(table[send(rows, table.device)], device)
-    both["h"] = h.masked_fill_(~send(both["is_real"], h.device)[..., None], 0.0).float()
+    h = to_device(table[to_device(rows, table.device)], device)
+    both["h"] = h.masked_fill_(~to_device(both["is_real"], h.device)[..., None], 0.0).float()
     batch = {k: v[:B] for k, v in both.items()}
     if pairs:
         batch |= {f"wrong_{k}": v[B:] for k, v in both.items()}

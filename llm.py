@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import latents
-from model import pad_rows
+from model import pad_rows, to_device
 from runs import digest, digest_file, is_run, load_run, load_tokenizer, pick_device, pick_dtype, say, tokenizer_digest
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -64,7 +64,7 @@ def unit_tokens(spans, T: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """
     units = [torch.arange(i * T + begin, i * T + end) for i, row in enumerate(spans) for begin, end in row]
     offsets = torch.tensor([0, *map(len, units)]).cumsum(0)
-    return torch.cat(units).to(device, non_blocking=True), offsets.to(device, non_blocking=True)
+    return to_device(torch.cat(units), device), to_device(offsets, device)
 
 
 def pool(h: torch.Tensor, spans, pooling: str) -> torch.Tensor:
@@ -561,6 +561,8 @@ def load_llm(name: str = "smollm2", device: str = "auto", dtype: str = "auto", q
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         model = transformers.AutoModelForCausalLM.from_pretrained(source, **precision)
     except Exception as error:  # of a damaged file, transformers', safetensors' and gguf's kinds
+        if isinstance(error, torch.OutOfMemoryError) or getattr(error, "errno", None):
+            raise
         why = f"--llm {name} could not be loaded ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
         if isinstance(error, ImportError):
             raise ValueError(why) from None

@@ -67,16 +67,23 @@ def attend(q, k, v, attn_allowed=None, is_causal=False):
     return scores.softmax(-1) @ v
 
 
-def send(x, device):
-    """A tensor on the device; to a GPU from pinned memory, so that nobody waits for its work to end."""
+PINNED = {"cuda"}  # devices that copy from pinned memory while the CPU goes on
+
+
+def to_device(x, device):
+    """A tensor on the device; to a GPU from pinned memory, so that the CPU need not wait until its work is done.
+
+    Masks of a training batch stay on the CPU, which can tell what is where without asking the GPU; all that takes a
+    mask takes one of either.
+    """
     device = torch.device(device or "cpu")
-    x = x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x
-    return x.to(device, non_blocking=True)
+    is_async = device.type in PINNED and x.device.type == "cpu"
+    return (x.pin_memory() if is_async else x).to(device, non_blocking=is_async)
 
 
-def places(mask, device):
-    """Where a mask [B, T] is True: flat positions [N] on the device. Of a mask on the CPU nobody waits for a GPU."""
-    return send(mask.flatten().nonzero()[:, 0], device)
+def flat_index(mask, device):
+    """Where a mask [B, T] is True: flat positions [N] on the device."""
+    return to_device(mask.flatten().nonzero()[:, 0], device)
 
 
 ROW = {"cuda": 128, "cpu": 32}  # slots of a row in which short sequences are packed
@@ -213,11 +220,9 @@ class Transformer(nn.Module):
 
         positions: int [B or 1, T], 0 … T-1 by default. attn_allowed: bool [B or 1, T, T_keys]. context [B, T_ctx, C]
         or its `context_keys`, with context_allowed [B, T_ctx], for cross-attention. caches: see `new_caches`.
-        is_real bool [B, T] (on the CPU, if it is there: then nobody waits for a GPU): where it is given the others are
-        left out, of attention where rows are packed (otherwise
-        its mask must bar them);
-        what comes out there is meaningless. kept: what `keep` makes of it, where that is known without asking a GPU.
-        wanted bool [B, T]: where the output may be meaningless elsewhere, too.
+        is_real bool [B, T]: where it is given the others are left out, of attention where rows are packed (otherwise
+        its mask must bar them); what comes out there is meaningless. kept: what `keep` makes of it, where that is known
+        already. wanted bool [B, T]: where the output may be meaningless elsewhere, too.
         """
         B, T, C = x.shape
         if positions is None:
@@ -228,7 +233,7 @@ class Transformer(nn.Module):
         if self.training and short and caches is None and context is None:
             index, slots, shape = pack(is_real.cpu(), room)
             asked = slice(None) if wanted is None else keep(wanted.cpu().flatten()[index])
-            back, only, index, slots = (send(t, x.device) for t in (index[asked], slots[asked], index, slots))
+            back, only, index, slots = (to_device(t, x.device) for t in (index[asked], slots[asked], index, slots))
             whole, is_real = (back, (B, T)), None
             x = spread(x.flatten(0, 1)[index], (slots, shape))
             positions = positions.expand(B, T).flatten()
@@ -237,10 +242,10 @@ class Transformer(nn.Module):
         cos_sin = rope(positions, self.n_embd // self.n_head)
         attn_allowed = None if attn_allowed is None else attn_allowed[:, None]  # (B, 1, T, T_keys)
         if context_allowed is not None:
-            context_allowed = send(context_allowed, x.device)[:, None, None]  # (B, 1, 1, T_ctx)
+            context_allowed = to_device(context_allowed, x.device)[:, None, None]  # (B, 1, 1, T_ctx)
         assert is_real is None or kept is None, "kept follows from is_real"
         if is_real is not None:
-            kept = send(keep(is_real), x.device)
+            kept = to_device(keep(is_real), x.device)
         if kept is not None:
             kept, x = (kept, x.shape[:2]), x.flatten(0, 1)[kept]
         x = self.drop(x)
@@ -328,11 +333,11 @@ class Predictor(nn.Module):
         init_weights(self, n_layer)
 
     def forward(self, z_context, positions, is_visible, is_target, segment=None):
-        is_real, hidden = is_visible | is_target, send(is_target, z_context.device)[..., None]
+        is_real, hidden = is_visible | is_target, to_device(is_target, z_context.device)[..., None]
         x = torch.where(hidden, self.mask_token, self.proj_in(z_context))
         allowed = may_attend(is_real, segment, x.device)
         x = self.transformer(x, positions, allowed, is_real=is_real, wanted=is_target)
-        return self.proj_out(x.flatten(0, 1)[places(is_target, x.device)])
+        return self.proj_out(x.flatten(0, 1)[flat_index(is_target, x.device)])
 
 
 def may_attend(visible, segment=None, device=None):
@@ -340,11 +345,11 @@ def may_attend(visible, segment=None, device=None):
 
     segment int [B, S]: of its own segment alone, where several sequences lie packed in a row. device: of the result.
     """
-    visible = visible if device is None else send(visible, device)
+    visible = visible if device is None else to_device(visible, device)
     own = torch.eye(visible.shape[1], dtype=torch.bool, device=visible.device)  # a row without any key would be NaN
     allowed = visible[:, None, :]
     if segment is not None:
-        segment = send(segment, visible.device)
+        segment = to_device(segment, visible.device)
         allowed = allowed & (segment[:, :, None] == segment[:, None, :])
     return allowed | own
 
@@ -429,13 +434,13 @@ def pad_rows(rows: list[list[int]], fill: int, device=None) -> torch.Tensor:
     is_real = real_tokens(rows)
     out = torch.full(is_real.shape, fill, dtype=torch.long)
     out[is_real] = torch.tensor(list(itertools.chain.from_iterable(rows)), dtype=torch.long)
-    return send(out, device)
+    return to_device(out, device)
 
 
 def real_tokens(rows: list[list[int]], device=None) -> torch.Tensor:
     """is_real bool [B, T] of what `pad_rows` makes of ragged rows."""
     lengths = torch.tensor([len(row) for row in rows])
-    return send(torch.arange(int(lengths.max())) < lengths[:, None], device)
+    return to_device(torch.arange(int(lengths.max())) < lengths[:, None], device)
 
 
 def attn_allowed(segment: torch.Tensor) -> torch.Tensor:
@@ -763,7 +768,7 @@ class RJEPA(Model):
         """A batch of latents.collate -> {"loss" and its named parts}: means, scalars.
 
         h [B, S, D]; is_real, is_visible, is_target bool [B, S] (neither visible nor target: hidden, not asked for).
-        Masks may lie on the CPU: so nobody waits for a GPU to know what is where.
+        Masks may lie on the CPU (see `to_device`).
         With wrong chains for some of them: wrong_h and the same three masks with wrong_ before their names; is_wrong
         bool [B, S]: the steps that differ from h's, of counterfactuals, whose masks are h's; right_counts, wrong_counts
         bool [B, S]: the targets that the margin compares.
@@ -783,7 +788,7 @@ class RJEPA(Model):
         asked = torch.cat((is_step, is_target & batch["is_wrong"])) if hard else is_step
         z_all = self.targets(h_all if hard else h, rows("is_real", hard), online, asked)  # (B or 2 B, S, C)
         z_all, z_wrong = z_all[:B], z_all[B:].detach()
-        at = places(is_target, device)  # (N,) of the B S positions
+        at = flat_index(is_target, device)  # (N,) of the B S positions
         z_target = z_all.flatten(0, 1)[at]  # (N, C)
         z_pred = self.predict(h_all if margin else h, rows("is_visible", margin), rows("is_target", margin))
         z_pred, wrong_pred = z_pred[: len(z_target)], z_pred[len(z_target) :]
@@ -794,13 +799,13 @@ class RJEPA(Model):
             logits = p @ t.T / cfg.tau  # (N, N)
         if hard:
             own_wrong = (p * F.normalize(z_wrong.flatten(0, 1)[at], dim=-1)).sum(-1, keepdim=True) / cfg.tau
-            has_wrong = send(batch["is_wrong"], device).flatten()[at, None]
+            has_wrong = to_device(batch["is_wrong"], device).flatten()[at, None]
             logits = torch.cat((logits, own_wrong.masked_fill(~has_wrong, float("-inf"))), dim=1)
         parts["infonce"] = F.cross_entropy(logits, torch.arange(len(p), device=p.device))
         chain, step = at // S, at % S
         with torch.autocast(p.device.type, enabled=False):
             own = (F.normalize(z_all, dim=-1)[chain] @ p[:, :, None])[..., 0] / cfg.tau  # (N, S)
-        parts["own"] = F.cross_entropy(own.masked_fill(~send(is_step, device)[chain], float("-inf")), step)
+        parts["own"] = F.cross_entropy(own.masked_fill(~to_device(is_step, device)[chain], float("-inf")), step)
         parts["reconstruction"] = (self.w_out(z_pred.to(h.dtype)) - h.flatten(0, 1)[at]).abs().mean()
         parts["margin"] = z_pred.new_zeros(())
         if margin:
@@ -808,7 +813,8 @@ class RJEPA(Model):
             z = self.targets(h_all, rows("is_real", True), online=True)
             gap = (mean_error(wrong_pred, z[B:], batch["wrong_is_target"], batch["wrong_counts"])
                    - mean_error(z_pred, z[:B], is_target, batch["right_counts"]))  # (B,)
-            paired = send(batch["right_counts"].any(1) & batch["wrong_counts"].any(1), device)  # maybe none of them
+            paired = batch["right_counts"].any(1) & batch["wrong_counts"].any(1)  # maybe none of them
+            paired = to_device(paired, device)
             parts["margin"] = (F.softplus(-gap / cfg.margin) * paired).sum() / paired.sum().clamp_min(1)
         loss = parts["l1"] + sum(getattr(cfg, f"lambda_{k}") * v for k, v in parts.items() if k != "l1")
         return {"loss": loss, **parts}
@@ -904,7 +910,7 @@ class RJEPA(Model):
 
 def mean_error(z_pred, z_target, is_target, counts):
     """Mean L1 error [B] over the targets that count [B, S], of predictions z_pred [N, C] against z_target [B, S, C]."""
-    at, counts = places(is_target, z_target.device), send(counts, z_target.device)
+    at, counts = flat_index(is_target, z_target.device), to_device(counts, z_target.device)
     error = (z_pred - z_target.flatten(0, 1)[at]).abs().mean(-1)
     error = error.new_zeros(is_target.numel()).index_copy(0, at, error).view(is_target.shape)
     return (error * counts).sum(1) / counts.sum(1).clamp_min(1)
@@ -972,10 +978,11 @@ class Speaker(Model):
         """-> {"loss", "lm_loss": of the text alone}.
 
         idx [B, T] ([EOS], then the text; before both what is read, if anything), targets [B, T] (-100: padding),
-        is_text [B, T] (which of them are the text's), context, context_allowed, offsets.
+        is_text [B, T] (which of them are the text's; these two may lie on the CPU), context, context_allowed, offsets.
         """
-        losses, is_text = self.losses(batch), send(batch["is_text"], batch["idx"].device)
-        weights = torch.where(is_text, 1.0, self.config.read_weight) * (send(batch["targets"], losses.device) >= 0)
+        losses, is_text = self.losses(batch), batch["is_text"]
+        weights = torch.where(is_text, 1.0, self.config.read_weight) * (batch["targets"] >= 0)
+        weights, is_text = (to_device(x, losses.device) for x in (weights, is_text))
         return {"loss": (losses * weights).sum() / weights.sum(), "lm_loss": (losses * is_text).sum() / is_text.sum()}
 
     def losses(self, batch: dict) -> torch.Tensor:
@@ -983,9 +990,9 @@ class Speaker(Model):
         context, kept = self.prepare(batch["context"], batch.get("offsets")), batch["targets"] >= 0
         h = self.transformer(self.embed(batch["idx"]), is_causal=True, context=context,
                              context_allowed=batch["context_allowed"], is_real=kept)
-        at = places(kept, h.device)
+        at = flat_index(kept, h.device)
         logits = F.linear(h.flatten(0, 1)[at], self.embed.weight[: self.config.vocab_size])
-        losses = F.cross_entropy(logits.float(), send(batch["targets"][kept], h.device), reduction="none")
+        losses = F.cross_entropy(logits.float(), to_device(batch["targets"][kept], h.device), reduction="none")
         return losses.new_zeros(kept.numel()).index_copy(0, at, losses).view(kept.shape)
 
     @torch.no_grad()
@@ -1074,7 +1081,7 @@ class TJEPA(Model):
         """(what the context encoder makes of the visible tokens [B, T, C], visible [B, T]); it runs on them alone."""
         visible = (segment >= 0) & ~is_target
         kept = visible.int().argsort(dim=1, descending=True, stable=True)[:, : int(visible.sum(1).max())]
-        at = send(kept, idx.device)
+        at = to_device(kept, idx.device)
         z = self.jepa.encode(self.jepa.context_encoder, self.embed(idx.gather(1, at)), positions.gather(1, at),
                              visible.gather(1, kept), segment.gather(1, kept))  # (B, T_visible, C)
         return z.new_zeros(*idx.shape, z.shape[-1]).scatter(1, at[..., None].expand_as(z), z), visible
@@ -1096,11 +1103,11 @@ class TJEPA(Model):
         z_context, visible = seen
         z_pred = self.predict(**batch, seen=seen)
         z_target = self.targets(batch["idx"], batch["positions"], batch["segment"])
-        z_target = z_target.flatten(0, 1)[places(batch["is_target"], z_target.device)]
+        z_target = z_target.flatten(0, 1)[flat_index(batch["is_target"], z_target.device)]
         if cfg.standardize_target:
             z_target = (z_target - z_target.mean(0)) / z_target.std(0, correction=0).clamp_min(1e-3)
         with torch.autocast(z_context.device.type, enabled=False):
-            z = self.head(z_context.flatten(0, 1)[places(visible, z_context.device)].float())
+            z = self.head(z_context.flatten(0, 1)[flat_index(visible, z_context.device)].float())
             z = z - z.mean(0)
             cov = z.T @ z / len(z)  # (C, C)
             std = cov.diagonal().add(1e-4).sqrt()
@@ -1140,7 +1147,7 @@ def document_terms(z, document, share: float) -> dict:
     loss, and with one document both say nothing.
     """
     names, number = document.unique(return_inverse=True)
-    belongs = F.one_hot(send(number, z.device), len(names)).to(z)  # (N, D)
+    belongs = F.one_hot(to_device(number, z.device), len(names)).to(z)  # (N, D)
     between = belongs @ (belongs.T @ z / belongs.sum(0)[:, None])
     correlations, std = [], []
     for part in (between, z - between):
@@ -1166,7 +1173,7 @@ class DistilledEncoder(Model):
         """idx, positions, segment [B, T], z_teacher [B, T, C_teacher] layer-normed -> {"loss", "mse", "cos"}."""
         is_real = batch["segment"] >= 0
         z, z_teacher = self.student(batch["idx"], is_real, batch["positions"], batch["segment"]), batch["z_teacher"]
-        at = places(is_real, z.device)
+        at = flat_index(is_real, z.device)
         z, z_teacher = self.project(z.flatten(0, 1)[at]).float(), z_teacher.flatten(0, 1)[at]
         mse = F.mse_loss(z, z_teacher)
         return {"loss": mse, "mse": mse, "cos": F.cosine_similarity(z, z_teacher, dim=-1).mean()}

@@ -375,7 +375,7 @@ def load_tokenizer(folder, config) -> data.Tokenizer:
 
 # from `latents` on: what follows from a job's identity
 FREE_ON_RESUME = set("""out_dir overwrite device threads log_every save_every data_dir vocab_size shard grad_accum
-                        latents llm layer pooling prompt dim dataset
+                        latents llm layer pooling prompt dim
                         z_dim h_dim context_dim teacher_dim world""".split())
 
 
@@ -404,7 +404,8 @@ def open_run(folder: Path, preset: str, config) -> dict | None:
             raise SystemExit(f"{error}. Choose another --out_dir, or --overwrite") from None
         if type(old) is not type(config):
             raise SystemExit(f"{folder} is a run of preset '{old_preset}'. Choose another --out_dir, or --overwrite")
-        refuse_changes(folder, {k: v for k, v in cfg.diff(old, config).items() if k not in FREE_ON_RESUME})
+        free = FREE_ON_RESUME | {"dataset" if isinstance(config, cfg.RJEPAConfig) else ""}  # it is that of the latents
+        refuse_changes(folder, {k: v for k, v in cfg.diff(old, config).items() if k not in free})
     if not (folder / "state.pt").exists():
         return None  # killed before the first checkpoint
     try:

@@ -221,7 +221,7 @@ def models_and_batches(device="cpu", dropout=0.0, margin=0.0):
     packed = data.Documents(documents(200), text)(0, device)
     yield m.TJEPA(text), packed
     taught = torch.randn(*packed["idx"].shape, 64, generator=torch.Generator().manual_seed(0))
-    yield m.DistilledEncoder(distill), packed | {"z_teacher": taught.to(device)}
+    yield m.DistilledEncoder(distill), packed | {"z_teacher": m.to_device(taught, device)}
     spoken = [{"question": q, "answer": a} for q, a in zip(token_lists(64, 8, 30), token_lists(64, 8, 30), strict=True)]
     for trained in (False, True):
         yield (m.SpeakingTJEPA(dataclasses.replace(answer, train_encoder=trained)),
@@ -1837,7 +1837,7 @@ def test_an_endpoint_is_asked_judged_and_resumed(tmp_path, monkeypatch):
     records = latents.chains_of_file(str(path), "chains")
     assert sum(r["is_valid"] for r in records) == sum(r["is_valid"] for r in there) and all(r["steps"] for r in records)
     assert {r["split"] for r in records} == {"test"} == {r["split"] for r in there}
-    refused(SystemExit, "of m on gsm8k temperature 0.8 .*--overwrite", ask, server, "--temperature", "1")
+    refused(SystemExit, "of m temperature 0.8 .*--overwrite", ask, server, "--temperature", "1")
     write_jsonl(tmp_path / "test.jsonl", [rows[1], rows[0]])
     refused(SystemExit, "has another question as gsm8k-test-0: choose another --out", ask, server)
     write_jsonl(tmp_path / "test.jsonl", rows)

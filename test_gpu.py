@@ -1,7 +1,8 @@
 """The way over a GPU, without one: tensors that say they are elsewhere, and whose numbers lie on the CPU.
 
-As on a GPU it is an error where a tensor of one side meets one of the other. And what a CPU waits for is noted: copies
-that are not asynchronous, values that Python asks for, sizes that follow from values. A training step must not wait.
+As on a GPU it is an error where a tensor of one side meets one of the other. And what a CPU waits for is noted, as far
+as it is known here: copies that are not asynchronous out of pinned memory, values that Python asks for, sizes that
+follow from values. A training step must not wait.
 """
 
 import contextlib
@@ -26,7 +27,8 @@ import test_core as t
 import train
 
 ELSEWHERE = torch.device("meta")  # the one device beside the CPU that every PyTorch has
-WAITS = "nonzero _local_scalar_dense masked_select equal _unique2 unique_dim unique_consecutive".split()
+WAITS = """nonzero _local_scalar_dense masked_select equal _unique2 unique_dim unique_consecutive bincount
+           repeat_interleave""".split()
 
 
 class Elsewhere(torch.Tensor):
@@ -79,40 +81,52 @@ def note(what):
     Elsewhere.waits.append(f"{what}: {ours[-1].name}: {ours[-1].line}" if ours else what)
 
 
-def run_here(function, args, kwargs):
-    name, leaves = function._schema.name.removeprefix("aten::"), tree_leaves((args, kwargs))
-    tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+def is_there(name, args, kwargs):
+    """Whether the result of an operation lies elsewhere; notes where the CPU waits, refuses what a GPU would."""
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     there, to = [x for x in tensors if isinstance(x, Elsewhere)], kwargs.get("device")
-    result_there = bool(there) if to is None else torch.device(to) == ELSEWHERE
     if name in ("_to_copy", "copy_"):
         source = args[1] if name == "copy_" else args[0]
-        result_there = isinstance(args[0], Elsewhere) if name == "copy_" else result_there
-        if result_there != isinstance(source, Elsewhere) and source.numel() > 1 and not kwargs.get("non_blocking"):
+        result = isinstance(args[0], Elsewhere) if name == "copy_" or to is None else torch.device(to) == ELSEWHERE
+        is_async = result and (source.dim() == 0 or (kwargs.get("non_blocking") and hasattr(source, "pinned")))
+        if result != isinstance(source, Elsewhere) and not is_async:
             note("copy")
-    elif name in ("index", "index_put", "index_put_", "_index_put_impl_"):  # the indices may lie on the CPU
-        result_there = isinstance(args[0], Elsewhere)
-        assert result_there or not there, f"{name}: a tensor of the CPU is indexed by one of the GPU"
-        if there and any(x.dtype == torch.bool or not isinstance(x, Elsewhere) for x in args[1] if x is not None):
+        return result
+    if name in ("index", "index_put", "index_put_", "_index_put_impl_"):  # the indices may lie on the CPU
+        result = isinstance(args[0], Elsewhere)
+        assert result or not there, f"{name}: a tensor of the CPU is indexed by one of the GPU"
+        if result and any(x.dtype == torch.bool or not isinstance(x, Elsewhere) for x in args[1] if x is not None):
             note(name)
-    elif there:
-        bad = [x for x in tensors if not isinstance(x, Elsewhere) and x.dim()]
-        assert not bad, f"{name}: a tensor {tuple(bad[0].shape)} of the CPU meets the GPU's"
-        if name in WAITS:
-            note(name)
-    if to is not None:
+        return result
+    bad = [x for x in tensors if not isinstance(x, Elsewhere) and x.dim()] if there else []
+    assert not bad, f"{name}: a tensor {tuple(bad[0].shape)} of the CPU meets the GPU's"
+    if there and name in WAITS:
+        note(name)
+    return bool(there) if to is None else torch.device(to) == ELSEWHERE
+
+
+def run_here(function, args, kwargs):
+    """An operation on the CPU; of a result that lies elsewhere, what stands for it there."""
+    result_there = is_there(function._schema.name.removeprefix("aten::"), args, kwargs)
+    if kwargs.get("device") is not None:
         kwargs = kwargs | {"device": torch.device("cpu")}
+    changed = {id(x.here): x for x in tree_leaves((args, kwargs)) if isinstance(x, Elsewhere)}  # maybe, in place
 
     def here(x):
         return x.here if isinstance(x, Elsewhere) else x
 
     def back(x):
-        if not isinstance(x, torch.Tensor):
-            return x
-        return own[id(x)] if id(x) in own else Elsewhere(x) if result_there else x
+        return x if not isinstance(x, torch.Tensor) else changed[id(x)] if id(x) in changed else (
+            Elsewhere(x) if result_there else x)
 
-    own = {id(x.here): x for x in there}  # what is changed in place is returned itself
     with _disable_current_modes():
         return tree_map(back, function(*tree_map(here, args), **tree_map(here, kwargs)))
+
+
+def pinned(x):
+    x = x.clone()
+    x.pinned = True
+    return x
 
 
 @pytest.fixture
@@ -126,12 +140,14 @@ def gpu(monkeypatch):
 
     put("autocast", lambda device, *a, **k: autocast("cpu" if device == "meta" else device, *a, **k))
     put("is_autocast_enabled", lambda device: device != "meta" and is_enabled(device))
-    put("tensor", lambda x, *a, device=None, **k: tensor(x, *a, **k).to(device or "cpu", non_blocking=True))
+    put("tensor", lambda x, *a, device=None, **k: tensor(x, *a, **k).to(device or "cpu"))
     put("Generator", lambda device="cpu": generator())
     put("synchronize", lambda device: None, torch.accelerator)
     put("AdamW", lambda groups, **k: adamw(groups, **k | {"fused": False, "foreach": False}), torch.optim)
     put("loss_and_gradient", loss_and_gradient, m)  # functorch does not take subclasses
     put("ROW", m.ROW | {"meta": m.ROW["cpu"]}, m)
+    put("PINNED", {"meta"}, m)
+    put("pin_memory", pinned, torch.Tensor)
     Elsewhere.waits.clear()
     return Gpu
 
@@ -144,38 +160,46 @@ def loss_and_gradient(logits, targets):
     return loss.detach(), torch.autograd.grad(loss, x)[0]
 
 
-def test_a_training_step_gives_the_same_on_a_gpu_and_never_waits_for_it(gpu):
-    options = dict(dropout=0.1, margin=1.0)
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_training_step_gives_the_same_on_a_gpu_and_does_not_wait_for_it(gpu, moved):
+    """moved: all of the batch, as FSDP2 does it; then it may wait."""
+    options, each = dict(dropout=0.1, margin=1.0), []
     with gpu():
         for (model, batch), (other, other_batch) in zip(
                 t.models_and_batches("cpu", **options), t.models_and_batches(ELSEWHERE, **options), strict=True):
+            assert not Elsewhere.waits, "a batch is made without waiting, too"
+            if moved:
+                other_batch = {k: v.to(ELSEWHERE) if isinstance(v, torch.Tensor) else v for k, v in other_batch.items()}
             other.load_state_dict(model.state_dict())
             other.to(ELSEWHERE)
+            Elsewhere.waits.clear()
             losses = []
             for net, given in ((model, batch), (other, other_batch)):
                 torch.manual_seed(0)
-                Elsewhere.waits.clear()
                 losses.append(net.train()(given)["loss"])
                 losses[-1].backward()
                 net.update_target(0.9)
-            assert not Elsewhere.waits, (type(model).__name__, Elsewhere.waits)
+            each.append((type(model).__name__, list(Elsewhere.waits)))
             torch.testing.assert_close(losses[1].detach().cpu(), losses[0].detach())
             for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
                 for value, there in ((ours, theirs), (ours.grad, theirs.grad)):
                     if value is not None:
                         torch.testing.assert_close(there.detach().cpu(), value.detach(), msg=name)
+            Elsewhere.waits.clear()
+    assert moved or not any(waits for _, waits in each), each
 
 
 def test_a_wait_and_a_meeting_of_both_sides_are_noticed(gpu):
     with gpu():
         there, here = torch.arange(4.0, device=ELSEWHERE), torch.arange(4.0)
         for what in (lambda: there[there > 1], lambda: float(there.sum()), there.cpu, there.tolist, there.nonzero,
-                     lambda: here.to(ELSEWHERE), lambda: there[torch.tensor([1])]):
+                     lambda: here.to(ELSEWHERE), lambda: here.to(ELSEWHERE, non_blocking=True), there[:1].cpu,
+                     lambda: there[torch.tensor([1])], lambda: torch.tensor([1.0], device=ELSEWHERE)):
             Elsewhere.waits.clear()
             what()
             assert Elsewhere.waits
         Elsewhere.waits.clear()
-        assert (there + 1)[there.long()].device == m.send(here, ELSEWHERE).device == ELSEWHERE
+        assert (there + 1)[there.long()].device == m.to_device(here, ELSEWHERE).device == ELSEWHERE
         assert not Elsewhere.waits
         for what in (lambda: there + here, lambda: here[there.long()], lambda: torch.cat((there, here))):
             with pytest.raises(AssertionError, match="of the CPU"):
