@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import traceback
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -162,7 +163,7 @@ def loss_and_gradient(logits, targets):
 
 @pytest.mark.parametrize("moved", [False, True])
 def test_a_training_step_gives_the_same_on_a_gpu_and_does_not_wait_for_it(gpu, moved):
-    """moved: all of the batch, as FSDP2 does it; then it may wait."""
+    """moved: all of the batch, masks too; then it may wait."""
     options, each = dict(dropout=0.1, margin=1.0), []
     with gpu():
         for (model, batch), (other, other_batch) in zip(
@@ -176,7 +177,7 @@ def test_a_training_step_gives_the_same_on_a_gpu_and_does_not_wait_for_it(gpu, m
             losses = []
             for net, given in ((model, batch), (other, other_batch)):
                 torch.manual_seed(0)
-                losses.append(net.train()(given)["loss"])
+                losses.append(net.train()(MappingProxyType(given))["loss"])
                 losses[-1].backward()
                 net.update_target(0.9)
             each.append((type(model).__name__, list(Elsewhere.waits)))

@@ -22,6 +22,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -159,7 +160,7 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
             torch.manual_seed(config.seed * 1_000_003 * 1009 + index)  # dropout follows from the batch, whoever has it
             with sync_gradients(run_model, last=micro == config.grad_accum - 1):
                 with in_dtype():
-                    losses = run_model(batch)
+                    losses = run_model(MappingProxyType(batch))  # of a dict FSDP2 takes the masks to the GPU, too
                 (losses["loss"] / config.grad_accum).backward()
             for k, v in losses.items():
                 sums[k] = sums.get(k, 0.0) + v.detach() / config.grad_accum
