@@ -499,9 +499,13 @@ def from_json(text: str, where: str):
     if not isinstance(job, str) or job not in jobs:
         raise ValueError(f"{where}: unknown job '{job}'; this version knows {', '.join(jobs)}")
     names = {f.name for f in dataclasses.fields(jobs[job])}
-    if wrong := sorted(names ^ set(fields)):
-        raise ValueError(f"{where}: missing or unknown fields {', '.join(wrong)} (written by another version?)")
+    if unknown := sorted(set(fields) - names):
+        raise ValueError(f"{where}: unknown fields {', '.join(unknown)} (written by another version?)")
     try:
-        return preset, jobs[job](**fields)
+        config = jobs[job](**fields)
+        if new := sorted(names - set(fields)):  # a field that has come since: the run was made before it meant anything
+            print(f"{where} lacks " + ", ".join(f"{name}, taken as {getattr(config, name)!r}" for name in new),
+                  file=sys.stderr)
+        return preset, config
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None

@@ -46,7 +46,7 @@ class Problems:
     dataset: Literal["", "gsm8k", "svamp", "synthetic"] = ""  # empty: the run's own
     split: Literal["train", "val", "test"] = "test"
     data_dir: str = ""  # as in train.py; empty: the run's own
-    limit: int = 0  # number of problems; 0: all there are, 256 synthetic ones
+    limit: int = 0  # number of problems (T-JEPA's probes learn from five times as many); 0: all, 256 synthetic ones
     seed: int = 1  # which synthetic problems, which counterfactuals, which distractors
     latents: str = ""  # R-JEPA: a folder of extract.py; empty: the run's own, its held-out chains
     llm: str = ""  # where the run's LLM lies, if not under the name it was trained with
@@ -524,7 +524,7 @@ def evaluate_tjepa(run: str, args) -> dict:
         return result
     dataset = args.dataset or config.dataset
     data_dir = args.data_dir or (config.data_dir if dataset == config.dataset else "")
-    limit = min(2000, config.limit or config.n_synthetic) if dataset == "synthetic" else 0
+    limit = min(2000, config.limit or config.n_synthetic) if dataset == "synthetic" else 5 * args.limit
     train_problems = data.load_problems(dataset, "train", data_dir, limit, config.seed, config.max_problem_steps)
     untrained = []
     for seed in range(args.seed, args.seed + 3):

@@ -194,7 +194,8 @@ def rerank(model, chains: list[dict], alpha: float, beta: float, gate: bool = Fa
     """Chains of llm.generate -> the same, best first, each with its number, energy, score, answer and arithmetic.
 
     score = alpha * mean logprob + beta * (-energy). `arithmetic` is the gate's word on the steps' equations, without
-    knowing the answer: "" where they all hold, else why not. gate: those it finds fault with come after all others.
+    knowing the answer: "" where they all hold, else why not. gate: those that it finds fault with, and those without an
+    answer, come after all others.
     """
     ranked = []
     for i, (chain, found) in enumerate(zip(chains, energies(model, [c["h"] for c in chains]), strict=True), 1):
@@ -206,7 +207,7 @@ def rerank(model, chains: list[dict], alpha: float, beta: float, gate: bool = Fa
                        "score": None if energy is None else alpha * chain["logprob"] - beta * energy,
                        "arithmetic": "" if verdict.is_valid else verdict.reason})
     return sorted(ranked, reverse=True, key=lambda c: (
-        c["score"] is not None, not (gate and c["arithmetic"]), c["score"] or 0.0))
+        c["score"] is not None, not (gate and (c["arithmetic"] or c["answer"] is None)), c["score"] or 0.0))
 
 
 def fitted_weights(run: str) -> dict | None:
@@ -541,7 +542,7 @@ class Rerank(Writing):
     k: int = 4  # candidates
     alpha: float | None = None  # weight of the mean logprob; empty: as fitted
     beta: float | None = None  # weight of the energy; empty: as fitted
-    gate: bool = False  # candidates with an equation that does not hold come after all others
+    gate: bool = False  # candidates with an equation that does not hold, or without an answer, come after all others
     fit: str = ""  # a jsonl file of labelled candidates, or a folder of their latents: fits alpha and beta for the run
 
     def __post_init__(self):
@@ -735,7 +736,8 @@ def main(argv=None):
     for c in result.get("candidates", []):
         head = "nothing written" if not c["steps"] else (
             f"score {c['score']:.3f}  logprob {c['logprob']:.3f}  energy {c['energy']:.3f}  "
-            + (f"wrong: {c['arithmetic']}" if c["arithmetic"] else "no wrong equation"))
+            + (f"wrong: {c['arithmetic']}" if c["arithmetic"] else "no wrong equation")
+            + ("" if c["answer"] else ", no answer"))
         print("\n    ".join([head, *c["steps"]]))
     print(json.dumps(result, allow_nan=False))
     if not_logged:

@@ -220,8 +220,8 @@ def write_index(folder: Path, records: list[dict], header: dict, write):
 def read_manifest(folder) -> dict:
     """Raises FileNotFoundError or ValueError that says what to do."""
     if not str(folder):
-        raise ValueError("the run names no folder of latents (one of pretrained/ comes without): extract some and "
-                         'write the folder into its config.json, as "latents"')
+        raise ValueError("the run names no folder of latents (one of pretrained/ comes without): extract some, and "
+                         'name them with --latents or, where that is no option, as "latents" in its config.json')
     path = Path(folder) / "manifest.json"
     if not path.is_file():
         unfinished = any(Path(folder).glob("shard-*")) if Path(folder).is_dir() else False

@@ -717,9 +717,13 @@ def test_every_config_field_is_read_somewhere():
         assert {f.name for f in dataclasses.fields(job)} - LOSS_WEIGHTS <= read
 
 
-def test_config_json_round_trip_and_damage():
+def test_config_json_round_trip_and_damage(capsys):
     config = tiny(lr=0.5)
     assert cfg.from_json(cfg.to_json(config, "p"), "x") == ("p", config)
+    fields = json.loads(cfg.to_json(config, "p"))
+    del fields["shard"]  # as in a run made before there was such a field
+    assert cfg.from_json(json.dumps(fields), "x") == ("p", config)
+    assert "x lacks shard, taken as False" in capsys.readouterr().err
     wrong = cfg.to_json(config, "p").replace('"n_layer": 2', '"n_layer": "2"')
     for text, message in [("{", "x is not"), ("[]", "x is not"), (wrong, "x: --n_layer 2"),
                           ('{"preset": "p", "job": "Other"}', "Other"),
@@ -2348,9 +2352,10 @@ def test_plan_and_rerank_commands(world, tmp_path):
     scores = [c["score"] for c in found["candidates"] if c["score"] is not None]
     assert scores and scores == sorted(scores, reverse=True)
     chains = [{"steps": steps, "logprob": logprob, "h": torch.randn(1 + len(steps), world.config.dim)}
-              for steps, logprob in ((["2+2 = 5", "#### 5"], 0.0), ([], -9.0), (["2+2 = 4", "#### 4"], -1.0))]
+              for steps, logprob in ((["2+2 = 5", "#### 5"], 0.0), ([], -9.0), (["2+2 = 4", "#### 4"], -2.0),
+                                     (["No idea."], -1.0))]
     by_gate = [[c["candidate"] for c in infer.rerank(world.model, chains, 100.0, 0.0, gate)] for gate in (False, True)]
-    assert by_gate == [[1, 3, 2], [3, 1, 2]]  # the gate overrules the score; without steps there is nothing to rank
+    assert by_gate == [[1, 4, 3, 2], [3, 1, 4, 2]]  # the gate overrules the score; without steps nothing can be ranked
     among = functools.partial(result_of, evaluate_accuracy.main, world.rjepa, "--latents", folder, "--device", "cpu",
                               "--k")
     methods = among(2)["methods"]  # one of the right ones
