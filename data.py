@@ -789,7 +789,7 @@ def collate_documents(rows: list[list[dict]], config, rng, device=None) -> dict:
              "is_target": laid_out(lambda i, d: [False] * len(d["tokens"]) if rng is None else
                                    draw_spans(d, config, rng).repeat(d["sentences"]).tolist()).bool()}
     n = int((batch["segment"] >= 0).sum())
-    batch |= {k: to_device(batch[k], device) for k in ("idx", "positions")}  # the others: see there
+    batch |= {k: to_device(batch[k], device) for k in ("idx", "positions")}  # masks: see to_device
     return batch | {"n_tokens": n, "n_filled": n, "n_slots": batch["idx"].numel()}
 
 
