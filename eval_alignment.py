@@ -221,6 +221,14 @@ def step_retrieval(model, rows: list[dict], seed: int, n_candidates: int = 100) 
     return {"n": len(rows), "candidates": n_candidates, **rank_figures(ranks)}
 
 
+def paired_p(a: np.ndarray, b: np.ndarray) -> float:
+    """Exact McNemar test, two-sided: could two ways that are right [n] and [n] on the same problems be as good?"""
+    from scipy.stats import binomtest
+
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
 def numbers(text: str) -> list:
     return list(map(data.number, data.NUMBER.findall(text)))
 
@@ -233,6 +241,7 @@ def evaluate_plan(run: str, args) -> dict:
     space by cosine, the chain's other steps among them; against the step before (copy), the mean of both neighbours,
     the mean training latent of the position, and the prediction from the steps before alone (next_step). Beside it what
     the LLM itself knows: every candidate's mean logprob after the steps before (llm_logprob, first --logprob_limit).
+    p_plan: `paired_p` with the prediction.
     `decoded`: share of texts whose equations hold, whose last number is the true step's, and both. The Speaker says
     the predicted latent (and another chain's, `shuffled`; without its surroundings, `alone`; with those before the gap
     alone, `before`, unless it reads what follows; the true latent instead, `true`; with as many `tries` as
@@ -285,7 +294,9 @@ def evaluate_plan(run: str, args) -> dict:
             question, before = chains[c]["question"], chains[c]["steps"][: k - 1]
             means = llm.read_chains([(question, [*before, chains[o]["steps"][s - 1]]) for o, s in where], logprobs=True)
             ranks.setdefault("llm_logprob", []).append(1 + sum(bool(m[-1] >= means[0][-1]) for m in means[1:]))
-    retrieval = rank_figures(ranks)
+    retrieval, hits = rank_figures(ranks), {name: np.array(r) == 1 for name, r in ranks.items()}
+    for name, hit in hits.items():
+        retrieval[name]["p_plan"] = paired_p(hit, hits["plan"][: len(hit)])
 
     found = [[infer.find_gap(model, e["next_step"], args.quantile)[0] for e in infer.energies(model, zs)]
              for zs in (gapped, whole)]

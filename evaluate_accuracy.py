@@ -38,6 +38,7 @@ import runs
 import sandbox
 import verify
 from config import AnswerConfig, NanoJEPAConfig, RJEPAConfig, TextConfig, check, not_negative, plain_errors, positive
+from eval_alignment import paired_p
 from llm import HuggingFaceLLM, chat_text, complete, load_llm
 from llm import generate as llm_generate
 from model import wilson
@@ -126,14 +127,6 @@ def pairwise(scores: np.ndarray, right: np.ndarray) -> float | None:
     wins = [np.mean((s[r][:, None] > s[~r]) + 0.5 * (s[r][:, None] == s[~r]))
             for s, r in zip(scores, right.astype(bool), strict=True) if 0 < r.sum() < len(r)]
     return float(np.mean(wins)) if wins else None
-
-
-def paired_p(a: np.ndarray, b: np.ndarray) -> float:
-    """Exact McNemar test, two-sided: could two ways that are right [n] and [n] on the same problems be as good?"""
-    from scipy.stats import binomtest
-
-    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def method_figures(correct, random: float, oracle: float, seed: int, recovered: bool = True, pairs=None) -> dict:

@@ -2603,6 +2603,8 @@ def test_evaluation_of_plan_and_nudge(world, monkeypatch):
     assert plan(0, "--speaker", "nowhere") == {key: found[key] for key in ("n", "retrieval", "gaps")}
     names = {"plan", "next_step", "copy", "neighbours", "position"}
     assert found["n"] >= 20 and set(found["retrieval"]) == names | {"llm_logprob"}
+    p = {name: figures["p_plan"] for name, figures in found["retrieval"].items()}
+    assert p["plan"] == 1 and all(0 < value <= 1 for value in p.values())
     assert set(plan(0, "--logprob_limit", 0)["retrieval"]) == names
     assert {"llm_before", "llm_before_tries", "speaker", "speaker_true", "speaker_shuffled", "speaker_tries",
             "speaker_tries_shuffled"} < set(found["decoded"])
