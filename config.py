@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import os
 import sys
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args, get_origin
@@ -457,6 +458,10 @@ def plain_errors():
     """What is wrong with what a script was given ends it in one line, without a traceback. Stands before a `main`."""
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads the output has enough of it (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -125,8 +125,7 @@ def evaluate_nanojepa(run: str, args) -> dict:
     pred, target = model.encode(questions, answers)
     result = alignment(pred, target)
     kept, *versions = counterfactuals(problems, config, args.seed)
-    latent = [model.encode([questions[i] for i in kept], [tokenizer.encode(t) for t in texts])[1] if kept else pred[:0]
-              for texts in versions]
+    latent = [model.encode_answers([tokenizer.encode(t) for t in texts]) if kept else pred[:0] for texts in versions]
     result["counterfactual"] = nearer(pred[kept], *latent)
 
     torch.manual_seed(args.seed)

@@ -241,7 +241,7 @@ def ask_endpoint(args, splits: list[tuple[str, list[dict]]]) -> dict:
         whole = path.read_bytes().rpartition(b"\n")[0]
         runs.write_atomic(path, lambda p: p.write_bytes(whole + b"\n" * bool(whole)))
     rows = verify.read_jsonl(path, ["problem_id", "made_by"]) if path.is_file() and path.stat().st_size else []
-    made_by = f"{args.llm} temperature {args.temperature:g} top_p {args.top_p:g} seed {args.seed}"
+    made_by = f"{args.llm} temperature {args.temperature:g} top_p {args.top_p:g} seed {args.seed} on {args.dataset}"
     if foreign := {r["made_by"] for r in rows} - {made_by}:
         raise ValueError(f"{path} holds chains of {foreign.pop()}, not of {made_by}: choose another --out, or "
                          "--overwrite")

@@ -21,16 +21,17 @@ import torch.nn.functional as F
 
 
 def rope(positions: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos, sin [B or 1, 1, T, hs/2] of the rotary embedding (Su et al. 2021) at explicit positions [B or 1, T]."""
+    """cos, sin [..., 1, hs] of the rotary embedding (Su et al. 2021) at explicit positions [...]; of the sine the
+    first half is negative."""
     freq = 10_000.0 ** (-torch.arange(0, head_size, 2, device=positions.device).float() / head_size)
-    angle = positions[:, None, :, None].float() * freq
-    return angle.cos(), angle.sin()
+    angle = positions[..., None, None].float() * freq
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates the halves of x [B, nh, T, hs] against each other by the angles of `rope`; keeps x's dtype."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+    """Rotates the halves of x [..., nh, hs] against each other by the angles of `rope`; keeps x's dtype."""
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 class KVCache:
@@ -130,11 +131,36 @@ def keep(is_real):
 
 
 def spread(x, kept: tuple | None):
-    """Vectors x [N, C] at the N positions `kept` (their flat index [N], and (B, T)) -> [B, T, C], zero elsewhere."""
+    """x [N, ...] at the N positions `kept` (their flat index [N], none twice, and (B, T)) -> [B, T, ...], zero
+    elsewhere."""
     if kept is None:
         return x
-    index, (B, T) = kept
-    return x.new_zeros(B * T, x.shape[-1]).index_copy(0, index, x).view(B, T, -1)
+    index, shape = kept
+    out = x.new_zeros(shape[0] * shape[1], *x.shape[1:])
+    # on a CPU adding is faster; on a GPU sums would be atomic, which for bf16 is slow
+    write = out.index_add_ if x.device.type == "cpu" else out.index_copy_
+    return write(0, index, x.contiguous()).view(*shape, *x.shape[1:])
+
+
+class Pick(torch.autograd.Function):
+    """x [B, T, ...] at the flat positions index [N], none twice -> [N, ...]; the inverse of `spread`.
+
+    PyTorch's own indexing goes back by a sum, which must be ready for positions named twice, and is slower both ways.
+    """
+
+    @staticmethod
+    def forward(ctx, x, index):
+        ctx.save_for_backward(index)
+        ctx.shape = x.shape[:2]
+        return x.flatten(0, 1).index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (index,) = ctx.saved_tensors
+        return spread(grad, (index, ctx.shape)), None
+
+
+pick = Pick.apply
 
 
 class Attention(nn.Module):
@@ -147,28 +173,27 @@ class Attention(nn.Module):
         self.kv = nn.Linear(n_embd, 2 * n_embd, bias=False)
         self.proj = nn.Linear(n_embd, n_embd, bias=False)
 
-    def keys(self, source, kept=None):
-        """Keys and values [B, nh, T, hs] of source [B, T, C], or [N, C] at `kept`."""
-        kv = spread(self.kv(source), kept)
-        return kv.view(*kv.shape[:2], 2, self.n_head, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    def heads(self, x, cos_sin=None, kept=None):
+        """x [B, T, C], or [N, C] at `kept` -> [B, nh, T, hs], rotated if there are cos_sin."""
+        x = x.unflatten(-1, (self.n_head, -1))
+        return spread(x if cos_sin is None else rotate(x, *cos_sin), kept).transpose(1, 2)
+
+    def keys(self, source, cos_sin=None, kept=None):
+        """Keys and values, as `heads` of source."""
+        k, v = self.kv(source).chunk(2, dim=-1)
+        return self.heads(k, cos_sin, kept), self.heads(v, None, kept)
 
     def forward(self, x, cos_sin=None, attn_allowed=None, is_causal=False, context=None, cache=None, positions=None,
                 kept=None):
         """x [B, T, C] -> [B, T, C]; with `kept` (see `spread`) [N, C] -> [N, C]. attn_allowed: bool, [B or 1, nh or 1,
         T, T_keys]. context: [B, T_keys, C], or its `keys` where they are computed once for many calls.
         """
-        q = spread(self.q(x), kept)
-        B, T, C = q.shape
-        q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
+        q = self.heads(self.q(x), cos_sin, kept)
         if not isinstance(context, tuple):
-            context = self.keys(x, kept) if context is None else self.keys(context)
-        k, v = context
-        if cos_sin is not None:
-            q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
-        if cache is not None:
-            k, v = cache.update(k, v, positions)
-        y = attend(q, k.to(q.dtype), v.to(q.dtype), attn_allowed, is_causal).transpose(1, 2).reshape(B, T, C)
-        return self.proj(y if kept is None else y.flatten(0, 1)[kept[0]])
+            context = self.keys(x, cos_sin, kept) if context is None else self.keys(context)
+        k, v = context if cache is None else cache.update(*context, positions)
+        y = attend(q, k.to(q.dtype), v.to(q.dtype), attn_allowed, is_causal).transpose(1, 2).flatten(2)
+        return self.proj(y if kept is None else pick(y, kept[0]))
 
 
 class MLP(nn.Module):
@@ -200,7 +225,7 @@ class Block(nn.Module):
         if self.cross is not None:
             x = x + self.drop(self.cross(self.norm_x(x), attn_allowed=context_allowed, context=context, kept=kept))
         if only is not None:
-            x = x.flatten(0, 1)[only]
+            x = pick(x, only)
         return x + self.drop(self.mlp(self.norm_2(x)))
 
 
@@ -235,11 +260,10 @@ class Transformer(nn.Module):
             asked = slice(None) if wanted is None else keep(wanted.cpu().flatten()[index])
             back, only, index, slots = (to_device(t, x.device) for t in (index[asked], slots[asked], index, slots))
             whole, is_real = (back, (B, T)), None
-            x = spread(x.flatten(0, 1)[index], (slots, shape))
+            x = spread(pick(x, index), (slots, shape))
             positions = positions.expand(B, T).flatten()
             positions = positions.new_zeros(shape[0] * shape[1]).index_copy(0, slots, positions[index]).view(shape)
             attn_allowed = packed_mask(attn_allowed, index, slots, shape)
-        cos_sin = rope(positions, self.n_embd // self.n_head)
         attn_allowed = None if attn_allowed is None else attn_allowed[:, None]  # (B, 1, T, T_keys)
         if context_allowed is not None:
             context_allowed = to_device(context_allowed, x.device)[:, None, None]  # (B, 1, 1, T_ctx)
@@ -247,7 +271,8 @@ class Transformer(nn.Module):
         if is_real is not None:
             kept = to_device(keep(is_real), x.device)
         if kept is not None:
-            kept, x = (kept, x.shape[:2]), x.flatten(0, 1)[kept]
+            kept, x, at = (kept, x.shape[:2]), pick(x, kept), positions.expand(B, T).flatten()[kept]
+        cos_sin = rope(positions if kept is None else at, self.n_embd // self.n_head)
         x = self.drop(x)
         for i, block in enumerate(self.blocks):
             cache = None if caches is None else caches[i]
@@ -337,7 +362,7 @@ class Predictor(nn.Module):
         x = torch.where(hidden, self.mask_token, self.proj_in(z_context))
         allowed = may_attend(is_real, segment, x.device)
         x = self.transformer(x, positions, allowed, is_real=is_real, wanted=is_target)
-        return self.proj_out(x.flatten(0, 1)[flat_index(is_target, x.device)])
+        return self.proj_out(pick(x, flat_index(is_target, x.device)))
 
 
 def may_attend(visible, segment=None, device=None):
@@ -603,7 +628,7 @@ class NanoJEPA(Model):
 
     def token_loss(self, h, loss_at, targets):
         """Summed cross-entropy of h [B, T, C] at the flat positions loss_at [M] with the ids targets [M]."""
-        h = h.flatten(0, 1).index_select(0, loss_at)  # (M, C): padding costs nothing
+        h = pick(h, loss_at)  # (M, C): padding costs nothing
         weight = self.embed.weight if torch.is_grad_enabled() else self.embed.weight.detach()
         return TokenLoss.apply(h, weight, targets, self.loss_and_gradient)
 
@@ -663,19 +688,28 @@ class NanoJEPA(Model):
         Special tokens are added here. The answer's latent comes from the target encoder (its EMA copy where
         config.target_encoder says so). Raises ValueError for an empty text or one longer than config.block_size.
         """
-        q_rows = self.check_rows([[*q, self.pred_id] for q in questions], "question", 2)
-        a_rows = self.check_rows([answer_row(a, self.eos_id) for a in answers], "answer", 3)
+        rows = self.check_rows([[*q, self.pred_id] for q in questions], "question", 2)
+        target = self.encode_answers(answers, batch_size)
         with self.evaluating():
-            return (in_batches(q_rows, batch_size, self.predict_latent),
-                    in_batches(a_rows, batch_size, self.encode_answers))
+            return in_batches(rows, batch_size, self.predict_latent), target
 
     @torch.no_grad()
+    def encode_answers(self, answers: list[list[int]], batch_size: int = 64) -> torch.Tensor:
+        """Token ids of texts -> answer_latent [B, C], fp32; see `encode`."""
+        rows = self.check_rows([answer_row(a, self.eos_id) for a in answers], "answer", 3)
+        device = self.embed.weight.device
+
+        def encode(part):
+            pool = pool_weights([0] * len(part), part, self.config.pooling).to(device)
+            return self.target_latent(pad_rows(part, self.eos_id, device), pool)
+
+        with self.evaluating():
+            return in_batches(rows, batch_size, encode)
+
     def fit_standardize(self, answers: list[list[int]], batch_size: int = 64):
         """Sets the statistics of the answer latents, for evaluation, from training answers (token ids)."""
         self.standardize.mean.zero_(), self.standardize.std.fill_(1.0)
-        with self.evaluating():
-            rows = [answer_row(a, self.eos_id) for a in answers]
-            self.standardize.fit(in_batches(rows, batch_size, self.encode_answers))
+        self.standardize.fit(self.encode_answers(answers, batch_size))
 
     def predict_latent(self, rows: list[list[int]]) -> torch.Tensor:
         """Question rows -> pred_latent [B, C], fp32."""
@@ -683,12 +717,6 @@ class NanoJEPA(Model):
         h = self.transformer(self.embed(pad_rows(rows, self.eos_id, device)), is_causal=True)
         at = torch.tensor([len(r) - 1 for r in rows], device=device)
         return h[torch.arange(len(rows), device=device), at].float()
-
-    def encode_answers(self, rows: list[list[int]]) -> torch.Tensor:
-        """Answer rows -> answer_latent [B, C], fp32."""
-        device = self.embed.weight.device
-        pool = pool_weights([0] * len(rows), rows, self.config.pooling).to(device)
-        return self.target_latent(pad_rows(rows, self.eos_id, device), pool)
 
     @torch.no_grad()
     def generate(self, questions: list[list[int]], max_new_tokens: int, temperature: float = 0.0, seed: int = 0):
@@ -789,7 +817,7 @@ class RJEPA(Model):
         z_all = self.targets(h_all if hard else h, rows("is_real", hard), online, asked)  # (B or 2 B, S, C)
         z_all, z_wrong = z_all[:B], z_all[B:].detach()
         at = flat_index(is_target, device)  # (N,) of the B S positions
-        z_target = z_all.flatten(0, 1)[at]  # (N, C)
+        z_target = pick(z_all, at)  # (N, C)
         z_pred = self.predict(h_all if margin else h, rows("is_visible", margin), rows("is_target", margin))
         z_pred, wrong_pred = z_pred[: len(z_target)], z_pred[len(z_target) :]
         parts = {"l1": (z_pred - z_target).abs().mean()}
@@ -798,7 +826,7 @@ class RJEPA(Model):
         with torch.autocast(p.device.type, enabled=False):  # over tau a rounding to bf16 would be up to 0.08
             logits = p @ t.T / cfg.tau  # (N, N)
         if hard:
-            own_wrong = (p * F.normalize(z_wrong.flatten(0, 1)[at], dim=-1)).sum(-1, keepdim=True) / cfg.tau
+            own_wrong = (p * F.normalize(pick(z_wrong, at), dim=-1)).sum(-1, keepdim=True) / cfg.tau
             has_wrong = to_device(batch["is_wrong"], device).flatten()[at, None]
             logits = torch.cat((logits, own_wrong.masked_fill(~has_wrong, float("-inf"))), dim=1)
         parts["infonce"] = F.cross_entropy(logits, torch.arange(len(p), device=p.device))
@@ -806,7 +834,7 @@ class RJEPA(Model):
         with torch.autocast(p.device.type, enabled=False):
             own = (F.normalize(z_all, dim=-1)[chain] @ p[:, :, None])[..., 0] / cfg.tau  # (N, S)
         parts["own"] = F.cross_entropy(own.masked_fill(~to_device(is_step, device)[chain], float("-inf")), step)
-        parts["reconstruction"] = (self.w_out(z_pred.to(h.dtype)) - h.flatten(0, 1)[at]).abs().mean()
+        parts["reconstruction"] = (self.w_out(z_pred.to(h.dtype)) - pick(h, at)).abs().mean()
         parts["margin"] = z_pred.new_zeros(())
         if margin:
             # the wrong chain should have the higher mean error; its target learns too
@@ -911,8 +939,7 @@ class RJEPA(Model):
 def mean_error(z_pred, z_target, is_target, counts):
     """Mean L1 error [B] over the targets that count [B, S], of predictions z_pred [N, C] against z_target [B, S, C]."""
     at, counts = flat_index(is_target, z_target.device), to_device(counts, z_target.device)
-    error = (z_pred - z_target.flatten(0, 1)[at]).abs().mean(-1)
-    error = error.new_zeros(is_target.numel()).index_copy(0, at, error).view(is_target.shape)
+    error = spread((z_pred - pick(z_target, at)).abs().mean(-1), (at, is_target.shape))
     return (error * counts).sum(1) / counts.sum(1).clamp_min(1)
 
 
@@ -991,9 +1018,9 @@ class Speaker(Model):
         h = self.transformer(self.embed(batch["idx"]), is_causal=True, context=context,
                              context_allowed=batch["context_allowed"], is_real=kept)
         at = flat_index(kept, h.device)
-        logits = F.linear(h.flatten(0, 1)[at], self.embed.weight[: self.config.vocab_size])
+        logits = F.linear(pick(h, at), self.embed.weight[: self.config.vocab_size])
         losses = F.cross_entropy(logits.float(), to_device(batch["targets"][kept], h.device), reduction="none")
-        return losses.new_zeros(kept.numel()).index_copy(0, at, losses).view(kept.shape)
+        return spread(losses, (at, kept.shape))
 
     @torch.no_grad()
     def generate(self, context, context_allowed, offsets=None, max_new_tokens: int = 64, temperature: float = 0.0,
@@ -1103,11 +1130,11 @@ class TJEPA(Model):
         z_context, visible = seen
         z_pred = self.predict(**batch, seen=seen)
         z_target = self.targets(batch["idx"], batch["positions"], batch["segment"])
-        z_target = z_target.flatten(0, 1)[flat_index(batch["is_target"], z_target.device)]
+        z_target = pick(z_target, flat_index(batch["is_target"], z_target.device))
         if cfg.standardize_target:
             z_target = (z_target - z_target.mean(0)) / z_target.std(0, correction=0).clamp_min(1e-3)
         with torch.autocast(z_context.device.type, enabled=False):
-            z = self.head(z_context.flatten(0, 1)[flat_index(visible, z_context.device)].float())
+            z = self.head(pick(z_context, flat_index(visible, z_context.device)).float())
             z = z - z.mean(0)
             cov = z.T @ z / len(z)  # (C, C)
             std = cov.diagonal().add(1e-4).sqrt()
@@ -1174,7 +1201,7 @@ class DistilledEncoder(Model):
         is_real = batch["segment"] >= 0
         z, z_teacher = self.student(batch["idx"], is_real, batch["positions"], batch["segment"]), batch["z_teacher"]
         at = flat_index(is_real, z.device)
-        z, z_teacher = self.project(z.flatten(0, 1)[at]).float(), z_teacher.flatten(0, 1)[at]
+        z, z_teacher = self.project(pick(z, at)).float(), pick(z_teacher, at)
         mse = F.mse_loss(z, z_teacher)
         return {"loss": mse, "mse": mse, "cos": F.cosine_similarity(z, z_teacher, dim=-1).mean()}
 

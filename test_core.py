@@ -179,6 +179,22 @@ def test_sdpa_equals_plain_math_and_bf16_on_cpu_follows():
         torch.testing.assert_close(low, plain, atol=0.03, rtol=0.03)
 
 
+def test_a_rotation_is_the_product_with_a_phase():
+    x, positions = torch.randn(3, 5, 2, 8), torch.randint(0, 100, (3, 5))
+    angle = positions[..., None, None] * 10_000.0 ** (-torch.arange(0, 8, 2) / 8)
+    z = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angle), angle)
+    torch.testing.assert_close(m.rotate(x, *m.rope(positions, 8)), torch.cat((z.real, z.imag), -1))
+
+
+def test_what_is_picked_is_spread_again():
+    x, index = torch.randn(3, 4, 2, dtype=torch.double, requires_grad=True), torch.tensor([7, 0, 11])
+    picked = m.pick(x, index)
+    assert torch.equal(picked, x.flatten(0, 1)[index])
+    whole = m.spread(picked, (index, (3, 4)))
+    assert torch.equal(m.pick(whole, index), picked) and int((whole != 0).any(-1).sum()) == 3
+    assert torch.autograd.gradcheck(lambda x: m.spread(m.pick(x, index) ** 2, (index, (3, 4))), x)
+
+
 def test_rotary_attention_depends_on_distance_alone():
     net, x = m.Transformer(2, 2, 16).eval(), torch.randn(1, 5, 16)
     near, far = torch.arange(5)[None], torch.arange(5)[None] + 37

@@ -284,6 +284,15 @@ print(killed, round(length, 2))
 """
 
 
+def test_whoever_reads_no_further_ends_a_script_quietly():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "verify.py", "--expression", "1 = 1"], cwd=ROOT, stdout=writing,
+                          stderr=subprocess.PIPE, env=ENV)
+    os.close(writing)
+    assert done.returncode == 1 and done.stderr == b""
+
+
 @pytest.mark.parametrize("kind", ["train", "extract"])
 def test_soak(tmp_path, kind):
     """SIGKILL at random moments, again and again: every folder ends in the bits of the undisturbed one."""
