@@ -186,6 +186,16 @@ def test_a_rotation_is_the_product_with_a_phase():
     torch.testing.assert_close(m.rotate(x, *m.rope(positions, 8)), torch.cat((z.real, z.imag), -1))
 
 
+def test_rms_norm_on_a_cpu_is_pytorchs():
+    norm, x, g = m.RMSNorm(16), torch.randn(3, 5, 16, requires_grad=True), torch.randn(3, 5, 16)
+    torch.nn.init.normal_(norm.weight)
+    plain, own = torch.nn.functional.rms_norm(x, (16,), norm.weight), norm(x)
+    assert torch.equal(plain, own)
+    for a, b in zip(*(torch.autograd.grad(y, (x, norm.weight), g) for y in (plain, own)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert own.grad_fn.name().startswith("RMSNormOnCPU") and norm(x.bfloat16()).dtype == torch.bfloat16
+
+
 def test_what_is_picked_is_spread_again():
     x, index = torch.randn(3, 4, 2, dtype=torch.double, requires_grad=True), torch.tensor([7, 0, 11])
     picked = m.pick(x, index)
