@@ -245,6 +245,7 @@ def evaluate_plan(run: str, args) -> dict:
     the predicted latent (and another chain's, `shuffled`; without its surroundings, `alone`; with those before the gap
     alone, `before`, unless it reads what follows; the true latent instead, `true`; with as many `tries` as
     infer.py gives), the LLM goes on from the steps before (`llm_before`, and with `tries`).
+    All texts are kept in the Speaker's run folder.
     `gaps`: infer.find_gap on chains with and without the gap. `given_away`: what the Speaker recovers of a step from
     its target latent alone, which was encoded with the whole chain in view; and from another's (`shuffled`).
     """
@@ -256,8 +257,8 @@ def evaluate_plan(run: str, args) -> dict:
         raise ValueError(f"{len(chains)} of {len(problems)} solutions have three steps and more: raise --limit, or "
                          "take another data set")
     if args.decode_limit:
-        speaker, speak_config, folder = infer.load_beside(run, args.speaker, "speak", args.device)
-        tokenizer = runs.load_tokenizer(folder, speak_config)
+        speaker, speak_config, speaks = infer.load_beside(run, args.speaker, "speak", args.device)
+        tokenizer = runs.load_tokenizer(speaks, speak_config)
     rng = np.random.default_rng(args.seed)
     holes = [int(rng.integers(2, len(c["steps"]))) for c in chains]
     whole = llm.read_chains([(c["question"], c["steps"]) for c in chains])
@@ -342,13 +343,18 @@ def evaluate_plan(run: str, args) -> dict:
                 "numbers": float(np.mean([len(t & s) / len(t) for t, s in both if t]))}
 
     given_away = {"true": recovered(say(z_true, alone)), "shuffled": recovered(say(z_true.roll(1, 0), alone))}
-    decoded = {}
+    decoded, kept = {}, [{"id": c["id"], "step": k, "truth": t} for c, k, t in zip(chains, holes, truths, strict=False)]
     for name, said in texts.items():
         holds = np.array([bool(t.strip()) and verify.check_step(t).is_valid for t in said])
         number = np.array([numbers(t)[-1:] == numbers(truth)[-1:] != [] for t, truth in zip(said, truths, strict=True)])
         right = float((holds & number).mean())
         decoded[name] = {"n": n, "holds": float(holds.mean()), "number": float(number.mean()), "right": right,
                          "ci95": list(wilson(right, n))}
+        for row, text, is_right in zip(kept, said, (holds & number).tolist(), strict=True):
+            row[name] = {"text": text, "is_right": is_right}
+    path = Path(speaks) / f"generations-plan-{args.dataset or config.dataset}-{args.split}-n{n}-seed{args.seed}.jsonl"
+    runs.write_jsonl(path, kept)
+    print(f"generations: {path}")
     return result | {"decoded": decoded, "given_away": given_away}
 
 

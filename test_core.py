@@ -2635,6 +2635,9 @@ def test_evaluation_of_plan_and_nudge(world, monkeypatch):
     assert {"llm_before", "llm_before_tries", "speaker", "speaker_true", "speaker_shuffled", "speaker_tries",
             "speaker_tries_shuffled"} < set(found["decoded"])
     assert found["decoded"]["llm_before"]["n"] == 5
+    [path] = Path(f"{world.rjepa}-speak").glob("generations-plan-*.jsonl")
+    said, right = [row["speaker"] for row in verify.read_jsonl(path)], found["decoded"]["speaker"]["right"]
+    assert len(said) == 5 and np.mean([text["is_right"] for text in said]) == right
     assert 0 <= found["gaps"]["precision"] <= 1
     nudge = functools.partial(result_of, evaluate_accuracy.main, *problems, "--method", "nudge", "--alphas",
                               0, 3, "--batch_size", 20, "--max_new_tokens", 24)
