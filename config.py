@@ -216,17 +216,19 @@ class SpeakConfig(RunConfig):
     read_size: int = 512  # tokens of that text at most, its last ones
     read_weight: float = 0.2  # of these tokens in the loss; those that are said count 1
     use_z: bool = True  # off: the control that goes by what it reads alone, with alone_share 0
+    use_prediction: bool = True  # off: the control that sees the steps around the gap, as latents and text, alone
     context_dim: int = 0  # width of the latents; the run stores it
-    predicted_share: float = 0.5  # share of the examples that speak from the predicted latent, the rest from the true
-    alone_share: float = 0.25  # share of the batches that see the latent alone, without question and other steps
+    predicted_share: float = 1.0  # share of the examples that speak from the predicted latent, the rest from the true
+    alone_share: float = 0.0  # share of the batches that see the latent alone, without question and other steps
     world: str = ""  # hash of the R-JEPA's weights; the run stores it
 
     def __post_init__(self):
         super().__post_init__()
         positive(self, "block_size read_size")
         shares(self, "predicted_share alone_share read_weight")
-        check(self, "use_z", self.use_z or (self.reads != "nothing" and self.alone_share == 0),
-              "off leaves nothing to go by unless it reads (--reads all or before) and always does (--alone_share 0)")
+        check(self, "use_z", self.use_z or self.reads != "nothing", "off: it must read, --reads all or before")
+        check(self, "alone_share", (self.use_z and self.use_prediction) or self.alone_share == 0,
+              "must be 0 without a prediction to speak from")
 
 
 @dataclass
@@ -309,6 +311,7 @@ class AnswerConfig(TextConfig):
     read_weight: ClassVar[float] = 0.0  # nothing is read but what the encoder thinks
     offsets: ClassVar[bool] = False
     use_z: ClassVar[bool] = True
+    use_prediction: ClassVar[bool] = True
 
     # init_from: a run whose encoder reads the questions, or `random`: one of the shape below
     train_encoder: bool = False  # the encoder learns too; with `random`: end to end

@@ -242,12 +242,13 @@ def evaluate_plan(run: str, args) -> dict:
     the LLM itself knows: every candidate's mean logprob after the steps before (llm_logprob, first --logprob_limit).
     p_plan: `paired_p` with the prediction.
     `decoded`: share of texts whose equations hold, whose last number is the true step's, and both. The Speaker says
-    the predicted latent (and another chain's, `shuffled`; without its surroundings, `alone`; with those before the gap
-    alone, `before`, unless it reads what follows; the true latent instead, `true`; with as many `tries` as
-    infer.py gives), the LLM goes on from the steps before (`llm_before`, and with `tries`).
+    the predicted latent (and another chain's, `shuffled`; with what is before the gap alone, `before`, unless it reads
+    what follows; the true latent instead, `true`; with as many `tries` as infer.py gives; one that was trained for it
+    also without the surroundings, `alone`), the LLM goes on from the steps before (`llm_before`, and with `tries`).
     All texts are kept in the Speaker's run folder.
     `gaps`: infer.find_gap on chains with and without the gap. `given_away`: what the Speaker recovers of a step from
-    its target latent alone, which was encoded with the whole chain in view; and from another's (`shuffled`).
+    its target latent alone, which was encoded with the whole chain in view; and from another's (`shuffled`); of one
+    that was trained for it (alone_share).
     """
     model, config = infer.load_world_model(run, args.device)
     llm = infer.llm_of(config, args.llm, args.device)
@@ -328,11 +329,13 @@ def evaluate_plan(run: str, args) -> dict:
     texts = {"speaker": say(z_pred, allowed, reads), "speaker_shuffled": say(z_pred.roll(1, 0), allowed, reads),
              "speaker_tries": say(z_pred, allowed, reads, infer.TRIES),
              "speaker_tries_shuffled": say(z_pred.roll(1, 0), allowed, reads, infer.TRIES),
-             "speaker_alone": say(z_pred, alone), "speaker_true": say(z_true, allowed, reads),
+             "speaker_true": say(z_true, allowed, reads),
              "llm_before": infer.next_lines(llm, before, 64), "llm_before_tries": infer.until_it_holds(
                  lambda rows, *how: infer.next_lines(llm, [before[i] for i in rows], 64, (), *how), n)}
     if speak_config.reads != "all":
         texts["speaker_before"] = say(ahead, allowed & (offsets <= 0), reads)
+    if knows_alone := speak_config.alone_share > 0 or speak_config.reads == "nothing":
+        texts["speaker_alone"] = say(z_pred, alone)
 
     def recovered(said):
         """Shares of the true step's words and numbers that a text holds, and of texts that are the same."""
@@ -342,7 +345,8 @@ def evaluate_plan(run: str, args) -> dict:
         return {"words": float(np.mean(words)), "whole": float(np.mean(whole)),
                 "numbers": float(np.mean([len(t & s) / len(t) for t, s in both if t]))}
 
-    given_away = {"true": recovered(say(z_true, alone)), "shuffled": recovered(say(z_true.roll(1, 0), alone))}
+    given_away = {name: recovered(say(z, alone)) for name, z in (("true", z_true), ("shuffled", z_true.roll(1, 0)))
+                  if knows_alone}
     decoded, kept = {}, [{"id": c["id"], "step": k, "truth": t} for c, k, t in zip(chains, holes, truths, strict=False)]
     for name, said in texts.items():
         holds = np.array([bool(t.strip()) and verify.check_step(t).is_valid for t in said])

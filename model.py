@@ -1025,9 +1025,12 @@ class Speaker(Model):
     def prepare(self, context, offsets=None):
         """Context [B, T_ctx, context_dim] -> what cross-attention reads, [B, T_ctx, C].
 
-        Without use_z no latent reaches it, but how many there are and their offsets do.
+        Without use_z no latent reaches it, but how many there are and their offsets do; without use_prediction all but
+        the first.
         """
-        x = F.layer_norm(self.project(context * self.config.use_z), (self.config.n_embd,))
+        seen = torch.full_like(context[:1, :, :1], self.config.use_z)  # (1, T_ctx, 1)
+        seen[:, 0] *= self.config.use_prediction
+        x = F.layer_norm(self.project(context * seen), (self.config.n_embd,))
         if offsets is not None:
             x = x + self.offset(offsets.clamp(-self.MAX_OFFSET, self.MAX_OFFSET) + self.MAX_OFFSET)
         return x
