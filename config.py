@@ -215,7 +215,7 @@ class SpeakConfig(RunConfig):
     reads: Literal["nothing", "before", "all"] = "all"  # beside the latents, as text: question and which other steps
     read_size: int = 512  # tokens of that text at most, its last ones
     read_weight: float = 0.2  # of these tokens in the loss; those that are said count 1
-    use_z: bool = True  # off: the control that goes by what it reads alone, with alone_share 0
+    use_z: bool = True  # off: the control that goes by what it reads alone
     use_prediction: bool = True  # off: the control that sees the steps around the gap, as latents and text, alone
     context_dim: int = 0  # width of the latents; the run stores it
     predicted_share: float = 1.0  # share of the examples that speak from the predicted latent, the rest from the true
