@@ -193,7 +193,7 @@ def test_rms_norm_on_a_cpu_is_pytorchs():
     assert torch.equal(plain, own)
     for a, b in zip(*(torch.autograd.grad(y, (x, norm.weight), g) for y in (plain, own)), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    assert own.grad_fn.name().startswith("RMSNormOnCPU") and norm(x.bfloat16()).dtype == torch.bfloat16
+    assert own.grad_fn.name().startswith("RMSNormOnCPU")
 
 
 def test_what_is_picked_is_spread_again():
