@@ -216,7 +216,7 @@ class SpeakConfig(RunConfig):
     read_size: int = 512  # tokens of that text at most, its last ones
     read_weight: float = 0.2  # of these tokens in the loss; those that are said count 1
     use_z: bool = True  # off: the control that goes by what it reads alone
-    use_prediction: bool = True  # off: the control that sees the steps around the gap, as latents and text, alone
+    use_prediction: bool = True  # off: the control without it, that sees the steps around the gap, latents and text
     context_dim: int = 0  # width of the latents; the run stores it
     predicted_share: float = 1.0  # share of the examples that speak from the predicted latent, the rest from the true
     alone_share: float = 0.0  # share of the batches that see the latent alone, without question and other steps
@@ -228,7 +228,7 @@ class SpeakConfig(RunConfig):
         shares(self, "predicted_share alone_share read_weight")
         check(self, "use_z", self.use_z or self.reads != "nothing", "off: it must read, --reads all or before")
         check(self, "alone_share", (self.use_z and self.use_prediction) or self.alone_share == 0,
-              "must be 0 without a prediction to speak from")
+              "must be 0 without --use_z and --use_prediction: there is no prediction to speak from")
 
 
 @dataclass

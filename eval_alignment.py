@@ -245,7 +245,7 @@ def evaluate_plan(run: str, args) -> dict:
     the predicted latent (and another chain's, `shuffled`; with what is before the gap alone, `before`, unless it reads
     what follows; the true latent instead, `true`; with as many `tries` as infer.py gives; one that was trained for it
     also without the surroundings, `alone`), the LLM goes on from the steps before (`llm_before`, and with `tries`).
-    All texts are kept in the Speaker's run folder.
+    These texts are kept in the Speaker's run folder.
     `gaps`: infer.find_gap on chains with and without the gap. `given_away`: what the Speaker recovers of a step from
     its target latent alone, which was encoded with the whole chain in view; and from another's (`shuffled`); of one
     that was trained for it (alone_share).
@@ -334,7 +334,7 @@ def evaluate_plan(run: str, args) -> dict:
                  lambda rows, *how: infer.next_lines(llm, [before[i] for i in rows], 64, (), *how), n)}
     if speak_config.reads != "all":
         texts["speaker_before"] = say(ahead, allowed & (offsets <= 0), reads)
-    if knows_alone := speak_config.alone_share > 0 or speak_config.reads == "nothing":
+    if knows_alone := speak_config.alone_share > 0:
         texts["speaker_alone"] = say(z_pred, alone)
 
     def recovered(said):
@@ -356,7 +356,8 @@ def evaluate_plan(run: str, args) -> dict:
                          "ci95": list(wilson(right, n))}
         for row, text, is_right in zip(kept, said, (holds & number).tolist(), strict=True):
             row[name] = {"text": text, "is_right": is_right}
-    path = Path(speaks) / f"generations-plan-{args.dataset or config.dataset}-{args.split}-n{n}-seed{args.seed}.jsonl"
+    made_by = runs.digest(json.dumps([runs.weights_digest(speaks), runs.llm_label(config, args.llm), truths]))[:8]
+    path = Path(speaks) / f"generations-plan-{args.dataset or config.dataset}-{args.split}-n{n}-{made_by}.jsonl"
     runs.write_jsonl(path, kept)
     print(f"generations: {path}")
     return result | {"decoded": decoded, "given_away": given_away}

@@ -242,7 +242,7 @@ def ask_endpoint(args, splits: list[tuple[str, list[dict]]]) -> dict:
         runs.write_atomic(path, lambda p: p.write_bytes(whole + b"\n" * bool(whole)))
     rows = verify.read_jsonl(path, ["problem_id", "made_by"]) if path.is_file() and path.stat().st_size else []
     made_by = f"{args.llm} temperature {args.temperature:g} top_p {args.top_p:g} seed {args.seed} on {args.dataset}"
-    if foreign := {r["made_by"] for r in rows} - {made_by}:
+    if foreign := {r["made_by"] for r in rows} - {made_by, made_by.rpartition(" on ")[0]}:
         raise ValueError(f"{path} holds chains of {foreign.pop()}, not of {made_by}: choose another --out, or "
                          "--overwrite")
     n_there, asked = Counter(r["problem_id"] for r in rows), {p["id"]: p["question"] for p in problems}

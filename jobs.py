@@ -304,10 +304,11 @@ class SpeakJob(WorldJob):
         at = torch.tensor(steps, device=device)
         gapped = latents.with_slots([c["gapped"] for c in chains], steps, device)
         context, allowed, offsets = self.world.around(*gapped, at)
-        true = self.world.target_of(*latents.pad_latents([c["h"] for c in chains], device), at)
         share = config.predicted_share if predicted is None else predicted
-        from_true = torch.from_numpy(rng.random(len(chains)) >= share).to(device)
-        context[from_true, 0] = true[from_true]
+        from_true = torch.from_numpy(rng.random(len(chains)) >= share)
+        if from_true.any():
+            true, mine = latents.pad_latents([c["h"] for c in chains], device), from_true.to(device)
+            context[mine, 0] = self.world.target_of(*true, at)[mine]
         if predicted is None and rng.random() < config.alone_share:
             allowed[:, 1:], reads = False, None
         else:
@@ -319,10 +320,11 @@ class SpeakJob(WorldJob):
                 **spoken(texts, eos, device, reads)}
 
     def figures(self, model, device, autocast) -> dict:
-        """Held-out token loss from true latents, from predicted ones, and from the true one of another chain."""
-        sums = {"lm_loss": 0.0, "lm_loss_predicted": 0.0, "lm_loss_shuffled": 0.0}
+        """Held-out token loss from true latents, from predicted ones, and from that of another chain (a predicted one
+        where it has learnt from these alone)."""
+        sums, other = {"lm_loss": 0.0, "lm_loss_predicted": 0.0, "lm_loss_shuffled": 0.0}, self.config.predicted_share
         for i, part in enumerate(parts(self.val, self.config.batch_size)):
-            for name, share in (("lm_loss", 0.0), ("lm_loss_predicted", 1.0), ("lm_loss_shuffled", 0.0)):
+            for name, share in (("lm_loss", 0.0), ("lm_loss_predicted", 1.0), ("lm_loss_shuffled", float(other == 1))):
                 batch = self.collate(part, np.random.default_rng([0, i]), device, share)
                 if name == "lm_loss_shuffled":  # the latent alone, its surroundings stay
                     batch["context"][:, 0] = batch["context"][:, 0].roll(1, 0)

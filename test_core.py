@@ -2249,7 +2249,8 @@ def world(tmp_path_factory):
     common = dict(init_from=rjepa, batch_size=8, max_steps=12, val_problems=8, eval_every=6, threads=1, dtype="fp32",
                   device="cpu")  # fmt: skip
     guided = train.train("rjepa-guide", cfg.GuideConfig(n_hidden=16, lr=1e-2, **common))
-    spoken = train.train("rjepa-speak", cfg.SpeakConfig(vocab_size=300, n_layer=1, n_head=2, n_embd=16, **common))
+    spoken = train.train("rjepa-speak", cfg.SpeakConfig(vocab_size=300, n_layer=1, n_head=2, n_embd=16,
+                                                            predicted_share=0.5, alone_share=0.25, **common))
     model, config = infer.load_world_model(rjepa, "cpu")
     return SimpleNamespace(base=base, llm_run=str(base / "llm"), rjepa=rjepa, guided=guided, spoken=spoken, model=model,
                            config=config, llm=infer.llm_of(config, device="cpu"))
@@ -2639,7 +2640,8 @@ def test_evaluation_of_plan_and_nudge(world, monkeypatch):
     assert p["plan"] == 1 and all(0 < value <= 1 for value in p.values())
     assert set(plan(0, "--logprob_limit", 0)["retrieval"]) == names
     assert {"llm_before", "llm_before_tries", "speaker", "speaker_true", "speaker_shuffled", "speaker_tries",
-            "speaker_tries_shuffled"} == set(found["decoded"])
+            "speaker_tries_shuffled", "speaker_alone"} == set(found["decoded"])
+    assert set(found["given_away"]) == {"true", "shuffled"}
     assert found["decoded"]["llm_before"]["n"] == 5
     [path] = Path(f"{world.rjepa}-speak").glob("generations-plan-*.jsonl")
     said, right = [row["speaker"] for row in verify.read_jsonl(path)], found["decoded"]["speaker"]["right"]
