@@ -2250,7 +2250,7 @@ def world(tmp_path_factory):
                   device="cpu")  # fmt: skip
     guided = train.train("rjepa-guide", cfg.GuideConfig(n_hidden=16, lr=1e-2, **common))
     spoken = train.train("rjepa-speak", cfg.SpeakConfig(vocab_size=300, n_layer=1, n_head=2, n_embd=16,
-                                                            predicted_share=0.5, alone_share=0.25, **common))
+                                                       predicted_share=0.5, alone_share=0.25, **common))
     model, config = infer.load_world_model(rjepa, "cpu")
     return SimpleNamespace(base=base, llm_run=str(base / "llm"), rjepa=rjepa, guided=guided, spoken=spoken, model=model,
                            config=config, llm=infer.llm_of(config, device="cpu"))
@@ -2561,7 +2561,8 @@ def test_a_speaker_learns_to_say_what_its_context_holds(reading):
 
 def test_the_control_without_latents_never_sees_one():
     refused(ValueError, "use_z.*--reads all", cfg.SpeakConfig, use_z=False, reads="nothing")
-    refused(ValueError, "alone_share", cfg.SpeakConfig, use_prediction=False, alone_share=0.1)
+    for control in ("use_z", "use_prediction"):
+        refused(ValueError, "alone_share.*--use_z", cfg.SpeakConfig, alone_share=0.1, **{control: False})
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "context_dim": 8, "vocab_size": 12}
     cases = ({}, (True, True)), ({"use_prediction": False}, (False, True)), ({"use_z": False}, (False, False))
     for flags, seen in cases:

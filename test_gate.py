@@ -155,7 +155,7 @@ ATTACKS = {name: (reasons.split(), program) for name, reasons, program
 
 def is_running(command):
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it has ended in between
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended in between
             if command in path.read_bytes():
                 return True
     return False
