@@ -10,6 +10,7 @@ Row 0 of a chain is its question, rows 1 … S its steps.
 """
 
 import hashlib
+import itertools
 import json
 import re
 from pathlib import Path
@@ -349,6 +350,13 @@ def join(chains: list[dict]) -> tuple[torch.Tensor, np.ndarray]:
     return table, starts
 
 
+def marked(columns: list[list[int]], shape) -> np.ndarray:
+    """bool of a shape [B, T]: True at the columns named for each row."""
+    out = np.zeros(shape, dtype=bool)
+    out[np.arange(shape[0]).repeat([len(c) for c in columns]), list(itertools.chain.from_iterable(columns))] = True
+    return out
+
+
 def collate(chains: list[dict], config, rng, device=None, with_wrong: bool | None = None, joined=None) -> dict:
     """Chains with latents "h" (and "wrong_h", "wrong_step") -> the batch that RJEPA.forward documents.
 
@@ -357,27 +365,26 @@ def collate(chains: list[dict], config, rng, device=None, with_wrong: bool | Non
     joined: (table, starts [B, 2]) as `join` makes it, where the table is there already, maybe on the device. The masks
     stay on the CPU: who asks where they are True need not wait for a GPU.
     """
-    def order_of(z):
-        n = len(z) - 1
-        return np.append(0, 1 + (rng.permutation(n) if config.shuffle_steps else np.arange(n)))
+    def order_of(n):
+        return [0, *(1 + rng.permutation(n)).tolist()] if config.shuffle_steps else range(n + 1)
 
     table, starts = joined or join([dict(c) for c in chains])
-    orders = [order_of(c["h"]) for c in chains]
+    orders = [order_of(len(c["h"]) - 1) for c in chains]
     masks, B = [draw_mask(len(o) - 1, config, rng) for o in orders], len(chains)
     with_wrong = any("wrong_h" in c for c in chains) if with_wrong is None else with_wrong
     pairs = with_wrong and (config.hard_negatives or config.lambda_margin > 0)
     for i, c in enumerate(chains) if pairs else ():
         o, mask = orders[i], masks[i]
         if "wrong_h" in c and "wrong_step" not in c:
-            o, mask = order_of(c["wrong_h"]), draw_mask(len(c["wrong_h"]) - 1, config, rng)
+            n = len(c["wrong_h"]) - 1
+            o, mask = order_of(n), draw_mask(n, config, rng)
         orders.append(o)
         masks.append(mask)
     lengths = np.array([len(o) for o in orders])
     is_real = np.arange(lengths.max()) < lengths[:, None]
-    order, is_hidden, is_target = np.zeros(is_real.shape, dtype=int), np.zeros_like(is_real), np.zeros_like(is_real)
-    order[is_real] = np.concatenate(orders)
-    for i, (hidden, asked) in enumerate(masks):
-        is_hidden[i, hidden], is_target[i, asked] = True, True
+    order = np.zeros(is_real.shape, dtype=int)
+    order[is_real] = list(itertools.chain.from_iterable(orders))
+    is_hidden, is_target = (marked(m, is_real.shape) for m in zip(*masks, strict=True))
     both = {"is_real": is_real, "is_visible": is_real & ~is_hidden, "is_target": is_target}
     both = {k: torch.from_numpy(v) for k, v in both.items()}
     rows = torch.from_numpy(starts.T.reshape(-1)[: len(orders), None] + order)
