@@ -425,10 +425,10 @@ class Bench:
 
         @torch.no_grad()
         def write(rows, k, seeds):
-            logits, _, memory = llm.begin(rows, k, new)
+            final, _, memory = llm.begin(rows, k, new)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             for _ in range(new):
-                logits, _ = llm.advance(sample(logits, 0.8, 0.95, generators), memory)
+                final, _ = llm.advance(sample(llm.logits(final).float(), 0.8, 0.95, generators), memory)
             return new * len(generators)
 
         return self.compare(ours=lambda: write([row], k, range(k)), batched=lambda: write([row] * k, 1, range(k)),
@@ -455,7 +455,7 @@ class Bench:
 
     def nudge_overhead(self):
         (model, llm), questions = self.world, [p["question"] for p in self.problems[:4]]
-        guide = m.Guidance(cfg.GuideConfig(z_dim=model.config.n_embd, h_dim=llm.dim, vocab_size=llm.vocab_size))
+        guide = m.Guidance(cfg.GuideConfig(z_dim=model.config.n_embd, h_dim=llm.dim))
         torch.nn.init.normal_(guide.out.weight, 0.0, 0.02)
         guide.to(self.device).eval()
 

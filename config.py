@@ -191,7 +191,6 @@ class GuideConfig(RunConfig):
     world: str = ""  # hash of the R-JEPA's weights; the run stores it
     z_dim: int = 0  # width of the R-JEPA's predictions; the run stores it
     h_dim: int = 0  # width of the LLM's states; the run stores it
-    vocab_size: int = 0  # the LLM's; the run stores it
 
     def __post_init__(self):
         super().__post_init__()

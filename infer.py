@@ -243,8 +243,9 @@ MAX_ALPHA = 100
 class Nudge:
     """NUDGE for llm.generate: the predicted next step, renewed whenever one has ended, pulls at what is written.
 
-    With a Guidance `guide`: logits + alpha * bias. Without: h + alpha * (z - h) at the LLM's layer, z the prediction in
-    the LLM's space (`hidden`). alpha = 0 changes nothing at all. shuffled: every row gets the next row's prediction.
+    With a Guidance `guide`: alpha times its shift is added to the LLM's last state, before the words are read off it.
+    Without: h + alpha * (z - h) at the LLM's layer, z the prediction in the LLM's space (`hidden`). alpha = 0 changes
+    nothing at all. shuffled: every row gets the next row's prediction.
     """
 
     def __init__(self, model, llm: LLM, alpha: float, guide=None, shuffled: bool = False):
@@ -253,8 +254,6 @@ class Nudge:
         if guide is None and llm.layer == llm.n_layer:
             raise ValueError("nudging the hidden state needs a layer below the last: there is nothing above it")
         self.model, self.llm, self.alpha, self.guide, self.shuffled = model, llm, alpha, guide, shuffled
-        if guide is not None and llm.dtype == "bfloat16":
-            guide.out.bfloat16()  # all of it is read for every token; autocast has trained it so
 
     def predict(self, chains: list[torch.Tensor]) -> torch.Tensor:
         return self.model.predict_next(*latents.pad_latents(chains, self.model.h_mean.device))
@@ -269,10 +268,11 @@ class Nudge:
     def now(self, active) -> torch.Tensor:
         return torch.stack([self.z[self.source[row]] for row in active])
 
-    def logits(self, logits, h, active):
+    def move(self, final, h, active):
+        """Last states [B, D] that the next words are read off, moved; None: they stay."""
         if self.guide is None or self.alpha == 0:
-            return logits
-        return logits + self.alpha * self.guide.bias(self.now(active), h)
+            return None
+        return final + self.alpha * self.guide.shift(self.now(active), h).to(final.dtype)
 
     def blend(self, active):
         if self.guide is not None or self.alpha == 0:

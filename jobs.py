@@ -229,7 +229,7 @@ class GuideJob(WorldJob):
     def __init__(self, config, out: Path):
         super().__init__(config, out)
         config.z_dim, config.h_dim = self.world_config.n_embd, self.llm.dim
-        config.vocab_size = self.llm.vocab_size
+        self.llm.model.requires_grad_(False)
 
     @torch.no_grad()
     def collate(self, chains: list[dict], rng, device) -> dict:
@@ -255,7 +255,7 @@ class GuideJob(WorldJob):
                 others += [at[j, min(s, len(coded[j][1]) - 1)]] * n
         return {"h": seen[self.llm.layer][rows, columns].float().to(device), "z_pred": z_pred[mine],
                 "z_other": z_pred[others], "targets": torch.tensor(tokens, device=device),
-                "logits": self.llm.logits(final[rows, columns]).to(device),
+                "final": final[rows, columns], "words": self.llm.logits,
                 "n_tokens": len(tokens), "n_filled": len(tokens), "n_slots": len(tokens)}
 
     def figures(self, model, device, autocast) -> dict:

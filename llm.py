@@ -192,18 +192,18 @@ class LLM:
 
     @torch.no_grad()
     def advance(self, tokens: torch.Tensor, memory: Memory, blend=None):
-        """The next token [B] of every row -> (logits [B, V] of the one after it, its state [B, D] at `layer`).
+        """The next token [B] of every row -> (last normed state [B, D], which `logits` takes; that at `layer`).
 
         blend: (alpha, target [B, D]) moves that state to h + alpha * (target - h) for the layers above it. What is
         returned is the state before: what reading the same text gives.
         """
         self.blend = blend
         try:
-            logits, h = self.read(tokens[:, None], memory.position[:, None], memory)
+            final, h = self.read(tokens[:, None], memory.position[:, None], memory)
         finally:
             self.blend = None
         memory.position = memory.position + 1
-        return logits, h[:, 0]
+        return final, h[:, 0]
 
     @torch.no_grad()
     def latents(self, rows, spans, wanted, logprobs=False):
@@ -338,7 +338,7 @@ class HuggingFaceLLM(LLM):
                  if isinstance(m, torch.nn.ModuleList) and len(m) == self.n_layer]
         if len(lists) != 1:
             raise ValueError(f"{name}: {len(lists)} lists of {self.n_layer} layers found; this architecture is unknown")
-        self.layers, self.vocab_size = lists[0], model.get_output_embeddings().weight.shape[0]
+        self.layers = lists[0]
         ends = model.generation_config.eos_token_id
         self.stop_ids = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
 
@@ -418,7 +418,7 @@ class HuggingFaceLLM(LLM):
     def begin(self, rows: list[list[int]], k: int, room: int):
         """Reads questions (token rows), each of them once, to be continued k times by up to `room` tokens.
 
-        -> (logits [B k, V] of the first new token, fp32; states [T, D] of each question's tokens at `layer`; Memory).
+        -> (last normed states [B k, D]; states [T, D] of each question's tokens at `layer`; Memory).
         """
         self.check_room(rows, room)
         whole = [self.prompt_ids + row for row in rows]  # padding after a cached prompt would fill a sliding window
@@ -428,17 +428,18 @@ class HuggingFaceLLM(LLM):
         is_real = torch.arange(T, device=self.device) >= T - lengths[:, None]
         memory = Memory([self.new_cache()], lengths, is_real)
         positions = (is_real.cumsum(1) - 1).clamp_min(0)
-        logits, h = self.read(idx, positions, memory)
+        final, h = self.read(idx, positions, memory)
         memory.select(torch.arange(len(rows), device=self.device).repeat_interleave(k))
-        return logits.repeat_interleave(k, dim=0), [z[T - len(row) :] for z, row in zip(h, rows, strict=True)], memory
+        return final.repeat_interleave(k, dim=0), [z[T - len(row) :] for z, row in zip(h, rows, strict=True)], memory
 
     def read(self, idx, positions, memory: Memory):
-        """Tokens idx [B, T] at `positions` after what memory holds -> (logits [B, V] of the last, states [B, T, D])."""
+        """Tokens idx [B, T] at `positions` after what memory holds -> (last normed states [B, D] of the last of them,
+        states [B, T, D] at `layer`)."""
         if memory.is_real.shape[1] < memory.caches[0].get_seq_length() + idx.shape[1]:
             memory.is_real = F.pad(memory.is_real, (0, idx.shape[1]), value=True)
         seen, final = self.states(idx, {self.layer}, True, attention_mask=memory.is_real.long(),
                                   position_ids=positions, use_cache=True, **{self.cache_name: memory.caches[0]})
-        return self.logits(final[:, -1]).float(), seen[self.layer]
+        return final[:, -1], seen[self.layer]
 
     def run(self, idx, **cached):
         if self.prompt_ids and not cached:
@@ -462,7 +463,7 @@ class RunLLM(LLM):
         self.name, self.quantization, self.dtype = str(folder), "none", "float32"
         self.dim, self.n_layer, self.context = config.n_embd, config.n_layer, config.block_size
         self.device, self.layers = self.model.embed.weight.device, self.model.transformer.blocks
-        self.vocab_size = self.unwritten = self.model.pred_id
+        self.unwritten = self.model.pred_id
         self.decode, self.end_id, self.stop_ids = self.tokenizer.decode, self.model.eos_id, {self.model.eos_id}
         self.tokenizer_hash = tokenizer_digest(self.tokenizer)
 
@@ -502,17 +503,17 @@ class RunLLM(LLM):
         memory = Memory(caches, torch.zeros_like(lengths))
         # a slot is a position: padding lies in later slots and is overwritten before it is seen
         positions = torch.arange(T, device=self.device).expand(n, T)
-        logits, h = self.read(pad_rows(rows, 0, self.device), positions, memory, at=lengths - 1)
+        final, h = self.read(pad_rows(rows, 0, self.device), positions, memory, at=lengths - 1)
         memory.position = lengths
         memory.select(torch.arange(n, device=self.device).repeat_interleave(k))
-        return logits.repeat_interleave(k, dim=0), [z[: len(row)] for z, row in zip(h, rows, strict=True)], memory
+        return final.repeat_interleave(k, dim=0), [z[: len(row)] for z, row in zip(h, rows, strict=True)], memory
 
     def read(self, idx, positions, memory: Memory, at=None):
         at = torch.full((len(idx),), idx.shape[1] - 1, device=self.device) if at is None else at
         slots = torch.arange(memory.caches[0].k.shape[2], device=self.device)
         seen, final = self.states(idx, {self.layer}, True, positions=positions, caches=memory.caches,
                                   attn_allowed=slots <= positions[..., None])
-        return self.logits(final[torch.arange(len(idx)), at]).float(), seen[self.layer]
+        return final[torch.arange(len(idx)), at], seen[self.layer]
 
     def run(self, idx, **cached):
         return self.model.transformer(self.model.embed(idx), **(cached or {"is_causal": True}))
@@ -676,11 +677,11 @@ def row_generator(seed: int, i: int, text: str) -> torch.Generator:
 def complete(llm: LLM, texts: list[str], k: int = 1, temperature: float = 0.8, top_p: float = 0.95, seed: int = 1,
              max_new_tokens: int = 256, stop: tuple[str, ...] = ()) -> list[list[str]]:
     """What the LLM writes after each text, k times, cut before the first of `stop`; temperature 0 is greedy."""
-    logits, _, memory = llm.begin([llm.text_ids(text) for text in texts], k, max_new_tokens)
+    final, _, memory = llm.begin([llm.text_ids(text) for text in texts], k, max_new_tokens)
     generators = [row_generator(seed, i, text) for text in texts for i in range(k)]
     ids, written, chosen = [[] for _ in generators], [""] * len(generators), list(range(len(generators)))
     for _ in range(max_new_tokens):
-        tokens = sample(logits, temperature, top_p, [generators[i] for i in chosen])
+        tokens = sample(llm.logits(final).float(), temperature, top_p, [generators[i] for i in chosen])
         keep = []
         for j, token in enumerate(tokens.tolist()):
             i = chosen[j]
@@ -691,11 +692,11 @@ def complete(llm: LLM, texts: list[str], k: int = 1, temperature: float = 0.8, t
                     keep.append(j)
         if not keep:
             break
-        logits, _ = llm.advance(tokens, memory)
+        final, _ = llm.advance(tokens, memory)
         if len(keep) < len(chosen):
-            at = torch.tensor(keep, device=logits.device)
+            at = torch.tensor(keep, device=final.device)
             memory.select(at)
-            logits, chosen = logits[at], [chosen[j] for j in keep]
+            final, chosen = final[at], [chosen[j] for j in keep]
     for s in stop:
         written = [text.partition(s)[0] for text in written]
     return [written[i : i + k] for i in range(0, len(written), k)]
@@ -748,7 +749,7 @@ def generate(llm: LLM, questions: list[str], k: int = 1, temperature: float = 0.
     for i, steps in enumerate(started):
         ids, spans = llm.encode(questions[i], [*steps, "#"])
         rows[i] = ids[: spans[-1][0]] if steps else rows[i]
-    logits, prompts, memory = llm.begin(rows, k, max_new_tokens)
+    final, prompts, memory = llm.begin(rows, k, max_new_tokens)
     writing, generators, current = [], [], []
     for question, row, h in zip(questions, rows, prompts, strict=True):
         span = llm.encode(question, ["#"])[1][0]  # as with steps after it
@@ -762,10 +763,12 @@ def generate(llm: LLM, questions: list[str], k: int = 1, temperature: float = 0.
         nudge.begin(writing)
     for _ in range(max_new_tokens):
         active = [writing[i] for i in chosen]
-        biased = logits if nudge is None else nudge.logits(logits, h, active)
-        tokens = sample(biased, temperature, top_p, [generators[i] for i in chosen])
-        logprob = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
-        logits, h = llm.advance(tokens, memory, None if nudge is None else nudge.blend(active))
+        moved = None if nudge is None else nudge.move(final, h, active)
+        # one product for the LLM's own words and the nudged ones: what takes time is to read its matrix
+        logits = llm.logits(final if moved is None else torch.cat((final, moved))).float()
+        tokens = sample(logits[-len(final) :], temperature, top_p, [generators[i] for i in chosen])
+        logprob = logits[: len(final)].log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
+        final, h = llm.advance(tokens, memory, None if nudge is None else nudge.blend(active))
         keep = []
         for j, (row, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
             if token in llm.stop_ids:
@@ -780,8 +783,8 @@ def generate(llm: LLM, questions: list[str], k: int = 1, temperature: float = 0.
         if not keep:
             break
         if len(keep) < len(active):
-            at = torch.tensor(keep, device=logits.device)
+            at = torch.tensor(keep, device=final.device)
             memory.select(at)
-            logits, h, chosen = logits[at], h[at], [chosen[j] for j in keep]
+            final, h, chosen = final[at], h[at], [chosen[j] for j in keep]
     chains = [row.chain() for row in writing]
     return [chains[i : i + k] for i in range(0, len(chains), k)]

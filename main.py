@@ -132,10 +132,10 @@ class Watch:
         if self.nudge:
             self.nudge.step_ended(row)
 
-    def logits(self, logits, h, active):
+    def move(self, final, h, active):
         if self.stop.is_set():
             raise Stopped
-        return self.nudge.logits(logits, h, active) if self.nudge else logits
+        return self.nudge.move(final, h, active) if self.nudge else None
 
     def blend(self, active):
         return self.nudge.blend(active) if self.nudge else None

@@ -979,28 +979,39 @@ def mean_error(z_pred, z_target, is_target, counts):
 
 
 class Guidance(Model):
-    """NUDGE's head: a bias over the LLM's vocabulary from the predicted next step and the current token's state."""
+    """NUDGE's head: from the predicted next step and the current token's state, a shift of the LLM's last state.
+
+    The LLM's own output matrix turns it into a bias over the vocabulary: a head with a matrix of its own has as many
+    rows as there are words, to learn and to read for every token.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.norm_z, self.norm_h = RMSNorm(config.z_dim), RMSNorm(config.h_dim)
         self.fc = nn.Linear(config.z_dim + config.h_dim, config.n_hidden)
-        self.out = nn.Linear(config.n_hidden, config.vocab_size)
+        self.out = nn.Linear(config.n_hidden, config.h_dim)
         nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)  # no bias, so the LLM's own words, before the first step of training
+        nn.init.zeros_(self.out.bias)  # no shift, so the LLM's own words, before the first step of training
 
-    def bias(self, z_pred, h):
-        """z_pred [M, C], h [M, D] -> [M, V]."""
+    def shift(self, z_pred, h):
+        """z_pred [M, C], h [M, D] -> [M, D] fp32."""
         z = self.norm_z(z_pred.float()) * self.config.use_z
         x = torch.cat((z, self.norm_h(h.float())), dim=-1)
-        return self.out(F.gelu(self.fc(x)).to(self.out.weight.dtype))
+        return self.out(F.gelu(self.fc(x))).float()
 
     def forward(self, batch: dict) -> dict:
-        """z_pred [M, C], h [M, D], logits [M, V] of the LLM, targets [M] -> {"loss", "ce", "ce_llm", "bias"}."""
-        bias, logits = self.bias(batch["z_pred"], batch["h"]).float(), batch["logits"].float()
-        parts = {"ce": F.cross_entropy(logits + bias, batch["targets"]), "bias": bias.square().mean(),
-                 "ce_llm": F.cross_entropy(logits, batch["targets"])}
+        """-> {"loss", "ce", "ce_llm" (cross-entropies with and without the shift), "bias" (its mean square)}.
+
+        z_pred [M, C], h [M, D], final [M, D] (the LLM's last normed states), targets [M]; words, the LLM's function
+        from such states to logits [M, V].
+        """
+        final, targets = batch["final"], batch["targets"]
+        moved = final + self.shift(batch["z_pred"], batch["h"]).to(final.dtype)
+        with torch.autocast(final.device.type, enabled=False):  # in the LLM's own precision
+            own, guided = (batch["words"](x).float() for x in (final, moved))
+        parts = {"ce": F.cross_entropy(guided, targets), "ce_llm": F.cross_entropy(own, targets),
+                 "bias": (guided - own).square().mean()}
         return {"loss": parts["ce"] + self.config.lambda_bias * parts["bias"], **parts}
 
     def flops_per_token(self, T: float) -> float:

@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pyarrow as pa
@@ -1907,7 +1907,7 @@ def test_llm_families_give_their_hidden_states_and_logprobs(family, monkeypatch)
 
 
 class Dictation:
-    """Stands where a nudge does and makes an LLM write given tokens, one list a row, then stop."""
+    """Stands where a nudge does and makes an LLM write given tokens, one list a row, then stop; see `sample`."""
 
     def __init__(self, rows, stop):
         self.rows, self.stop = rows, stop
@@ -1915,9 +1915,13 @@ class Dictation:
     def begin(self, writing):
         self.text = dict(zip(writing, self.rows, strict=True))
 
-    def logits(self, logits, h, active):
-        wanted = [(self.text[row] + [self.stop])[len(row.ids)] for row in active]
-        return torch.nn.functional.one_hot(torch.tensor(wanted), logits.shape[1]).float()
+    def move(self, final, h, active):
+        self.next = torch.tensor([(self.text[row] + [self.stop])[len(row.ids)] for row in active])
+
+    def sample(self, logits, *how):
+        """In place of llm.sample."""
+        assert len(logits) == len(self.next)
+        return self.next
 
     def blend(self, active):
         return None
@@ -1934,7 +1938,9 @@ def check_written_latents(llm):
     for question, steps in pairs:
         rows.append(llm.encode(question, steps)[0][len(llm.question_ids(question)):])
     stop = min(llm.stop_ids)
-    found = llms.generate(llm, questions, k=2, temperature=0, max_new_tokens=60, nudge=Dictation(rows, stop))
+    dictation = Dictation(rows, stop)
+    with patch.object(llms, "sample", dictation.sample):
+        found = llms.generate(llm, questions, k=2, temperature=0, max_new_tokens=60, nudge=dictation)
     for chain, (question, steps) in zip(found[0] + found[1], pairs, strict=True):
         assert chain["steps"] == steps and chain["is_over"] == steps[-1].startswith("####")
         ids, spans = llm.encode(question, steps)
@@ -2289,7 +2295,11 @@ def test_nudge_with_alpha_0_is_the_llm_alone(world):
             same = write(temperature, 0.0, head)
             assert [[c["logprobs"] for c in row] for row in own] == [[c["logprobs"] for c in row] for row in same]
     for head in heads:
-        assert [c["steps"] for c in write(0.0, 4.0, head)[0]] != [c["steps"] for c in own[0]]
+        nudged = write(0.0, 100.0 if head else 4.0, head)[0]
+        assert [c["steps"] for c in nudged] != [c["steps"] for c in own[0]]
+        for chain in nudged if head else ():  # how likely the LLM alone finds what it was made to write
+            read = world.llm.read_chains([(QUESTION, chain["steps"])], logprobs=True)[0][1:]
+            assert np.allclose(read, chain["logprobs"], atol=1e-3)
     found = result_of(infer.main, "nudge", world.rjepa, "--question", QUESTION, "--alpha", 1, "--max_new_tokens", 24,
                       "--device", "cpu")
     assert set(found) >= {"own", "nudged", "alpha"}
@@ -2321,7 +2331,7 @@ def test_guidance_sees_the_state_and_the_prediction_of_its_token(world):
             m_0 += n
             assert batch["targets"][at].tolist() == ids[begin : begin + n]
             assert torch.allclose(batch["h"][at], states[job.llm.layer][0, begin - 1 : begin + n - 1], atol=1e-5)
-            assert torch.allclose(batch["logits"][at], job.llm.logits(final[0, begin - 1 : begin + n - 1]), atol=1e-4)
+            assert torch.allclose(batch["final"][at], final[0, begin - 1 : begin + n - 1], atol=1e-5)
             ahead = job.world.predict_next(h[i : i + 1, :s], is_real[:1, :s])
             assert torch.allclose(batch["z_pred"][at], ahead.expand(n, -1), atol=1e-5)
             theirs = job.world.predict_next(h[1 - i : 2 - i][:1, :s], is_real[:1, :s])

@@ -120,7 +120,7 @@ def test_stop_ends_the_writing(monkeypatch):
     def slow(llm, questions, k, nudge=None, **options):
         nudge.begin([SimpleNamespace(ids=[0], llm=llm)] * k)
         for state.tokens in range(1000):  # noqa: B007
-            nudge.logits(None, None, [])
+            nudge.move(None, None, [])
             time.sleep(0.01)
 
     watch = main.Watch()
