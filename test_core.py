@@ -194,6 +194,9 @@ def test_rms_norm_on_a_cpu_is_pytorchs():
     for a, b in zip(*(torch.autograd.grad(y, (x, norm.weight), g) for y in (plain, own)), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     assert own.grad_fn.name().startswith("RMSNormOnCPU")
+    half, weight = x.detach().bfloat16(), norm.weight.bfloat16()  # left to PyTorch
+    assert norm.bfloat16()(half).dtype == torch.bfloat16
+    assert torch.equal(norm(half), torch.nn.functional.rms_norm(half, half.shape[-1:], weight))
 
 
 def test_what_is_picked_is_spread_again():
