@@ -337,7 +337,7 @@ def evaluate_nudge(run: str, args) -> dict:
     """Greedy answers with the predicted next step pulling at them, for every --alphas -> accuracies and energies.
 
     `shuffled`: the same pull, towards the prediction for the next problem. `energy` is of the chains as R-JEPA reads
-    them. Generations are kept in the run folder, by all that they follow from, and not made again. --method greedy is
+    them; p_own, p_shuffled: `paired_p` against alpha 0, and against the same alpha shuffled. Generations are kept in the run folder, by all that they follow from, and not made again. --method greedy is
     alpha 0 alone.
     """
     alphas = (0.0,) if args.method == "greedy" else args.alphas
@@ -350,7 +350,7 @@ def evaluate_nudge(run: str, args) -> dict:
     problems = eval_alignment.held_out(args, config)
     llm, truths = infer.llm_of(config, args.llm, args.device), [data.answer_text(p, "final") for p in problems]
     made_by = runs.digest(json.dumps([[p["id"], p["question"]] for p in problems] + made_by))
-    methods = {}
+    methods, answers = {}, {}
     for alpha, shuffled in [(a, s) for a in alphas for s in (False, True)[: 1 + (a > 0)]]:
         name = f"alpha {alpha:g}" + (" shuffled" if shuffled else "")
         path = Path(run) / f"generations-{args.nudge}-{name.replace(' ', '-')}-{made_by}.jsonl"
@@ -366,10 +366,15 @@ def evaluate_nudge(run: str, args) -> dict:
                                      "energy": infer.chain_energy(e) if c["steps"] else None}
                                     for p, c, e in zip(problems, written, found, strict=True)])
         rows = verify.read_jsonl(path)
-        right = [bool(r["steps"]) and verify.check_answer(r["steps"][-1], t) for r, t in zip(rows, truths, strict=True)]
+        answers[name] = right = np.array([bool(r["steps"]) and verify.check_answer(r["steps"][-1], t)
+                                          for r, t in zip(rows, truths, strict=True)])
         energy = [r["energy"] for r in rows if r["energy"] is not None]
         methods[name] = method_figures(right, 0.0, 0.0, args.seed, recovered=False) | {
             "energy": float(np.mean(energy)) if energy else None}
+    for name, right in answers.items():
+        for key, other in (("p_own", "alpha 0"), ("p_shuffled", f"{name} shuffled")):
+            if other in answers and other != name:
+                methods[name][key] = paired_p(right, answers[other])
     own = methods["alpha 0"]["accuracy"] if "alpha 0" in methods else None
     return {"n": len(problems), "k": 1, "nudge": args.nudge, "random": own, "oracle": own, "methods": methods}
 

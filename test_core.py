@@ -2665,6 +2665,9 @@ def test_evaluation_of_plan_and_nudge(world, monkeypatch):
                               0, 3, "--batch_size", 20, "--max_new_tokens", 24)
     found = nudge()
     assert list(found["methods"]) == ["alpha 0", "alpha 3", "alpha 3 shuffled"] and found["n"] == 60
+    p = [{k: v for k, v in m.items() if k.startswith("p_")} for m in found["methods"].values()]
+    assert [set(x) for x in p] == [set(), {"p_own", "p_shuffled"}, {"p_own"}]
+    assert all(0 < v <= 1 for x in p for v in x.values())
     monkeypatch.setattr(evaluate_accuracy, "llm_generate", None)  # they are kept and not written again
     assert nudge() == found
 
