@@ -138,6 +138,7 @@ class RJEPAConfig(RunConfig):
     pooling: Literal["mean", "last", "both"] = "last"  # a step's latent: mean over its tokens, its last one, or both
     prompt: str = ""  # around every question, as in extract.py; the run stores the text
     dim: int = 0  # width of the latents; the run stores it
+    llm_weights: str = ""  # hash of the LLM's weights, where it is a run of this project; the run stores it
 
     # network
     n_layer: int = 3  # blocks of the context encoder (and of its EMA copy)

@@ -195,7 +195,7 @@ def step_retrieval(model, rows: list[dict], seed: int, n_candidates: int = 100) 
 
     By cosine, in target space to z_pred and in the LLM's standardised space to W_out(z_pred); baselines in target
     space: the step before (copy), the mean of both neighbours (neither of these two can pick a neighbour
-    itself), and the mean target of that position. At most 2,000 chains are looked at.
+    itself), and the mean target of that position in the other chains. At most 2,000 chains are looked at.
     """
     rng = np.random.default_rng(seed)
     rows = [r for r in rows if r["is_valid"] and 3 <= r["n_steps"] < n_candidates][:2000]
@@ -204,7 +204,7 @@ def step_retrieval(model, rows: list[dict], seed: int, n_candidates: int = 100) 
     h, is_real = latents.pad_latents([r["h"] for r in rows], model.h_mean.device)
     chain, step, z_pred, z_all = model.hidden_steps(h, is_real)
     x_all, x_pred = model.standardize(h), model.w_out(z_pred)
-    mean_of = torch.stack([z_all[:, s][is_real[:, s]].mean(0) for s in range(h.shape[1])])
+    sums, counts = (z_all * is_real[..., None]).sum(0), is_real.sum(0)  # (S, C), (S,)
     at = {pair: i for i, pair in enumerate(zip(chain.tolist(), step.tolist(), strict=True))}
     ranks = {}
     for c, row in enumerate(rows):
@@ -214,7 +214,8 @@ def step_retrieval(model, rows: list[dict], seed: int, n_candidates: int = 100) 
                for o in rng.choice([i for i in range(len(rows)) if i != c], n_candidates - 1 - len(own))]
         where = torch.tensor([(c, k), *((c, s) for s in own), *far], device=h.device).T
         z, x, i = z_all[where[0], where[1]], x_all[where[0], where[1]], at[c, k]
-        add_ranks(ranks, {"z_pred": z_pred[i], "copy": z_all[c, k - 1], "position": mean_of[k],
+        position = (sums[k] - z_all[c, k]) / (counts[k] - 1).clamp_min(1)
+        add_ranks(ranks, {"z_pred": z_pred[i], "copy": z_all[c, k - 1], "position": position,
                           "neighbours": (z_all[c, k - 1] + z_all[c, k + 1]) / 2}, z, own, k)
         add_ranks(ranks, {"W_out": x_pred[i]}, x, own, k)
     return {"n": len(rows), "candidates": n_candidates, **rank_figures(ranks)}
@@ -370,7 +371,7 @@ def evaluate_rjepa(run: str, args) -> dict:
     if (args.dataset or args.split != "test") and not args.latents:
         raise ValueError("an R-JEPA run is evaluated on its own held-out chains, or on --latents FOLDER "
                          "(extract.py --dataset X --split S --out FOLDER)")
-    folder = args.latents or config.latents
+    folder = args.latents or config.held_out or config.latents
     rows, manifest = latents.load_latents(folder)
     latents.check_same_llm(config, manifest, f"{run} and {folder}")
     rows = [r for r in rows if r["steps"] and (args.latents or r["split"] == "val")]

@@ -33,6 +33,7 @@ import data
 import eval_alignment
 import extract
 import infer
+import jobs
 import latents
 import runs
 import sandbox
@@ -337,8 +338,8 @@ def evaluate_nudge(run: str, args) -> dict:
     """Greedy answers with the predicted next step pulling at them, for every --alphas -> accuracies and energies.
 
     `shuffled`: the same pull, towards the prediction for the next problem. `energy` is of the chains as R-JEPA reads
-    them; p_own, p_shuffled: `paired_p` against alpha 0, and against the same alpha shuffled. Generations are kept in the run folder, by all that they follow from, and not made again. --method greedy is
-    alpha 0 alone.
+    them; p_own, p_shuffled: `paired_p` against alpha 0, and against the same alpha shuffled. Generations are kept in
+    the run folder, by all that they follow from, and not made again. --method greedy is alpha 0 alone.
     """
     alphas = (0.0,) if args.method == "greedy" else args.alphas
     model, config = infer.load_world_model(run, args.device)
@@ -349,15 +350,14 @@ def evaluate_nudge(run: str, args) -> dict:
         made_by.append(runs.weights_digest(folder))
     problems = eval_alignment.held_out(args, config)
     llm, truths = infer.llm_of(config, args.llm, args.device), [data.answer_text(p, "final") for p in problems]
-    made_by = runs.digest(json.dumps([[p["id"], p["question"]] for p in problems] + made_by))
+    made_by = runs.digest(json.dumps([[p["id"], p["question"]] for p in problems] + made_by + [llm.dtype]))
     methods, answers = {}, {}
     for alpha, shuffled in [(a, s) for a in alphas for s in (False, True)[: 1 + (a > 0)]]:
         name = f"alpha {alpha:g}" + (" shuffled" if shuffled else "")
         path = Path(run) / f"generations-{args.nudge}-{name.replace(' ', '-')}-{made_by}.jsonl"
         if not path.is_file():
             written = []
-            for start in range(0, len(problems), args.batch_size):
-                part = [p["question"] for p in problems[start : start + args.batch_size]]
+            for part in jobs.parts([p["question"] for p in problems], args.batch_size):
                 nudge = infer.Nudge(model, llm, alpha, guide, shuffled)
                 chains = llm_generate(llm, part, 1, 0.0, 1.0, args.seed, args.max_new_tokens, nudge)
                 written += [row[0] for row in chains]

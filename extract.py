@@ -159,8 +159,7 @@ def claim(out: Path, folders, overwrite: bool, n_shards: int):
 
 def common_header(llm: LLM, logprobs: bool, description: dict) -> dict:
     """What every shard and the manifest say of latents, whatever the layer and pooling."""
-    weights = runs.weights_digest(llm.name) if runs.is_run(llm.name) else ""  # it may be trained again under its name
-    return {"schema": latents.SCHEMA, "llm": llm.name, "weights": weights, "dtype": llm.dtype,
+    return {"schema": latents.SCHEMA, "llm": llm.name, "weights": llm.weights, "dtype": llm.dtype,
             "quantization": llm.quantization, "tokenizer": llm.tokenizer_hash, "prompt": llm.prompt,
             "logprobs": logprobs, **description}
 

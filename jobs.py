@@ -60,18 +60,23 @@ def train_and_val(config) -> tuple[list[dict], list[dict]]:
     return train, at_least_two(val, f"problems of {config.dataset}")
 
 
-def chains_to_train_on(config, rows: list[dict], manifest: dict, folder) -> tuple[list[dict], list[dict]]:
-    """(train, val) of latents.training_chains, as many as a config names. Raises ValueError as train_and_val does."""
+def chains_to_train_on(config, rows: list[dict], manifest: dict, folder, world) -> tuple[list[dict], list[dict]]:
+    """(train, val) of latents.training_chains, as many as a config names; world: the config of the R-JEPA, whose
+    held_out, where it names one, brings val, and all chains of the folder are trained on.
+
+    Raises ValueError as train_and_val does, and where a problem is in both.
+    """
     train, val = latents.training_chains(rows, manifest, folder)
-    return train[: config.limit or None], at_least_two(val[: config.val_problems], f"chains of {folder}")
-
-
-def held_out_chains(config) -> list[dict]:
-    """The verified val chains of config.held_out, of the LLM that config names."""
-    rows, manifest = latents.load_latents(config.held_out)
-    latents.check_same_llm(config, manifest, f"--held_out {config.held_out}")
-    val = latents.training_chains(rows, manifest, config.held_out)[1][: config.val_problems]
-    return at_least_two(val, f"verified chains of --held_out {config.held_out}")
+    if world.held_out:
+        held_out, manifest = latents.load_latents(world.held_out)
+        latents.check_same_llm(world, manifest, f"--held_out {world.held_out}")
+        train, val = train + val, latents.training_chains(held_out, manifest, world.held_out)[1]
+    train = train[: config.limit or None]
+    val = at_least_two(val[: config.val_problems], f"verified chains of {world.held_out or folder}")
+    for same in (lambda r: r["problem_id"], lambda r: data.plain_question(r["question"])) if world.held_out else ():
+        if seen := {same(r) for r in train} & {same(r) for r in val}:
+            raise ValueError(f"{folder} holds a problem of --held_out {world.held_out}: {min(seen)[:80]}")
+    return train, val
 
 
 class Job:
@@ -119,10 +124,11 @@ class TextJob(Job):
         config, total, n = self.config, 0.0, 0
         by_length = sorted(self.val, key=lambda e: len(e["question"]) + len(e["answer"]))
         for start in range(0, len(by_length), config.batch_size):
-            part = by_length[start : start + config.batch_size]
+            batch = data.collate(by_length[start : start + config.batch_size], config, device)
+            tokens = len(batch["targets"]) + len(batch.get("answer_targets", ()))
             with autocast():
-                total += float(model(data.collate(part, config, device))["lm_loss"]) * len(part)
-            n += len(part)
+                total += float(model(batch)["lm_loss"]) * tokens
+            n += tokens
         with autocast():
             model.fit_standardize([e["target"] for e in self.train[:1024]])
             pred, target = model.encode([e["question"] for e in self.val], [e["target"] for e in self.val])
@@ -147,19 +153,12 @@ class LatentJob(Job):
         config.latents = str(folder)
         for name in latents.SAME_LLM:
             setattr(config, name, manifest[name])
+        config.llm_weights = manifest.get("weights", "")
         if manifest["dataset"] in {"gsm8k", "synthetic"} - {config.dataset}:
             runs.say(f"{folder} is of --dataset {manifest['dataset']}")
             config.dataset = manifest["dataset"]
-        if config.held_out:
-            self.train = sum(latents.training_chains(rows, manifest, folder), [])[: config.limit or None]
-            self.val = held_out_chains(config)
-            for same in (lambda r: r["problem_id"], lambda r: data.plain_question(r["question"])):
-                if seen := {same(r) for r in self.train} & {same(r) for r in self.val}:
-                    raise ValueError(f"{folder} holds a problem of --held_out {config.held_out}: {min(seen)[:80]}")
-        else:
-            self.train, self.val = chains_to_train_on(config, rows, manifest, folder)
-        if self.val:
-            latents.join(self.val)  # as copies: whole shards can go once the training chains are in a table, too
+        self.train, self.val = chains_to_train_on(config, rows, manifest, folder, config)
+        latents.join(self.val)  # as copies: whole shards can go once the training chains are in a table, too
         self.batches = latents.Batches(self.train, config)
         parts = [[r["id"], r["steps"], r.get("wrong_step")] for r in self.train]
         self.identity = {"latents": runs.digest(json.dumps([parts, manifest], sort_keys=True))}
@@ -210,7 +209,7 @@ class WorldJob(Job):
         self.world.requires_grad_(False)
         rows, manifest = latents.load_latents(self.world_config.latents, self.world_config.where)
         latents.check_same_llm(self.world_config, manifest, f"{config.init_from} and {self.world_config.latents}")
-        self.train, self.val = chains_to_train_on(config, rows, manifest, self.world_config.latents)
+        self.train, self.val = chains_to_train_on(config, rows, manifest, self.world_config.latents, self.world_config)
         self.batches = latents.Batches(self.train, config)
         parts = [[r["id"], r["steps"]] for r in self.train]
         config.world = runs.weights_digest(config.init_from)
@@ -323,14 +322,16 @@ class SpeakJob(WorldJob):
         """Held-out token loss from true latents, from predicted ones, and from that of another chain (a predicted one
         where it has learnt from these alone)."""
         sums, other = {"lm_loss": 0.0, "lm_loss_predicted": 0.0, "lm_loss_shuffled": 0.0}, self.config.predicted_share
+        n = 0
         for i, part in enumerate(parts(self.val, self.config.batch_size)):
             for name, share in (("lm_loss", 0.0), ("lm_loss_predicted", 1.0), ("lm_loss_shuffled", float(other == 1))):
                 batch = self.collate(part, np.random.default_rng([0, i]), device, share)
                 if name == "lm_loss_shuffled":  # the latent alone, its surroundings stay
                     batch["context"][:, 0] = batch["context"][:, 0].roll(1, 0)
                 with autocast():
-                    sums[name] += float(model(batch)["lm_loss"]) * len(part) / len(self.val)
-        return sums
+                    sums[name] += float(model(batch)["lm_loss"]) * int(batch["is_text"].sum())
+            n += int(batch["is_text"].sum())
+        return {name: total / n for name, total in sums.items()}
 
 
 def spoken(texts: list[list[int]], eos: int, device, reads: list[list[int]] | None = None) -> dict:

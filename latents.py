@@ -239,8 +239,13 @@ def read_manifest(folder) -> dict:
 
 
 def check_same_llm(config, ours: dict, what: str):
-    """Raises ValueError where a run's config and a manifest differ in LLM, layer, pooling, prompt or width."""
-    if wrong := {k: (getattr(config, k), ours[k]) for k in SAME_LLM if getattr(config, k) != ours[k]}:
+    """Raises ValueError where a run's config and a manifest differ in LLM, layer, pooling, prompt or width, or in the
+    LLM's weights where both say which."""
+    wrong = {k: (getattr(config, k), ours[k]) for k in SAME_LLM if getattr(config, k) != ours[k]}
+    weights = getattr(config, "llm_weights", ""), ours.get("weights", "")
+    if all(weights) and weights[0] != weights[1]:
+        wrong["weights of the LLM"] = weights
+    if wrong:
         text = ", ".join(f"{k}: {a} there, {b} here" for k, (a, b) in wrong.items())
         raise ValueError(f"{what} does not fit ({text})")
 

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 
 import latents
+import runs
 from model import pad_rows, to_device
-from runs import digest, digest_file, is_run, load_run, load_tokenizer, pick_device, pick_dtype, say, tokenizer_digest
+from runs import digest, digest_file, is_run, load_run, load_tokenizer, pick_device, pick_dtype, say
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nano-jepa"
@@ -142,7 +143,7 @@ class Memory:
     def select(self, rows: torch.Tensor):
         """Keeps these rows, in this order; a row may be named more than once."""
         for cache in self.caches:
-            cache.batch_select_indices(rows)
+            cache.reorder_cache(rows)
         self.position = self.position[rows]
         self.is_real = None if self.is_real is None else self.is_real[rows]
 
@@ -151,7 +152,8 @@ class LLM:
     """A causal LM as extraction sees it; see `load_llm`. Subclasses bring `encode`, `logits`, `layers` (the
     modules) and `run`, the last normed states [B, T, D] of tokens [B, T].
 
-    name, dim (width), n_layer, context (longest sequence in tokens), dtype, quantization, tokenizer_hash, device;
+    name, dim (width), n_layer, context (longest sequence in tokens), dtype, quantization, tokenizer_hash, device,
+    weights (hash of those of a run of this project: it may be trained again under its name);
     layer (index into hidden_states, never negative) and pooling are those that `step_latents` uses. To write, they
     also bring `question_ids`, `decode`, `stop_ids`, `begin` and `read`.
     """
@@ -161,6 +163,7 @@ class LLM:
     prompt, prompt_ids, after = "", [], "\n"  # `set_prompt`; tokens before every question, text after it
     end_of_turn = None  # of a chat, the token that ends it
     blend = None  # (alpha, target [B, D]) while `advance` runs: see there
+    weights = ""
 
     def check_room(self, rows, room: int):
         """Raises ValueError where prompt, question and `room` new tokens are more than the context."""
@@ -327,14 +330,16 @@ class HuggingFaceLLM(LLM):
         self.context = getattr(config, "max_position_embeddings", None) or 2**31
         self.softcap = getattr(config, "final_logit_softcapping", None)
         # Cohere, Granite
-        self.logit_scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        self.logit_scale = (getattr(config, "logit_scale", None) or 1.0) / getattr(config, "logits_scaling", 1.0)
+        self.has_known_head = False  # `check_head` will tell
         self.device, self.dtype = model.device, str(model.dtype)[6:]
-        named = inspect.signature(model.base_model.forward).parameters  # transformers 5.40 knows the newer name alone
+        self.base = model.model if model.base_model is model else model.base_model  # Llama 4 names its base otherwise
+        named = inspect.signature(self.base.forward).parameters  # transformers 5.40 knows the newer name alone
         self.cache_name = "cache" if "cache" in named else "past_key_values"
         if not tokenizer.is_fast:
             raise ValueError(f"{name}: its tokenizer gives no offsets (not a fast one); steps cannot be located")
         self.tokenizer_hash = digest(tokenizer.backend_tokenizer.to_str())
-        lists = [m for m in model.base_model.modules()
+        lists = [m for m in self.base.modules()
                  if isinstance(m, torch.nn.ModuleList) and len(m) == self.n_layer]
         if len(lists) != 1:
             raise ValueError(f"{name}: {len(lists)} lists of {self.n_layer} layers found; this architecture is unknown")
@@ -375,8 +380,8 @@ class HuggingFaceLLM(LLM):
                 self.prompt_ids = self.tokens(before)[0]
             self.prompt, self.prompt_cache = prompt, self.new_cache()
             if before:
-                self.model.base_model(torch.tensor([self.prompt_ids], device=self.device), use_cache=True,
-                                      **{self.cache_name: self.prompt_cache})
+                self.base(torch.tensor([self.prompt_ids], device=self.device), use_cache=True,
+                          **{self.cache_name: self.prompt_cache})
         return self
 
     def new_cache(self):
@@ -405,8 +410,9 @@ class HuggingFaceLLM(LLM):
 
     @property
     def end_of_turn(self) -> int | None:
-        """Of a chat, the token that ends a turn; a prompt without one is plain text."""
-        return next((i for i in sorted(self.stop_ids) if self.tokenizer.decode([i]) in self.prompt), None)
+        """Of a chat, the token that ends a turn: the first in the prompt that ends a text. Plain text has none."""
+        places = {self.prompt.find(self.tokenizer.decode([i])): i for i in self.stop_ids}
+        return places[min(found)] if (found := [at for at in places if at > 0]) else None
 
     @property
     def end_id(self) -> int:
@@ -444,12 +450,25 @@ class HuggingFaceLLM(LLM):
     def run(self, idx, **cached):
         if self.prompt_ids and not cached:
             cached = {self.cache_name: copy.deepcopy(self.prompt_cache), "use_cache": True}
-            cached[self.cache_name].batch_repeat_interleave(len(idx))
-        return self.model.base_model(idx, **(cached or {"use_cache": False})).last_hidden_state
+            cached[self.cache_name].reorder_cache(torch.zeros(len(idx), dtype=torch.long, device=self.device))
+        return self.base(idx, **(cached or {"use_cache": False})).last_hidden_state
 
     def logits(self, h):
+        if not self.has_known_head:
+            self.check_head()
         logits = self.model.get_output_embeddings()(h) * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    @torch.no_grad()
+    def check_head(self):
+        """Raises ValueError where the architecture makes its logits otherwise than `logits` does."""
+        self.has_known_head, idx = True, torch.tensor([[1, 2, 3]], device=self.device)
+        theirs = self.model(idx, use_cache=False).logits.float()
+        ours = self.logits(self.base(idx, use_cache=False).last_hidden_state).float()
+        if (ours - theirs).abs().max() > 0.1 * theirs.std():
+            self.has_known_head = False
+            raise ValueError(f"{self.name}: how its logits follow from its last states is not known here; its hidden "
+                             "states can be extracted, without logprobs, but it cannot write")
 
 
 class RunLLM(LLM):
@@ -461,11 +480,12 @@ class RunLLM(LLM):
             raise ValueError(f"{folder}: only a run with answer_context = question reads question and answer in a row")
         self.tokenizer = load_tokenizer(folder, config)
         self.name, self.quantization, self.dtype = str(folder), "none", "float32"
+        self.weights = runs.weights_digest(folder)
         self.dim, self.n_layer, self.context = config.n_embd, config.n_layer, config.block_size
         self.device, self.layers = self.model.embed.weight.device, self.model.transformer.blocks
         self.unwritten = self.model.pred_id
         self.decode, self.end_id, self.stop_ids = self.tokenizer.decode, self.model.eos_id, {self.model.eos_id}
-        self.tokenizer_hash = tokenizer_digest(self.tokenizer)
+        self.tokenizer_hash = runs.tokenizer_digest(self.tokenizer)
 
     def encode(self, question, steps):
         text, units = chain_text(question, steps)
@@ -584,13 +604,13 @@ def llm_of(config, llm: str = "", device: str = "auto") -> LLM:
     """The LLM whose latents a run or memory reads, at its layer and pooling; `llm` says where it lies, if not under its
     name.
 
-    Raises ValueError where its depth or width is another.
+    Raises ValueError where its depth or width is another, or where it is a run with other weights.
     """
     loaded = load_llm(llm or config.llm, device, layer=config.layer, pooling=config.pooling)
     loaded.set_prompt(config.prompt)
     ours = {k: getattr(loaded, k) for k in ("layer", "pooling", "prompt")}
     ours["dim"] = loaded.latent_dim(config.pooling)
-    ours["llm"] = config.llm if llm else loaded.name
+    ours |= {"llm": config.llm if llm else loaded.name, "weights": loaded.weights}
     latents.check_same_llm(config, ours, f"its LLM and --llm {llm or config.llm}")
     return loaded
 

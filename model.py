@@ -83,8 +83,8 @@ class KVCache:
         self.v.scatter_(2, slots, v.to(self.v.dtype))
         return self.k, self.v
 
-    def batch_select_indices(self, rows):
-        """Keeps these rows; the name is transformers'."""
+    def reorder_cache(self, rows):
+        """Keeps these rows, in this order; the name is transformers'."""
         self.k, self.v = self.k[rows], self.v[rows]
 
 
@@ -288,7 +288,7 @@ class Transformer(nn.Module):
         if positions is None:
             positions = torch.arange(T, device=x.device)[None]
         room, whole, only = ROW.get(x.device.type, 0), None, None
-        # in training alone: otherwise a result would depend, in its last bits, on what else is in the batch
+        # in training alone: that a result depends on what else is in its batch must not go beyond its last bits
         short = is_real is not None and attn_allowed is not None and 2 * T <= room
         if self.training and short and caches is None and context is None:
             index, slots, shape = pack(is_real.cpu(), room)
@@ -329,6 +329,7 @@ class Transformer(nn.Module):
 def compile_blocks(model: nn.Module):
     """Compiles every block and the loss in place. What is around them looks at the data: it could not be one graph."""
     torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.optimize_ddp = False  # it would cut blocks at DDP's buckets, and older ones not at `Pick`
     for part in model.modules():
         if isinstance(part, Block):
             part.forward = torch.compile(part.forward, dynamic=True)
@@ -833,7 +834,8 @@ class RJEPA(Model):
         h [B, S, D]; is_real, is_visible, is_target bool [B, S] (neither visible nor target: hidden, not asked for).
         Masks may lie on the CPU (see `to_device`).
         With wrong chains for some of them: wrong_h and the same three masks with wrong_ before their names; is_wrong
-        bool [B, S]: the steps that differ from h's, of counterfactuals, whose masks are h's; right_counts, wrong_counts
+        bool [B, S]: of counterfactuals, whose masks are h's, the steps from the wrong one on (of 2 to 6 % of them the
+        text is h's, the state is not); right_counts, wrong_counts
         bool [B, S]: the targets that the margin compares.
         """
         cfg, is_target, (B, S), device = self.config, batch["is_target"], batch["h"].shape[:2], batch["h"].device

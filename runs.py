@@ -329,7 +329,7 @@ def start_from(model, config):
     if adapters_only:
         weights = {k: v for k, v in weights.items() if not k.startswith(ADAPTERS)}
     elif isinstance(config, cfg.RJEPAConfig):
-        ours = {k: getattr(config, k) for k in latents.SAME_LLM}
+        ours = {k: getattr(config, k) for k in latents.SAME_LLM} | {"weights": config.llm_weights}
         latents.check_same_llm(theirs, ours, f"--init_from {config.init_from} (rjepa-calibrate: another LLM)")
     left = model.load_state_dict(weights, strict=not adapters_only)
     assert all(k.startswith(ADAPTERS) for k in left.missing_keys) and not left.unexpected_keys
@@ -483,6 +483,8 @@ def publish(run: str, folder: str, llm: str = "", overwrite: bool = False) -> di
     config.out_dir, config.data_dir = str(folder), ""
     if hasattr(config, "latents"):
         config.llm, config.latents = llm or config.llm, ""
+    if isinstance(config, cfg.RJEPAConfig):
+        config.held_out = config.llm_weights = ""
     if type(config) in (cfg.GuideConfig, cfg.SpeakConfig):
         config.init_from = str(folder).rpartition("-")[0]
         config.world = weights_digest(config.init_from)

@@ -19,6 +19,7 @@ import random
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -772,6 +773,16 @@ def weights(folder):
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
     return folder, run(folder)
+
+
+def test_the_held_out_token_loss_is_a_mean_over_tokens(tmp_path):
+    config = tiny(dropout=0.0)
+    job = jobs.TextJob(config, tmp_path)
+    torch.manual_seed(0)
+    net, found = m.NanoJEPA(config), []
+    for config.batch_size in (1, 7, 64):
+        found.append(job.evaluate(net, "cpu", contextlib.nullcontext)["lm_loss"])
+    assert found == pytest.approx([found[0]] * 3, abs=1e-5)
 
 
 def test_a_run_folder_and_its_figures(finished):
@@ -1692,7 +1703,11 @@ FAMILIES = {  # fields beyond SIZES
                        num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1, q_lora_rank=16,
                        kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16),
     "Phi": GROUPED, "Phi3": GROUPED, "Granite": GROUPED | dict(logits_scaling=2.0), "GPT2": {},
-    "Gemma3": GROUPED | dict(head_dim=16, sliding_window=8, final_logit_softcapping=5.0)}  # fmt: skip
+    "Gemma3": GROUPED | dict(head_dim=16, sliding_window=8, final_logit_softcapping=5.0),
+    "Llama4": GROUPED | dict(head_dim=16, intermediate_size_mlp=48, num_local_experts=2, interleave_moe_layer_step=4),
+    "Qwen3Next": GROUPED | dict(head_dim=16, num_experts=0, linear_num_key_heads=1, linear_num_value_heads=2,
+                                linear_key_head_dim=16, linear_value_head_dim=16,
+                                layer_types=["linear_attention", "full_attention", "linear_attention"])}  # fmt: skip
 CHAINS = [("Mia has 3 pears. How many?", ["Mia has 3.", "#### 3"]), ("Café? 日本", ["Ω ≠ 4 → so", "Tom has 4."]),
           ("Tom has twice as many pears as Mia has, who has 4.", ["So 2*4 = 8.", "Tom has 8.", "#### 8"])]  # fmt: skip
 
@@ -1709,7 +1724,7 @@ def tiny_llm(family="Llama"):
         vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=byte_level.alphabet(), show_progress=False))
     bpe.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
-    config = getattr(transformers, {"Gemma3": "Gemma3Text"}.get(family, family) + "Config")
+    config = getattr(transformers, {f: f + "Text" for f in ("Gemma3", "Llama4")}.get(family, family) + "Config")
     net = getattr(transformers, family + {"GPT2": "LMHeadModel"}.get(family, "ForCausalLM"))
     torch.manual_seed(0)
     net = net(config(**SIZES | FAMILIES[family])).eval().requires_grad_(False)
@@ -1723,12 +1738,14 @@ CHAT = ("{%- if date_string is not defined %}{%- set date_string = strftime_now(
 
 def test_a_chat_is_the_same_tomorrow_does_not_think_and_ends_its_turn_itself():
     llm = tiny_llm.__wrapped__()  # one whose tokenizer may be changed
-    llm.tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
-    llm.tokenizer.chat_template, turn = CHAT, llm.tokenizer.convert_tokens_to_ids("<turn>")
+    llm.tokenizer.add_special_tokens({"additional_special_tokens": ["<reply>", "<turn>"]})
+    llm.tokenizer.chat_template, (reply, turn) = CHAT, llm.tokenizer.convert_tokens_to_ids(["<reply>", "<turn>"])
     assert llm.end_of_turn is None and llm.end_id not in llm.stop_ids
     llm.prompt, llm.stop_ids = llms.few_shot(llm.tokenizer), {1, turn}
     assert llm.prompt == llms.few_shot(llm.tokenizer) and "think" not in llm.prompt
     assert llm.end_of_turn == llm.end_id == turn
+    llm.prompt, llm.stop_ids = "<s>{question}<turn><reply>", {1, reply, turn}  # as Phi-3's
+    assert llm.end_of_turn == turn and reply < turn
     text = "First.\n\nThen 1+1 = 2.\n"
     assert llms.written_steps(text)[0::2] == (["First."], True)
     assert llms.written_steps(text, is_chat=True)[0::2] == (["First.", "Then 1+1 = 2."], False)
@@ -1741,7 +1758,7 @@ def check_logprobs(means, ids, spans, logits, unwritten=None):
     assert means.tolist() == pytest.approx([sum(x) / len(x) for x in hand], abs=1e-4)
 
 
-@pytest.mark.parametrize("family", ["Llama", "GPT2", "Gemma3"])
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "Gemma3", "Qwen3Next"])
 def test_loglikelihoods_and_completions_equal_the_plain_forward(family):
     llm = tiny_llm(family)
     pairs = [("Mia has 3 pears. How", " many?"), ("Tom", " has 4 and Mia 3."), ("Tom has twice as many", " pears")]
@@ -1909,6 +1926,14 @@ def test_llm_families_give_their_hidden_states_and_logprobs(family, monkeypatch)
     refused(ValueError, "--layer 4: .* -4 to 3", llm.choose, 4, "last")
 
 
+def test_an_unknown_way_to_logits_is_refused_where_they_are_asked_for():
+    llm = tiny_llm.__wrapped__()
+    llm.logit_scale = 0.25  # as if the architecture did something that is not known here
+    for _ in range(2):
+        assert llm.step_latents(*CHAINS[0]).isfinite().all()
+        refused(ValueError, "tiny Llama: how its logits follow .* not known", llm.read_chains, CHAINS, logprobs=True)
+
+
 class Dictation:
     """Stands where a nudge does and makes an LLM write given tokens, one list a row, then stop; see `sample`."""
 
@@ -1952,7 +1977,7 @@ def check_written_latents(llm):
         assert np.allclose(chain["logprobs"], means[0][1:], atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["Llama", "Gemma3", "GPT2"])
+@pytest.mark.parametrize("family", ["Llama", "Gemma3", "GPT2", "Llama4", "Qwen3Next"])
 def test_latents_taken_while_writing_are_those_of_reading(family):
     llm, shot = tiny_llm(family), "Tom has 3 pears.\n#### 3\n\n{question}\nSo:\n"
     for layer, pooling, prompt in [(-1, "both", shot), (-2, "last", "")]:  # the last are tiny_llm's own
@@ -2272,6 +2297,20 @@ def test_a_run_over_latents_has_their_data_set(world):
     assert world.config.dataset == "synthetic" and rjepa_config().dataset == "gsm8k"
 
 
+def test_a_run_whose_llm_was_trained_again_is_refused(world, tmp_path):
+    assert world.config.llm_weights == runs.weights_digest(world.llm_run)
+    again = shutil.copytree(world.llm_run, tmp_path / "again")
+    infer.llm_of(world.config, str(again), "cpu")
+    weights = runs.read_weights(again / "model.safetensors")
+    runs.write_weights(again / "model.safetensors", {k: v * 1.01 for k, v in weights.items()})
+    refused(ValueError, "weights of the LLM", infer.llm_of, world.config, str(again), "cpu")
+    extract.main(["--llm", str(again), "--name", world.config.llm, "--dataset", "synthetic", "--limit", "20",
+                  "--pooling", "both", "--out", str(tmp_path / "latents"), "--device", "cpu"])
+    assert latents.read_manifest(tmp_path / "latents")["weights"] == runs.weights_digest(again)
+    look = [world.rjepa, "--latents", str(tmp_path / "latents")]
+    refused(SystemExit, "weights of the LLM", eval_alignment.main, look)
+
+
 def test_chains_without_steps_have_no_energies(world):
     empty = torch.randn(1, world.config.dim)
     assert [len(e["next_step"]) for e in infer.energies(world.model, [empty, empty])] == [0, 0]
@@ -2458,6 +2497,11 @@ def test_what_came_of_use_is_logged_rated_exported_and_learned_from(world, tmp_p
         config, init_from=world.rjepa, latents=str(tmp_path / "fed"), held_out=config.latents, max_steps=2,
         batch_size=2, out_dir=str(tmp_path / "next"), eval_every=2))
     assert result["accepted"] == (result["after"] <= result["before"])
+    of_both = [use(eval_alignment.main, run, "--device", "cpu") for run in (world.rjepa, tmp_path / "next")]
+    assert of_both[0]["n"] == of_both[1]["n"] and of_both[0]["n_valid"] > 2  # the chains that neither has learnt from
+    guide = jobs.GuideJob(cfg.GuideConfig(init_from=str(tmp_path / "next"), batch_size=2, device="cpu"), tmp_path)
+    assert [c["id"] for c in guide.train] == [c["id"] for c in latents.load_latents(tmp_path / "fed")[0]]
+    assert len(guide.val) == of_both[0]["n_valid"]
     assert use(memory.main, "remember", "--memory", kept, "--latents", config.latents)["remembered"] > 0
     found = use(infer.main, "plan", world.rjepa, "--question", QUESTION, "--steps", "#### 6", "--at", 1, "--decode",
                 "llm", "--memory", kept)
