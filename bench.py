@@ -22,7 +22,7 @@ tjepa_packed         T-JEPA's first phase on packed documents without padding, a
 attention            model.attend against SDPA at the shape of nanojepa-small, forward and backward
 generate             decoding with the KV cache, against recomputing the whole row for every token
 speaker_cache        the Speaker writing 256 tokens, against recomputing all of them for every token (tjepa-speak)
-extract              extract.run_shard, against AutoModelForCausalLM with output_hidden_states on right-padded batches
+extract              LLM.read_coded, against AutoModelForCausalLM with output_hidden_states on right-padded batches
                      of 16 in file order: --llm, layer -2, same dtype, same tokens pooled. Ours are two batches, at
                      the quartiles of length, of those that a shard of 512 chains makes. max_difference: of the two in
                      fp32, over the std of the plain latents
@@ -65,7 +65,6 @@ import data
 import infer
 import latents
 import model as m
-from extract import run_shard
 from jobs import n_rows
 from llm import batches_by_length, generate, load_llm, sample
 from runs import autocast, build_model, pick_device, pick_dtype, say
@@ -396,7 +395,7 @@ class Bench:
         quartiles = [coded[i] for at in (len(batches) // 4, 3 * len(batches) // 4) for i in batches[at]]
 
         def ours(llm, coded, token_budget=llm.token_budget):
-            return run_shard(llm, coded, range(len(coded)), [wanted], False, token_budget, lambda n: None)[0][wanted]
+            return llm.read_coded(coded, [wanted], False, token_budget)[0][wanted]
 
         @torch.no_grad()
         def plain(model, coded):

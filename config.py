@@ -9,6 +9,7 @@ A field's comment is its only documentation; README and docstrings name the fiel
 import contextlib
 import dataclasses
 import difflib
+import importlib
 import json
 import os
 import sys
@@ -343,6 +344,14 @@ def check(config, name: str, ok: bool, rule: str):
         raise ValueError(f"--{name} {getattr(config, name)}: {rule}")
 
 
+def need(module: str, package: str):
+    """A module that not everybody has. Raises ValueError saying what to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ValueError(f"this needs {package}: pip install {package}") from None
+
+
 def every(ok, rule: str):
     """A function that checks several fields of a config, their names in one text."""
     return lambda config, names: [check(config, name, ok(getattr(config, name)), rule) for name in names.split()]
@@ -441,19 +450,6 @@ def pick_preset(name: str):
         hint = f" Did you mean '{near[0]}'?" if near else ""
         raise SystemExit(f"unknown preset '{name}'.{hint} Presets: {', '.join(PRESETS)}")
     return dataclasses.replace(PRESETS[name])
-
-
-def pick_command(doc: str, script: str, commands, argv: list[str] | None = None) -> list[str]:
-    """The command line, of which the first word is one of `commands`; else the help, or SystemExit with the nearest."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] in ([], ["-h"], ["--help"]):
-        print(f"{doc.strip()}\n\n{script} COMMAND --help lists the options of a command: {', '.join(commands)}")
-        raise SystemExit(0 if argv else 2)
-    if argv[0] not in commands:
-        near = difflib.get_close_matches(argv[0], commands, 1)
-        raise SystemExit(f"{script} {argv[0]}: " + (f"did you mean {near[0]}? " if near else "")
-                         + f"Commands: {', '.join(commands)}")
-    return argv
 
 
 @contextlib.contextmanager

@@ -38,8 +38,8 @@ import data
 import latents
 import runs
 import verify
-from config import check, not_negative, plain_errors, positive
-from llm import LLM, batches_by_length, generate, load_llm, shot_messages
+from config import check, need, not_negative, plain_errors, positive
+from llm import LLM, generate, load_llm, shot_messages
 
 # ----------------------------------------------------------------------------- the folder
 
@@ -83,29 +83,23 @@ def extract(llm: LLM, chains: list[dict], out: Path, description: dict, wanted: 
         progress = tqdm(total=sum(len(coded[i][0]) for number in mine for i in shards[number]), unit="token",
                         unit_scale=True, disable=rank > 0 or not sys.stderr.isatty())
         began, done_tokens = time.perf_counter(), 0
-
-        def tick(tokens):
-            nonlocal done_tokens
-            done_tokens += tokens
-            progress.update(tokens)
-            writer.check()
-
         for number in mine:
             part = shards[number]
-            writer(write, latents.shard_name(number), *run_shard(
-                llm, [coded[i] for i in part], [chains[i]["id"] for i in part], wanted, logprobs, token_budget, tick))
+            h, means = llm.read_coded([coded[i] for i in part], wanted, logprobs, token_budget, progress.update)
+            ids = [chains[i]["id"] for i in part]
+            for (layer, _), of_chains in h.items():
+                refuse_not_finite(llm, ids, of_chains, f"at layer {layer}")
+            if logprobs:
+                refuse_not_finite(llm, ids, means, "as logprobs")
+            writer(write, latents.shard_name(number), h, means)
+            done_tokens += sum(len(coded[i][0]) for i in part)
             if progress.disable:
                 runs.say(f"{part.stop:,} of {len(chains):,} chains, {done_tokens / (time.perf_counter() - began):.0f} "
                          "tokens/s" + " a process" * (world > 1))
         writer.wait()
-        done_tokens, records = runs.add_up(done_tokens), []
-        for number, part in enumerate(shards):
-            at = 0
-            for i in part:
-                n = len(coded[i][1])
-                records.append({**chains[i], "n_tokens": [e - b for b, e in coded[i][1]], "shard": number, "start": at,
-                                "end": at + n})
-                at += n
+        done_tokens = runs.add_up(done_tokens)
+        records = [{**chains[i], "n_tokens": [end - begin for begin, end in coded[i][1]], "shard": number}
+                   for number, part in enumerate(shards) for i in part]
         for folder, header in folders.values() if rank == 0 else ():
             latents.write_index(folder, records, header, runs.write_atomic)
         seconds = time.perf_counter() - began
@@ -124,11 +118,6 @@ class Writer(ThreadPoolExecutor):
 
     def wait(self):
         if self.pending:
-            self.pending.result()
-
-    def check(self):
-        """Raises what has gone wrong so far; does not wait."""
-        if self.pending and self.pending.done():
             self.pending.result()
 
 
@@ -186,7 +175,7 @@ def extract_written(llm: LLM, splits: list[tuple[str, list[dict]]], out: Path, d
         for number in mine:
             part, path = shards[number], out / latents.shard_name(number)
             chains = generate(llm, [p["question"] for _, p in part], k, temperature, top_p, seed, max_new_tokens)
-            rows, h, means, at = [], [], [], 0
+            rows, h, means = [], [], []
             for (split, p), written in zip(part, chains, strict=True):
                 truth = data.answer_text(p, "final")
                 for i, c in enumerate(written):
@@ -197,9 +186,7 @@ def extract_written(llm: LLM, splits: list[tuple[str, list[dict]]], out: Path, d
                         chain["is_valid"] = verify.validate({"id": p["id"], "answer": truth}, chain).is_valid
                     chain["answer"] = verify.extract_answer(truth)
                     rows.append(latents.record(chain, p["id"], split) | {
-                        "n_tokens": [len(llm.question_ids(p["question"])), *c["n_tokens"]], "shard": number,
-                        "start": at, "end": at + len(c["h"])})
-                    at += len(c["h"])
+                        "n_tokens": [len(llm.question_ids(p["question"])), *c["n_tokens"]], "shard": number})
                     h.append(c["h"])
                     means.append([0.0, *c["logprobs"]])
                     tokens += sum(c["n_tokens"])
@@ -227,10 +214,7 @@ def ask_endpoint(args, splits: list[tuple[str, list[dict]]]) -> dict:
     that are there already are not asked again; asking stops once --max_tokens_total tokens (prompts included) have been
     used. The key is OPENAI_API_KEY.
     """
-    try:
-        import openai
-    except ImportError:
-        raise ValueError("--endpoint needs openai: pip install openai") from None
+    openai = need("openai", "openai")
     path, problems = Path(args.out) / "chains.jsonl", [p for _, part in splits for p in part]
     split_of = {p["id"]: split for split, part in splits for p in part}
     if args.overwrite and path.is_file():
@@ -298,29 +282,6 @@ def ask_endpoint(args, splits: list[tuple[str, list[dict]]]) -> dict:
             "right": sum(r["is_valid"] for r in rows) / max(1, len(rows)),
             "reasons": dict(Counter(r["reason"] for r in rows).most_common()),
             "tokens_per_s": round((used - paid) / max(time.perf_counter() - began, 1e-9)), "dim": None, "layer": None}
-
-
-def run_shard(llm, coded, ids, wanted, logprobs, token_budget, tick):
-    """One shard's chains in batches of like length -> ({key: [latents a chain]}, [logprobs a chain]).
-
-    tick is told the tokens of every batch.
-    """
-    h, means = {key: [None] * len(coded) for key in wanted}, [None] * len(coded)
-    for batch in batches_by_length([len(ids) for ids, _ in coded], token_budget):
-        rows, spans = zip(*(coded[i] for i in batch), strict=True)
-        out, lp = llm.latents(rows, spans, wanted, logprobs)
-        for key, of_rows in out.items():
-            for i, z in zip(batch, of_rows, strict=True):
-                h[key][i] = z
-        for i, values in zip(batch, lp, strict=False):
-            means[i] = values
-        tick(sum(map(len, rows)))
-    llm.wait()
-    for (layer, _), of_chains in h.items():
-        refuse_not_finite(llm, ids, of_chains, f"at layer {layer}")
-    if logprobs:
-        refuse_not_finite(llm, ids, means, "as logprobs")
-    return h, means
 
 
 def refuse_not_finite(llm, ids, of_chains, where):

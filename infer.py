@@ -30,7 +30,7 @@ import data
 import extract
 import latents
 import verify
-from config import check, not_negative, pick_command, plain_errors, positive, shares
+from config import check, not_negative, plain_errors, positive, shares
 from llm import LLM, HuggingFaceLLM, generate, llm_of
 from memory import Memory
 from runs import encoder_block_size, load_config, load_encoder, load_run, load_tokenizer, weights_digest, write_jsonl
@@ -712,12 +712,12 @@ def log_answer(command: str, args: Asked, result: dict) -> str:
 
 @plain_errors()
 def main(argv=None):
-    argv = pick_command(__doc__, "infer.py", COMMANDS, argv)
-    kind, function = COMMANDS[argv[0]]
-    args = tyro.cli(kind, args=argv[1:], prog=f"infer.py {argv[0]}")
+    kinds = {name: kind for name, (kind, _) in COMMANDS.items()}
+    args = tyro.extras.subcommand_cli_from_dict(kinds, args=argv, prog="infer.py", description=__doc__)
+    command, function = next((name, f) for name, (kind, f) in COMMANDS.items() if type(args) is kind)
     if args.truth and (not args.log or verify.answer_value(args.truth) is None):
         raise ValueError(f"--truth {args.truth}: needs a number, and --log FILE to be kept in")
-    if args.log and (argv[0] == "think" or not args.question.strip() or getattr(args, "fit", "")):
+    if args.log and (command == "think" or not args.question.strip() or getattr(args, "fit", "")):
         raise ValueError("--log is for the answer to one --question")
     if args.log and Path(args.log).exists():
         with Memory(args.log).open(write=True):  # is it one, and free? before there is work to lose
@@ -725,10 +725,10 @@ def main(argv=None):
     result, not_logged = function(args), None
     if args.log:
         try:
-            result["interaction"] = log_answer(argv[0], args, result)
+            result["interaction"] = log_answer(command, args, result)
         except (ValueError, OSError) as error:
             not_logged = error
-    if argv[0] == "score" and "steps" in result:
+    if command == "score" and "steps" in result:
         for i, s in enumerate(result["steps"], 1):
             mark = f" <- suspect, by its {result['suspect_by']}" if i == result["suspect"] else ""
             print(f"{i:3}  energy {s['energy']:.3f}  next {s['next_step_energy']:.3f}  coherence {s['coherence']:.2f}  "

@@ -20,7 +20,7 @@ import torch
 
 import data
 import verify
-from config import check
+from config import check, need
 from model import to_device
 
 SCHEMA = 1
@@ -193,11 +193,15 @@ def read_shard(path: Path) -> tuple[dict, dict]:
 
 
 def write_index(folder: Path, records: list[dict], header: dict, write):
-    """index.parquet from the records (with n_tokens, shard, start, end), then manifest.json."""
+    """index.parquet from the records (with n_tokens and shard, in the order of their latents), then manifest.json."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     n_shards, logprobs = 1 + max(r["shard"] for r in records), [None] * len(records)
+    ends = [0] * n_shards
+    for r in records:
+        r["start"] = ends[r["shard"]]
+        r["end"] = ends[r["shard"]] = r["start"] + len(r["n_tokens"])
     for path in (folder / shard_name(i) for i in range(n_shards)):
         if not path.is_file():
             raise ValueError(f"{path} is missing: all processes must write to one folder; run the same command again")
@@ -260,10 +264,7 @@ def select(folder, where: str = "") -> list[dict]:
         import pyarrow.parquet
 
         return pyarrow.parquet.read_table(path).to_pylist()
-    try:
-        import duckdb
-    except ImportError:
-        raise ValueError("--where needs DuckDB: pip install duckdb") from None
+    duckdb = need("duckdb", "duckdb")
     connection = duckdb.connect(config={"threads": 1})
     try:
         return connection.read_parquet(str(path)).filter(where).order("shard, start").to_arrow_table().to_pylist()

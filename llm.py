@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 import latents
 import runs
+from config import need
 from model import pad_rows, to_device
 from runs import digest, digest_file, is_run, load_run, load_tokenizer, pick_device, pick_dtype, say
 
@@ -277,17 +278,27 @@ class LLM:
         return F.embedding_bag(torch.arange(len(at), device=at.device), both, offsets, mode="sum",
                                include_last_offset=True)
 
-    def read_chains(self, chains: list[tuple[str, list[str]]], token_budget: int = 0, logprobs: bool = False):
-        """Latents [1 + S, D] fp32 of chains (question, steps), or their units' mean logprobs [1 + S]; in batches of
-        like length."""
-        coded, out = [self.encode(question, steps) for question, steps in chains], [None] * len(chains)
+    def read_coded(self, coded, wanted, logprobs: bool = False, token_budget: int = 0, tick=lambda tokens: None):
+        """Chains as `encode` gives them, in batches of like length -> ({(layer, pooling): [latents a chain]}, [mean
+        logprobs a chain]); see `latents`. tick is told the tokens of every batch."""
+        h, means = {key: [None] * len(coded) for key in wanted}, [None] * len(coded)
         for batch in batches_by_length([len(ids) for ids, _ in coded], token_budget or self.token_budget):
             rows, spans = zip(*(coded[i] for i in batch), strict=True)
-            found, means = self.latents(rows, spans, [(self.layer, self.pooling)], logprobs)
-            for i, z in zip(batch, means if logprobs else found[self.layer, self.pooling], strict=True):
-                out[i] = z
+            found, lp = self.latents(rows, spans, wanted, logprobs)
+            for key, of_rows in found.items():
+                for i, z in zip(batch, of_rows, strict=True):
+                    h[key][i] = z
+            for i, values in zip(batch, lp, strict=False):
+                means[i] = values
+            tick(sum(map(len, rows)))
         self.wait()
-        return out
+        return h, means
+
+    def read_chains(self, chains: list[tuple[str, list[str]]], logprobs: bool = False):
+        """Latents [1 + S, D] fp32 of chains (question, steps), or their units' mean logprobs [1 + S]."""
+        coded, key = [self.encode(question, steps) for question, steps in chains], (self.layer, self.pooling)
+        h, means = self.read_coded(coded, [key], logprobs)
+        return means if logprobs else h[key]
 
     def step_latents(self, question: str, steps: list[str]) -> torch.Tensor:
         """Latents [1 + S, D] fp32 of one chain."""
@@ -555,10 +566,7 @@ def load_llm(name: str = "smollm2", device: str = "auto", dtype: str = "auto", q
         if quantize != "none":
             raise ValueError("--quantize is for Hugging Face models, not for a run of this project")
         return RunLLM(name, device).choose(layer, pooling)
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError("LLMs need transformers: pip install transformers accelerate gguf") from None
+    transformers = need("transformers", "transformers accelerate gguf")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     source, quantization = name, "none"

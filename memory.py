@@ -36,9 +36,9 @@ import torch
 
 import latents
 import verify
-from config import check, not_negative, pick_command, plain_errors, positive
+from config import check, need, not_negative, plain_errors, positive
 from data import plain_question
-from redact import need, redact
+from redact import redact
 from runs import digest, say, write_atomic, write_jsonl
 
 SCHEMA = 1
@@ -596,8 +596,8 @@ COMMANDS = {kind.__name__.lower(): kind for kind in (Stats, Remember, Recall, Lo
 def main(argv=None):
     import tyro
 
-    argv = pick_command(__doc__, "memory.py", COMMANDS, argv)
-    result = tyro.cli(COMMANDS[argv[0]], args=argv[1:], prog=f"memory.py {argv[0]}").run()
+    args = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=argv, prog="memory.py", description=__doc__)
+    result = args.run()
     for found in result.get("nearest", []):
         cos = f"{found['cos']:.3f} (mean {found['cos_mean']:.3f})"
         print(f"{cos}  {found['chain_id']} {found['position']}  {found['text'][:90]}")

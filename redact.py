@@ -9,19 +9,13 @@ countries without a word such as "call" before them, and account numbers of othe
 """
 
 import functools
-import importlib
 import ipaddress
 import re
 
+from config import need
+
 WIDE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # ann＠example.com
 REGION = "US"  # whose phone numbers are known without a country code
-
-
-def need(module: str, package: str):
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise ValueError(f"this needs {package}: pip install {package}") from None
 
 
 SECRETS = """aws.AWSKeyDetector azure_storage_key.AzureStorageKeyDetector basic_auth.BasicAuthDetector

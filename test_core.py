@@ -111,28 +111,32 @@ def changed(*args):
 
 
 FORKS = """
-import os, signal, sys
-import matplotlib.figure, pyarrow.parquet, safetensors.torch, extract, train, test_core as t
-def life(nth, where, go, *args):
+import os, signal, sys, time
+import filelock, matplotlib.figure, pyarrow.parquet, safetensors.torch, extract, train, test_core as t
+def life(kill, go, *args):
     real, calls = os.replace, []
     def replace(a, b):
         calls.append(b)
-        if (len(calls), where) == (nth, "before"): os.kill(os.getpid(), signal.SIGKILL)
+        if (len(calls), "before") == kill: os.kill(os.getpid(), signal.SIGKILL)
         real(a, b)
-        if (len(calls), where) == (nth, "after"): os.kill(os.getpid(), signal.SIGKILL)
+        if (len(calls), "after") == kill: os.kill(os.getpid(), signal.SIGKILL)
     if pid := os.fork():
+        if isinstance(kill, float):
+            time.sleep(kill)
+            os.kill(pid, signal.SIGKILL)
         return os.waitpid(pid, 0)[1]
     try:
         os.replace = replace; go(*args); os._exit(0)
     except BaseException as error:
-        print(repr(error), file=sys.stderr, flush=True); os._exit(1)
+        print(repr(error), file=sys.stderr, flush=True); os._exit("is finished" not in str(error))
 """
 
 
-def forked(code, *argv):
-    """What a program with life() prints last: go() in a fork, killed before or after it puts its nth file in place."""
+def forked(code, *argv, timeout=240):
+    """What a program prints last in which life(kill, go) is how go() ends in a fork, killed (or None: not) before or
+    after it puts its nth file in place, kill = (n, "before" or "after"), or after so many seconds."""
     done = subprocess.run([sys.executable, "-c", FORKS + code, *argv], cwd=ROOT, capture_output=True, text=True,
-                          timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                          timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -815,7 +819,7 @@ def test_sigkill_at_any_write_loses_nothing(tmp_path, finished):
     # a start replaces tokenizer, config, then a state every 2 steps, the weights before the last one
     kills = [(1, "before"), (1, "after"), (2, "before"), (3, "before"), (3, "after"), (5, "before"), (5, "after"),
              (6, "after")]
-    ends = forked(f"print([life(*kill, train.main) for kill in {[*kills, (0, 'never')]}])", *argv)
+    ends = forked(f"print([life(kill, train.main) for kill in {[*kills, None]}])", *argv)
     assert ends == [signal.SIGKILL] * len(kills) + [0]
     assert weights(tmp_path / "run") == weights(finished[0])
 
@@ -1022,7 +1026,7 @@ def test_importing_a_script_runs_nothing():
 
 
 def test_imports_run_one_way():
-    level = {"config": 0, "redact": 0, "sandbox": 0, "model": 1, "verify": 1, "benchmarks": 2, "data": 3, "latents": 4,
+    level = {"config": 0, "redact": 1, "sandbox": 0, "model": 1, "verify": 1, "benchmarks": 2, "data": 3, "latents": 4,
              "runs": 5, "llm": 6, "parallel": 6, "jobs": 7, "train": 8, "extract": 8, "memory": 8, "infer": 9,
              "eval_alignment": 10, "evaluate_accuracy": 11, "bench": 10, "pictures": 2, "main": 12}  # fmt: skip
     assert sorted(level) == MODULES
@@ -1401,9 +1405,7 @@ def write_latents(folder, chains, **about):
     """A folder of latents as extract.py writes it, from (record, latents) pairs."""
     header = {"schema": latents.SCHEMA, "llm": "made-up", "layer": 2, "pooling": "last", "dtype": "float32",
               "logprobs": False, "dataset": "gsm8k"} | about  # fmt: skip
-    ends = itertools.accumulate(len(h) for _, h in chains)
-    records = [record | {"n_tokens": [1] * len(h), "shard": 0, "start": end - len(h), "end": end}
-               for (record, h), end in zip(chains, ends, strict=True)]
+    records = [record | {"n_tokens": [1] * len(h), "shard": 0} for record, h in chains]
     folder.mkdir(exist_ok=True)
     latents.write_shard(folder / latents.shard_name(0), [h for _, h in chains], [], header, runs.write_atomic)
     latents.write_index(folder, records, header, runs.write_atomic)
@@ -2066,7 +2068,7 @@ def go(n):
     t.extract_to(t.Path({str(tmp_path)!r}) / str(n), llm, chains, wanted=[(0, "last"), (1, "mean")])
 while status == signal.SIGKILL:
     n += 1
-    status = life(n, "before", go, n)
+    status = life((n, "before"), go, n)
 for killed in range(1, n):
     go(killed)
 print(status)""") == 0

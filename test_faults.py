@@ -22,7 +22,7 @@ import latents
 import runs
 import train
 import verify
-from test_core import ROOT, driver, refused, result_of, weights, write_jsonl
+from test_core import ROOT, driver, forked, refused, result_of, weights, write_jsonl
 from test_gate import boxed
 
 SOAK = int(os.environ.get("SOAK", 3))
@@ -244,43 +244,21 @@ def test_the_clock_may_be_set_back(tmp_path, alone, monkeypatch):
 
 # ----------------------------------------------------------------------------- a soak
 
-# everything is imported once; then each life of the job is a fork that is killed after a while, or left to finish
 LIVES = """
-import os, random, signal, sys, time
-sys.path.insert(0, {root!r})
-import extract, jobs, runs, safetensors.torch, torch, train, tyro, filelock, pyarrow.parquet, matplotlib.figure
-torch.set_num_threads(1)
-def live(out, seconds):
-    pid = os.fork()
-    if pid == 0:
-        try:
-            sys.argv = [a.replace("OUT", out) for a in {argv!r}]
-            sys.stdout = sys.stderr = open(os.devnull, "w")
-            sys.exit({main}())
-        except SystemExit as end:
-            open(out + ".said", "w").write(str(end.code or ""))
-            os._exit(bool(end.code))
-        except BaseException as error:
-            open(out + ".said", "w").write(repr(error))
-            os._exit(1)
-    if seconds:
-        time.sleep(seconds)
-        os.kill(pid, signal.SIGKILL)
-    return os.waitpid(pid, 0)[1]
+import random
+def live(name, seconds=None):
+    sys.argv = [a.replace("OUT", OUT + "/" + name) for a in ARGV]
+    return life(seconds, MAIN)
 for name in ("warm", "calm"):
     began = time.monotonic()
-    assert live({out!r} + "/" + name, 0) == 0, open({out!r} + "/" + name + ".said").read()
-length, dice, killed = time.monotonic() - began, random.Random({seed}), 0
-for i in range({rounds}):
-    out = {out!r} + "/" + str(i)
+    assert live(name) == 0
+length, dice, killed = time.monotonic() - began, random.Random(SEED), 0
+for i in range(ROUNDS):
     for _ in range(dice.randrange(1, 5)):  # lives, each cut at any moment
-        status = live(out, max(1e-3, dice.random() * length))
-        killed += status == signal.SIGKILL
-    status = live(out, 0)
-    said = open(out + ".said").read() if os.path.exists(out + ".said") else ""
-    assert status == 0 or "is finished" in said, (i, status, said)
-assert killed or {rounds} < 10  # some lives are over before
-print(killed, round(length, 2))
+        killed += live(str(i), max(1e-3, dice.random() * length)) == signal.SIGKILL
+    assert live(str(i)) == 0, (i, SEED)
+assert killed or ROUNDS < 10  # some lives are over before
+print([killed, round(length, 2)])
 """
 
 
@@ -298,14 +276,12 @@ def test_soak(tmp_path, kind):
     """SIGKILL at random moments, again and again: every folder ends in the bits of the undisturbed one."""
     argv = [f"{kind}.py", *(QUICKSTART if kind == "train" else EXTRACT), "--out" + "_dir" * (kind == "train"), "OUT"]
     seed = random.randrange(2**32)
-    code = LIVES.format(root=str(ROOT), argv=argv, main=f"{kind}.main", out=str(tmp_path), rounds=SOAK, seed=seed)
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=ENV,
-                          timeout=60 * (2 + SOAK))
-    assert done.returncode == 0, f"seed {seed}: {done.stderr[-2000:]}"
+    given = f"MAIN, ARGV, OUT, ROUNDS, SEED = {kind}.main, {argv}, {str(tmp_path)!r}, {SOAK}, {seed}"
+    kills, seconds = forked(given + LIVES, timeout=60 * (2 + SOAK))
     calm, ends = contents(tmp_path / "calm"), [contents(tmp_path / str(i)) for i in range(SOAK)]
     for end in [calm, *ends]:
         end.pop("config.json", None)  # names the folder
     assert calm and sum(end == calm for end in ends) == SOAK, f"seed {seed}"
     for i in range(SOAK) if kind == "train" else ():
         same_curves(tmp_path / str(i), tmp_path / "calm", tolerance=0)
-    print(f"{kind}: {SOAK} of {SOAK} rounds, {done.stdout.split()[0]} kills, {done.stdout.split()[1]} s undisturbed")
+    print(f"{kind}: {SOAK} of {SOAK} rounds, {kills} kills, {seconds} s undisturbed")

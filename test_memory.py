@@ -427,6 +427,7 @@ def test_memory_command_line(tmp_path, monkeypatch):
     nearest = use("recall", "--id", chain_id, "--position", 2, "--k", 2)["nearest"]
     assert nearest[0]["chain_id"] == chain_id and nearest[0]["text"] == "2 * 2 = 4" and nearest[0]["cos"] > 0.999
     read = SimpleNamespace(**ORIGIN | {"name": "toy"}, latent_dim=lambda pooling: 8,
+                           weights="",
                            step_latents=lambda question, steps: a_chain(3)[2][: 1 + len(steps)])
     read.set_prompt = lambda prompt: read
     monkeypatch.setattr("llm.load_llm", lambda name, device, layer, pooling: read)
