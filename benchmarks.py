@@ -124,6 +124,7 @@ BENCHMARKS = {
             "Below is a Python script with a self-contained function that solves the problem and passes corresponding "
             "tests:\n```python\n", ("\n```",))),
 }
+WITH_NUMBERS = [name for name, bench in BENCHMARKS.items() if bench.kind == "number"]
 
 
 def load(name: str, split: str, data_dir: str = "") -> list[dict]:

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 
+import benchmarks
 import config as cfg
 import data
 import extract
@@ -43,7 +44,7 @@ class Problems:
     """A run and the problems to look at: test problems of the run's own data set unless told otherwise."""
 
     run: Annotated[str, tyro.conf.Positional]  # a run folder of train.py
-    dataset: Literal["", "gsm8k", "svamp", "synthetic"] = ""  # empty: the run's own
+    dataset: Literal[("", *benchmarks.WITH_NUMBERS, "synthetic")] = ""  # empty: the run's own
     split: Literal["train", "val", "test"] = "test"
     data_dir: str = ""  # as in train.py; empty: the run's own
     limit: int = 0  # number of problems (T-JEPA's probes learn from five times as many); 0: all, 256 synthetic ones

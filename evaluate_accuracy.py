@@ -528,6 +528,8 @@ def main(argv=None):
         load_note = "" if config else f" ({args.run} holds no config.json: no finished run lies there)"
         raise ValueError("--method, --candidates and --latents need an R-JEPA run, and problems whose answers are "
                          f"numbers: {args.run}{f' on {args.dataset}' * bool(args.dataset)} is none{load_note}")
+    if args.method in ("nudge", "greedy") and (args.candidates or args.latents):
+        raise ValueError(f"--method {args.method} writes answers: leave out --candidates and --latents")
     if is_rjepa and not args.candidates and not args.latents and args.k == 1 and args.method not in (
             "nudge", "greedy"):
         raise ValueError(f"{args.run} is an R-JEPA run: --candidates FILE, --dataset X --k K with K > 1, or "

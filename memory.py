@@ -342,6 +342,8 @@ class Memory:
             raise ValueError("rate needs the --id of an interaction, as `log` printed it")
         if rating is None and truth is None:
             raise ValueError("rate needs a rating, or the truth")
+        if truth is not None and verify.answer_value(truth) is None:
+            raise ValueError(f"--truth {truth:.40}: holds no number")
         row, count = redact_row({"truth": truth})
         row |= {"id": uuid.uuid4().hex, "of": id, "rating": rating, "redactions": count}
         first = next((r for r in self.interactions(id) if r["of"] is None), None)

@@ -739,16 +739,14 @@ def test_a_problem_longer_than_the_block_is_named():
 # ----------------------------------------------------------------------------- config, training
 
 
-LOSS_WEIGHTS = {f"lambda_{k}" for k in  # of RJEPA.forward and TJEPA.forward, by name
-                "variance infonce own reconstruction covariance document decorrelation".split()}
-
-
 def test_every_config_field_is_read_somewhere():
     code = "".join((ROOT / f"{name}.py").read_text() for name in set(MODULES) - {"config"})
     read = {node.attr for node in ast.walk(ast.parse(code))
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    parts = set(re.findall(r'"(\w+)"', (ROOT / "model.py").read_text()))  # losses, weighed by their names
     for job in {type(preset) for preset in cfg.PRESETS.values()}:
-        assert {f.name for f in dataclasses.fields(job)} - LOSS_WEIGHTS <= read
+        unread = {f.name for f in dataclasses.fields(job)} - read
+        assert all(name.startswith("lambda_") and name.removeprefix("lambda_") in parts for name in unread), unread
 
 
 def test_config_json_round_trip_and_damage(capsys):
@@ -2260,6 +2258,7 @@ def test_chains_of_files(tmp_path):
             ("candidates", {"candidates": [{"steps": ["a"]}]}, "p: field 'is_correct'"),
             ("step_errors", errors | {"first_error_step": "2"}, "p: field 'first_error_step'"),
             ("step_errors", errors | {"first_error_step": 3}, "p: field 'first_error_step'"),
+            ("step_errors", errors | {"is_correct": True}, "p: .* is 2, but 'is_correct' is true"),
             ("step_errors", errors | {"steps": ["", "b"]}, "p: field 'steps'")]:  # which step would be the wrong one?
         refused(ValueError, rf"c.jsonl, {field}", read, kind, **fields)
     twice = write_jsonl(tmp_path / "twice.jsonl", [chain | {"candidates": both}] * 2)
@@ -2297,6 +2296,19 @@ QUESTION = "Mia has 3 red apples. Tom has twice as many. How many apples do they
 
 def test_a_run_over_latents_has_their_data_set(world):
     assert world.config.dataset == "synthetic" and rjepa_config().dataset == "gsm8k"
+
+
+def test_what_does_not_fit_a_run_of_this_project_is_named(world):
+    for steps in (["1+1 = 2"] * 400, ["word " * 900]):  # its 12th token is [PRED], which no text has
+        refused(ValueError, "more than the context .* begins 'How many\\?", infer.score, world.model, world.llm,
+                "How many?", steps)
+    refused(ValueError, "'a' has no token of its own .*give more", infer.score, world.model, world.llm, "a", ["1 = 1"])
+
+
+def test_latents_of_refused_chains_alone_are_named_as_such(tmp_path):
+    folder = latents_folder(tmp_path / "latents", n=40)
+    refused(ValueError, "of 0 chains that --where leaves the gate accepts none", train_rjepa, tmp_path / "run", folder,
+            where="n_steps > 99")
 
 
 def test_a_run_whose_llm_was_trained_again_is_refused(world, tmp_path):

@@ -543,7 +543,7 @@ def read_jsonl(path, fields=(), limit=0):
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     rows = []
-    with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+    with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
         try:
             for number, line in enumerate(file, 1):
                 if limit and len(rows) >= limit:
