@@ -136,7 +136,7 @@ class RJEPAConfig(RunConfig):
     where: str = ""  # only chains for which this SQL condition holds ("n_steps >= 4"; needs DuckDB)
     llm: str = "smollm2"  # as in extract.py; the run stores what the latents say
     layer: int = -2  # index into hidden_states; the run stores it without a sign
-    pooling: Literal["mean", "last", "both"] = "last"  # a step's latent: mean over its tokens, its last one, or both
+    pooling: Literal["mean", "last", "both"] = "mean"  # a step's latent: mean over its tokens, its last one, or both
     prompt: str = ""  # around every question, as in extract.py; the run stores the text
     dim: int = 0  # width of the latents; the run stores it
     llm_weights: str = ""  # hash of the LLM's weights, where it is a run of this project; the run stores it

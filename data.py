@@ -84,7 +84,7 @@ def strip_annotations(text: str) -> str:
 
 def split_steps(text: str) -> list[str]:
     """Splits a solution into steps: its lines, or its sentences if it is all in one line; '#### n' is a step."""
-    text = re.sub(r"\s*####\s*", "\n#### ", strip_annotations(text))
+    text = re.sub(r"(?<!\s)\s*+####\s*", "\n#### ", strip_annotations(text))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if sum(not line.startswith("####") for line in lines) > 1:
         return lines
@@ -95,10 +95,11 @@ def split_sentences(line: str) -> list[str]:
     """Splits one line at sentence ends, leaving decimals, abbreviations and list numbers ('1. ') whole."""
     sentences, start = [], 0
     for end in SENTENCE_END.finditer(line):
-        sentence, rest = line[start:end.end()], line[end.end():]
+        sentence, following = line[start:end.end()], line[end.end() : end.end() + 1]
         is_numbering = re.fullmatch(r"\s*(?:step\s*)?\d+\.\s+", sentence, re.IGNORECASE)
-        is_ordinal = re.search(r"\bNo\.\s+$", sentence) and rest[:1].isdigit()
-        if not (is_numbering or is_ordinal or NOT_AN_END.search(sentence)):
+        tail = sentence[-80:]  # all that the patterns need: a text may be long
+        is_ordinal = re.search(r"\bNo\.\s+$", tail) and following.isdigit()
+        if not (is_numbering or is_ordinal or NOT_AN_END.search(tail)):
             sentences.append(sentence.strip())
             start = end.end()
     return [s for s in sentences + [line[start:].strip()] if s]

@@ -367,15 +367,18 @@ def evaluate_plan(run: str, args) -> dict:
 
 @torch.no_grad()
 def evaluate_rjepa(run: str, args) -> dict:
-    """Error, collapse, and where the latents hold right and wrong chains, energy against correctness."""
+    """Error, collapse, and where the latents hold right and wrong chains, energy against correctness.
+
+    Of the run's own held-out chains; of --latents; or, with --dataset or --split, and where the run names no latents,
+    of problems' own solutions and their counterfactuals.
+    """
     model, config = infer.load_world_model(run, args.device)
-    if (args.dataset or args.split != "test") and not args.latents:
-        raise ValueError("an R-JEPA run is evaluated on its own held-out chains, or on --latents FOLDER "
-                         "(extract.py --dataset X --split S --out FOLDER)")
-    folder = args.latents or config.held_out or config.latents
+    own = not (args.latents or args.dataset or args.split != "test") and (config.held_out or config.latents)
+    folder = args.latents or own or extract.gold_for(config, held_out(args, config), args.dataset or config.dataset,
+                                                     args.split, args)
     rows, manifest = latents.load_latents(folder)
     latents.check_same_llm(config, manifest, f"{run} and {folder}")
-    rows = [r for r in rows if r["steps"] and (args.latents or r["split"] == "val")]
+    rows = [r for r in rows if r["steps"] and (not own or r["split"] == "val")]
     rows = latents.first_problems(rows, args.limit)
     if len(rows) < 2:
         raise ValueError(f"{folder}: {len(rows)} chain to look at")
@@ -424,7 +427,10 @@ def plot_energies(run: Path, model, rows: list[dict], found: list[dict]):
         if ax.get_legend_handles_labels()[0]:
             ax.legend()
     fig.tight_layout()
-    fig.savefig(run / "energies.png", dpi=110)
+    try:
+        fig.savefig(run / "energies.png", dpi=110)
+    except OSError as error:  # the figures are there all the same
+        runs.say(f"{run / 'energies.png'} could not be written: {error.strerror}")
 
 
 def evaluate_step_errors(run: str, args) -> dict:

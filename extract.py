@@ -40,7 +40,7 @@ import latents
 import runs
 import verify
 from config import check, need, not_negative, plain_errors, positive
-from llm import LLM, generate, load_llm, shot_messages
+from llm import LLM, generate, llm_of, load_llm, shot_messages
 
 # ----------------------------------------------------------------------------- the folder
 
@@ -60,7 +60,8 @@ def extract(llm: LLM, chains: list[dict], out: Path, description: dict, wanted: 
         raise ValueError("there is no chain to extract")
     for chain in chains:
         try:
-            if not chain["steps"] or not all(unit.strip() for unit in (chain["question"], *chain["steps"])):
+            is_empty = not chain["steps"] and chain["is_valid"]  # of a wrong candidate there may be nothing
+            if is_empty or not all(unit.strip() for unit in (chain["question"], *chain["steps"])):
                 raise ValueError("it has no steps, or an empty one")
             ids, spans = llm.encode(chain["question"], chain["steps"])
             llm.check_room([ids], 0)
@@ -304,7 +305,7 @@ def inspect_folder(folder: Path, header: dict, rank: int = 0, world: int = 1) ->
         raise SystemExit(f"{folder} is finished, by another command. Choose another --out, or --overwrite")
     shards = sorted(folder.glob("shard-*.safetensors"))
     if not shards and any(p.suffix != ".tmp" and p.name != ".lock" and not p.is_dir() for p in folder.iterdir()):
-        raise SystemExit(f"{folder} holds other files: choose another --out")
+        raise SystemExit(f"{folder} holds other files: choose another --out, or --overwrite (which leaves them there)")
     for path in shards if is_finished else shards[rank::world]:
         _, there = latents.read_shard(path)
         if wrong := {k: (there.get(k), v) for k, v in header.items() if there.get(k) != v}:
@@ -328,7 +329,7 @@ class Args:
     candidates: str = ""  # a jsonl file of labelled candidates instead
     step_errors: str = ""  # a jsonl file of chains with the first wrong step known instead
     layer: tuple[int, ...] = (-2,)  # index into hidden_states; several: one folder each
-    pooling: tuple[Literal["mean", "last", "both"], ...] = ("last",)  # over a step's tokens; several: one folder each
+    pooling: tuple[Literal["mean", "last", "both"], ...] = ("mean",)  # over a step's tokens; several: one folder each
     prompt: str = ""  # around every question: few_shot, a file or a text with {question} in it; empty: nothing
     generate: int = 0  # write this many chains for each problem instead of reading its own solution; with logprobs
     endpoint: str = ""  # --generate: URL of a server with OpenAI's chat API that is asked for --llm; no latents
@@ -393,6 +394,23 @@ def written_for(config, problems: list[dict], dataset: str, split: str, args) ->
         runs.say(f"{args.k} chains for {len(problems):,} problems -> {folder}")
         extract_written(llm, [(split, problems)], folder, dataset, args.k, args.temperature, args.top_p, args.seed,
                         args.max_new_tokens)
+    return folder
+
+
+def gold_for(config, problems: list[dict], dataset: str, split: str, args) -> Path:
+    """The folder with the latents and logprobs of problems' own solutions and their counterfactuals, for an R-JEPA's
+    config; extracted where it is not there yet."""
+    what = [[p["id"], p["question"], p["answer"]] for p in problems], args.seed
+    name = (f"gold-{dataset}-{split}-{len(problems)}-{runs.llm_label(config, args.llm)}-layer{config.layer}"
+            f"-{config.pooling}-{runs.digest(json.dumps(what))[:6]}")
+    folder = Path("out/latents") / name
+    if not (folder / "manifest.json").is_file():
+        llm = llm_of(config, args.llm, args.device)
+        llm.name = config.llm
+        runs.say(f"the solutions of {len(problems):,} problems and their counterfactuals -> {folder}")
+        extract(llm, latents.gold_chains(problems, split, True, args.seed), folder,
+                {"dataset": dataset, "split": split, "seed": args.seed}, [(llm.layer, llm.pooling)], True, 512,
+                llm.token_budget)
     return folder
 
 

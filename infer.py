@@ -411,6 +411,9 @@ def plan(model, llm: LLM, question: str, steps: list[str], decode: str = "speake
     -> {"steps", "filled": [{"step", "text", "nearest", "valid", "reason"}], "gap", "threshold", "next_step_energies",
     "energy_before", "energy_after", "decode"}.
     """
+    if decode not in ("speaker", "llm") or not 0 <= at <= len(steps) + 1 or slots < 1 or not 0 <= quantile <= 1:
+        raise ValueError(f"decode {decode!r} (speaker, llm), at {at} (0 to {len(steps) + 1}), slots {slots} (1 and "
+                         f"more), quantile {quantile} (0 to 1): one of them cannot be")
     steps, filled, before, gap = list(steps), [], None, None
     for _ in range(slots):
         h = llm.step_latents(question, steps)

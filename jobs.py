@@ -526,7 +526,7 @@ def answer_losses(model, examples: list[dict], config, device) -> dict[str, np.n
         here = slice(start, start + config.batch_size)
         for name, questions in (("lm_loss", ordered[here]), ("lm_loss_shuffled", others[here])):
             batch = collate_answers(ordered[here], eos, device, questions)
-            context = model.read(batch["question"], batch["context_allowed"])
+            context = model.encode(batch["question"], batch["context_allowed"])
             loss = model.speaker.losses(batch | {"context": context})  # (B, T)
             counts = (batch["targets"] >= 0).sum(1)
             out[name][order[here], 0] = loss.sum(1).cpu() / counts

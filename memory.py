@@ -472,7 +472,8 @@ class Remember(Stats):
             raise ValueError(f"--latents {self.latents} is of a test split: the memory refuses it (--allow_test)")
         kept = [r for r in rows if r["is_valid"] and r["split"] in ("train", "test")]
         known = [r for r in kept if verify.answer_value(r["answer"]) is not None]
-        items = [({"id": r["problem_id"], "answer": r["answer"]}, r, r["h"]) for r in known]
+        # the file's answer is the truth here: what the chain itself says must be read off its last step
+        items = [({"id": r["problem_id"], "answer": r["answer"]}, r | {"answer": None}, r["h"]) for r in known]
         say(f"{len(items):,} of {len(rows):,} chains are marked valid and of the split "
             f"train{' or test' * self.allow_test}")
         memory = Memory(self.memory, manifest)

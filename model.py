@@ -894,6 +894,7 @@ class RJEPA(Model):
             raise ValueError(f"mode '{mode}': must be one of {', '.join(self.ENERGIES)}")
         if h.shape[-1] != self.config.dim:
             raise ValueError(f"latents of width {h.shape[-1]}; this run reads {self.config.dim} ({self.config.llm})")
+        h = torch.where(is_real[..., None], h, 0.0)
         if not torch.isfinite(h).all():
             raise ValueError(f"latents that are not finite, of {self.config.llm}: try --dtype fp32")
         h, position = self.standardize(h), self.positions(h)
@@ -1276,14 +1277,14 @@ class SpeakingTJEPA(Model):
     def encoder_weights(self) -> dict:
         return self.text_encoder.state_dict()
 
-    def read(self, idx, is_real):
+    def encode(self, idx, is_real):
         """Questions idx [B, T], is_real bool [B, T] -> what the Speaker attends to, [B, T, C]."""
         with torch.set_grad_enabled(self.config.train_encoder and torch.is_grad_enabled()):
             return self.text_encoder(idx, is_real)
 
     def forward(self, batch: dict) -> dict:
         """A batch of Speaker.forward with question [B, T] and context_allowed [B, T] in place of the context."""
-        return self.speaker(batch | {"context": self.read(batch["question"], batch["context_allowed"])})
+        return self.speaker(batch | {"context": self.encode(batch["question"], batch["context_allowed"])})
 
     @torch.no_grad()
     def generate(self, questions: list[list[int]], max_new_tokens: int, temperature: float = 0.0, seed: int = 0):
@@ -1291,7 +1292,7 @@ class SpeakingTJEPA(Model):
         idx = pad_rows(self.check_rows(questions, "question", 1), 0, self.text_encoder.embed.weight.device)
         allowed = real_tokens(questions, idx.device)
         with self.evaluating():
-            return self.speaker.generate(self.read(idx, allowed), allowed, None, max_new_tokens, temperature, seed)
+            return self.speaker.generate(self.encode(idx, allowed), allowed, None, max_new_tokens, temperature, seed)
 
     def flops_per_token(self, T: float) -> float:
         """Of the Speaker alone: questions are counted as no tokens."""

@@ -30,6 +30,7 @@ PLOTS = {  # file: what of log.jsonl it shows, how that is called, and the contr
     "mse_curve.png": ("mse", "squared error of hidden tokens",
                       {"mse_predict_mean": "constant", "mse_copy": "copy a neighbour",
                        "mse_document_mean": "mean of the visible tokens"}),
+    "ce_curve.png": ("ce", "cross-entropy under NUDGE (nats)", {"ce_llm": "the LLM alone", "ce_shuffled": "of others"}),
     "rank_curve.png": ("effective_rank", "effective rank", {"target_effective_rank": "targets"}),
 }  # fmt: skip
 RUN_FILES = ["model.safetensors", "config.json", "state.pt", "log.jsonl", "tokenizer.tiktoken", *PLOTS]
@@ -375,7 +376,7 @@ def load_tokenizer(folder, config) -> data.Tokenizer:
 
 # from `latents` on: what follows from a job's identity
 FREE_ON_RESUME = set("""out_dir overwrite device threads log_every save_every data_dir vocab_size shard grad_accum
-                        latents llm layer pooling prompt dim
+                        latents llm layer pooling prompt dim llm_weights
                         z_dim h_dim context_dim teacher_dim world""".split())
 
 

@@ -1200,7 +1200,8 @@ def test_evaluate_is_exact(expression, p, q):
     ("(" * 10_000 + "1", "too_long"), ("1" * 1_000_000, "too_long"), ("(" * 50 + "1" + ")" * 50, "too_deep"),
     ("1" * 100, "too_large"), ("(2**64)**64", "too_large"), ("1/0", "division_by_zero"), ("0**-1", "division_by_zero"),
     ("2**0.5", "too_large"), ("1e9", "not_whitelisted"), ("x+1", "not_whitelisted"), ("1(2)", "not_whitelisted"),
-    ("()", "not_whitelisted"), ("", "syntax"), ("1+", "syntax"), ("1\0", "not_whitelisted"), ("٣", "not_whitelisted")])
+    ("1+...+3", "not_whitelisted"), ("()", "not_whitelisted"), ("", "syntax"),
+    ("1+", "syntax"), ("1\0", "not_whitelisted"), ("٣", "not_whitelisted")])
 def test_evaluate_rejects_off_the_main_thread(expression, reason):
     with ThreadPoolExecutor(1) as pool:
         with pytest.raises(verify.Rejected) as caught:
@@ -1402,7 +1403,7 @@ def test_packed_sequences_see_what_each_sees_alone(B, T, row, monkeypatch):
 def write_latents(folder, chains, **about):
     """A folder of latents as extract.py writes it, from (record, latents) pairs."""
     header = {"schema": latents.SCHEMA, "llm": "made-up", "layer": 2, "pooling": "last", "dtype": "float32",
-              "logprobs": False, "dataset": "gsm8k"} | about  # fmt: skip
+              "logprobs": False, "dataset": "gsm8k", "weights": "0ab1"} | about  # fmt: skip
     records = [record | {"n_tokens": [1] * len(h), "shard": 0} for record, h in chains]
     folder.mkdir(exist_ok=True)
     latents.write_shard(folder / latents.shard_name(0), [h for _, h in chains], [], header, runs.write_atomic)
@@ -1486,7 +1487,9 @@ def test_energy_is_what_hiding_each_step_by_hand_gives(mode):
     chains = [c["h"].float() for c in latent_chains(9)]
     h, is_real = latents.pad_latents(chains)
     energy = model.energy(h, is_real, mode)
-    assert torch.equal(energy.nan_to_num(-1), model.energy(h, is_real, mode).nan_to_num(-1))
+    padded = h.masked_fill(~is_real[..., None], float("nan"))  # whatever stands there
+    for same in (h, padded):
+        assert torch.equal(energy.nan_to_num(-1), model.energy(same, is_real, mode).nan_to_num(-1))
     assert energy[:, 0].isnan().all() and torch.equal(energy.isnan(), ~is_real | (torch.arange(h.shape[1]) == 0))
     for i, z in enumerate(chains):
         x, real = model.standardize(z)[None], torch.ones(1, len(z), dtype=torch.bool)
@@ -2093,6 +2096,12 @@ def test_finished_foreign_and_other_extractions_are_refused(tmp_path):
     assert contents(tmp_path / "a") == before
 
 
+def test_a_wrong_chain_may_be_without_steps(tmp_path):
+    good = some_chains()[0]
+    extract_to(tmp_path / "silent", chains=[good, good | {"id": "x", "steps": [], "is_valid": False}])
+    assert [len(r["h"]) for r in latents.load_latents(tmp_path / "silent")[0]] == [1 + len(good["steps"]), 1]
+
+
 def test_bad_chains_and_states_change_nothing(tmp_path, monkeypatch):
     good, *_ = extract_to(tmp_path / "old")
     before = contents(tmp_path)
@@ -2305,6 +2314,18 @@ def test_what_does_not_fit_a_run_of_this_project_is_named(world):
     refused(ValueError, "'a' has no token of its own .*give more", infer.score, world.model, world.llm, "a", ["1 = 1"])
 
 
+def test_a_run_is_evaluated_on_a_data_set_by_name(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = [world.rjepa, "--dataset", "synthetic", "--limit", 12, "--device", "cpu"]
+    found = result_of(eval_alignment.main, *asked)
+    rows, manifest = latents.load_latents(next(Path("out/latents").iterdir()))
+    assert found["n"] == len(rows) > found["n_valid"] == 12 and manifest["split"] == "test"
+    assert {r["problem_id"] for r in rows} == {p["id"] for p in data.load_problems("synthetic", "test", limit=12,
+                                                                                   max_steps=world.config.max_problem_steps)}
+    monkeypatch.setattr(extract, "extract", None)  # extracted once
+    assert result_of(eval_alignment.main, *asked) == found
+
+
 def test_latents_of_refused_chains_alone_are_named_as_such(tmp_path):
     folder = latents_folder(tmp_path / "latents", n=40)
     refused(ValueError, "of 0 chains that --where leaves the gate accepts none", train_rjepa, tmp_path / "run", folder,
@@ -2421,6 +2442,9 @@ def test_plan_and_rerank_commands(world, tmp_path):
     said = infer.plan(world.model, world.llm, QUESTION, steps, "speaker", says, tokenizer, at=2, slots=2)
     assert said["steps"] == [steps[0], "Mia has 2 + 2 = 5.", "Mia has 2 + 2 = 5.", steps[1]]
     assert [(f["step"], f["valid"]) for f in said["filled"]] == [(2, False), (3, False)]
+    for wrong in (dict(at=4), dict(slots=0), dict(quantile=2.0), dict(decode="x")):
+        refused(ValueError, "one of them cannot be", infer.plan, world.model, world.llm, QUESTION, steps,
+                **dict(decode="llm") | wrong)
     found = plan("--decode", "llm")
     assert found["decode"] == "llm" and found["filled"]
     for f in found["filled"]:
@@ -3038,7 +3062,7 @@ def test_a_speaker_writes_the_same_with_caches_as_without(thinkers):
     assert [len(w) for w in written] == [12] * 3
     for q, w in zip(questions, written, strict=True):
         batch = jobs.collate_answers([{"question": q, "answer": w}], model.eos_id, "cpu")
-        context = model.speaker.prepare(model.read(batch["question"], batch["context_allowed"]))
+        context = model.speaker.prepare(model.encode(batch["question"], batch["context_allowed"]))
         h = model.speaker.transformer(model.speaker.embed(batch["idx"]), is_causal=True, context=context)
         assert F.linear(h, model.speaker.embed.weight[: model.eos_id + 1]).argmax(-1)[0, :-1].tolist() == w
 

@@ -418,6 +418,12 @@ def test_memory_command_line(tmp_path, monkeypatch):
     remember = functools.partial(use, "remember", "--latents", folder)
     refused(SystemExit, "test split", remember)
     assert not path.exists()
+    def says_otherwise(chain):
+        return chain | {"steps": ["Tom buys pens.", f"So Tom has {chain['answer']}9 pens."]}
+
+    write_latents(folder, [(latents.record(says_otherwise(c) | {"is_valid": True}, p["id"], "train"), h[:3])
+                           for p, c, h in map(a_chain, range(3))], dataset="toy", split="train", **ORIGIN)
+    assert remember()["refused"] == {"wrong_answer": 3}
     folder_of("train", wrong=True)
     assert remember() == {"memory": str(path), "remembered": 0, "new": 0, "refused": {"wrong_answer": 3}}
     assert not path.exists()

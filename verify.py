@@ -138,7 +138,7 @@ def evaluate(expression):
         raise Rejected("syntax", f"no arithmetic: {expression!r}") from None
 
     def value(node):
-        if isinstance(node, ast.Constant):
+        if isinstance(node, ast.Constant) and node.value is not ...:
             return Rational(ast.get_source_segment(source, node).rstrip("."))
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
             operand = value(node.operand)
