@@ -1183,6 +1183,8 @@ def test_parse_number(text, value):
 def test_check_answer():
     assert verify.check_answer("18.00", "18") and verify.check_answer("$18", "text\n#### 18")
     assert verify.check_answer("A: 1,800", "1800") and verify.check_answer("1/2", "0.5")
+    for text in ("#### - 18", "#### -$ 18"):
+        assert verify.check_answer(text, "-18") and not verify.check_answer(text, "18")
     assert not verify.check_answer("17", "18") and not verify.check_answer("18", "180")
     assert not verify.check_answer("", "") and not verify.check_answer("none", "none")  # None is not equal to None
 
