@@ -364,6 +364,7 @@ class HuggingFaceLLM(LLM):
 
     def tokens(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and offsets of a text that opens a sequence or, with a prompt, follows it."""
+        text.encode()  # of half a character the tokenizer would say no more than that it is a TypeError
         coded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not self.prompt_ids)
         ids, pieces = coded["input_ids"], coded["offset_mapping"]
         if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:

@@ -254,7 +254,8 @@ def load_config(folder, kind=cfg.RunConfig, fault: str = "") -> tuple:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} does not exist: {folder} is no finished run of train.py "
                                     "(the command that started a run also finishes it)")
-    preset, config = cfg.from_json((folder / "config.json").read_text(), str(folder / "config.json"))
+    path = folder / "config.json"
+    preset, config = cfg.from_json(path.read_text("utf-8", "replace"), str(path))  # damage is found there
     if not isinstance(config, kind):
         raise ValueError(f"{folder} is a run of preset '{preset}', {fault}")
     return preset, config

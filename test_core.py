@@ -2100,6 +2100,11 @@ def test_finished_foreign_and_other_extractions_are_refused(tmp_path):
     assert contents(tmp_path / "a") == before
 
 
+def test_half_a_character_is_an_error_that_names_the_chain(tmp_path):
+    refused(ValueError, "chain x: .*surrogates", extract_to, tmp_path / "out",
+            chains=[some_chains()[0] | {"id": "x", "question": "\ud800?"}])
+
+
 def test_a_wrong_chain_may_be_without_steps(tmp_path):
     good = some_chains()[0]
     extract_to(tmp_path / "silent", chains=[good, good | {"id": "x", "steps": [], "is_valid": False}])
