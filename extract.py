@@ -389,8 +389,8 @@ def written_for(config, problems: list[dict], dataset: str, split: str, args) ->
             f"-{config.pooling}-k{args.k}-t{args.temperature}-seed{args.seed}-{runs.digest(json.dumps(what))[:6]}")
     folder = Path("out/latents") / name
     if not (folder / "manifest.json").is_file():
-        llm = load_llm(args.llm or config.llm, args.device, layer=config.layer, pooling=config.pooling)
-        llm.set_prompt(config.prompt).name = config.llm
+        llm = llm_of(config, args.llm, args.device)
+        llm.name = config.llm
         runs.say(f"{args.k} chains for {len(problems):,} problems -> {folder}")
         extract_written(llm, [(split, problems)], folder, dataset, args.k, args.temperature, args.top_p, args.seed,
                         args.max_new_tokens)

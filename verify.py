@@ -11,6 +11,7 @@ in bubblewrap (Linux, `apt install bubblewrap`), LaTeX answers are compared by m
 """
 import ast
 import gzip
+import importlib.util
 import itertools
 import json
 import os
@@ -28,7 +29,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from config import need, not_negative, plain_errors
+from config import not_negative, plain_errors
 from sandbox import Verdict, run_program
 
 MAX_EXPRESSION = 200  # characters
@@ -370,7 +371,8 @@ def check_math(prediction, truth):
     process serves all calls and is replaced when a comparison kills it.
     """
     global _math_process
-    need("math_verify", "math-verify")
+    if importlib.util.find_spec("math_verify") is None:  # the worker imports it, this process need not
+        raise ValueError("LaTeX answers are compared by math-verify: pip install math-verify")
     texts = [_boxed(text).strip() for text in (prediction, truth)]
     if not all(0 < len(text) <= MAX_MATH for text in texts):
         return False
