@@ -42,6 +42,7 @@ with pretrained/student. Of `all`, each has a process of its own.
 """
 
 import dataclasses
+import gc
 import itertools
 import json
 import multiprocessing
@@ -110,9 +111,12 @@ class Step:
     """One step of training at each call, as train.py does it, on batch_of(0), batch_of(1), … -> its real tokens."""
 
     def __init__(self, bench, config, batch_of, loss=lambda model, batch: model(batch)["loss"], all_slots=False):
+        torch.set_float32_matmul_precision("high")
         self.bench, self.batch_of, self.loss, self.tokens, self.rows = bench, batch_of, loss, 0, 0
         held = torch.cuda.memory_allocated() if bench.on_gpu else 0
         self.index, self.batch = 0, batch_of(0)
+        gc.collect()
+        gc.freeze()
         torch.manual_seed(0)
         self.model = build_model(config).to(bench.device)
         self.optimizer = m.configure_optimizers(self.model, config)
@@ -121,7 +125,7 @@ class Step:
                 part.register_forward_pre_hook(
                     lambda _, args, more: (args, more | {"is_real": None, "kept": None}), with_kwargs=True)
         if bench.compile:
-            m.compile_blocks(self.model)
+            m.compile_model(self.model)
         if bench.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         for _ in range(20 if bench.on_gpu else 1):  # as many batches as it takes to see a long one
@@ -260,7 +264,8 @@ class Bench:
 
     # ------------------------------------------------------------------------- training steps
 
-    def nanojepa(self, context="isolated", lambda_jepa=1.0, packed=False, bucketed=True, more=lambda part: {}, **loss):
+    def nanojepa(self, context="isolated", lambda_jepa=1.0, packed=False, padded=False, bucketed=True,
+                 more=lambda part: {}, **loss):
         """A Step of NanoJEPA; more(part): what else a batch needs."""
         config = dataclasses.replace(self.config, answer_context=context, lambda_jepa=lambda_jepa)
         batches, n = data.Batches(self.examples, config), config.batch_size
@@ -268,13 +273,13 @@ class Bench:
 
         def batch_of(index):
             part = batches(index) if bucketed else random[index % len(random)]
-            batch = data.collate(part, config, self.device, packed=packed)
+            batch = data.collate(part, config, self.device, packed=packed, padded=padded)
             return batch | more(part) | {"n_tokens": sum(map(size, part))}  # the same for all ways to lay them out
 
         return Step(self, config, batch_of, **loss)
 
     def nanojepa_step(self):
-        return self.compare(ours=self.nanojepa(), plain=self.nanojepa(packed=True, bucketed=False, all_slots=True))
+        return self.compare(ours=self.nanojepa(), plain=self.nanojepa(packed=True, padded=True, bucketed=False))
 
     def nanojepa_mask(self):
         return self.compare(ours=self.nanojepa(), plain=self.nanojepa(packed=True))
@@ -285,15 +290,17 @@ class Bench:
     def nanojepa_llm_jepa(self):
         def questions(part):
             rows = [[*e["question"], self.config.vocab_size - 1] for e in part]
-            at, kept = torch.tensor([len(row) - 1 for row in rows]), m.keep(m.real_tokens(rows))
-            return data.move({"question": m.pad_rows(rows, 0), "question_at": at, "question_kept": kept}, self.device)
+            lengths = np.array([len(row) for row in rows])
+            batch, first = data.lay_out(rows, 0, 0 * lengths, lengths)
+            return data.move({"question": batch["idx"], "question_rows": batch["rows"],
+                              "question_at": torch.from_numpy(first + lengths - 1)}, self.device)
 
         def loss(model, batch):
             """One causal row for the token loss, then question and answer once more for the latents."""
-            lm_loss = model.token_loss(model.transformer(model.embed(batch["idx"]), is_causal=True, kept=batch["kept"]),
+            lm_loss = model.token_loss(model.transformer(model.embed(batch["idx"]), is_causal=True, kept=batch["rows"]),
                                        batch["loss_at"], batch["targets"]) / len(batch["targets"])
-            h = model.transformer(model.embed(batch["question"]), is_causal=True, kept=batch["question_kept"])
-            pred = h[torch.arange(len(h), device=h.device), batch["question_at"]].float()
+            h = model.transformer(model.embed(batch["question"]), is_causal=True, kept=batch["question_rows"])
+            pred = h[batch["question_at"]].float()
             target = model.target_latent(batch["target_idx"], batch["target_pool"])
             return lm_loss + 1 - F.cosine_similarity(pred, target, dim=-1).mean()
 

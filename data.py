@@ -9,6 +9,7 @@ sees the split `train` less the problems of `val`; `test` is for the final figur
 import base64
 import bisect
 import hashlib
+import itertools
 import random
 import re
 from fractions import Fraction
@@ -20,7 +21,7 @@ import torch
 import benchmarks
 import verify
 from benchmarks import VAL_EVERY
-from model import answer_row, keep, pad_rows, pool_weights, real_tokens, to_device
+from model import Rows, answer_row, pad_rows, pool_weights, to_device
 
 # ----------------------------------------------------------------------------- problems
 
@@ -593,66 +594,97 @@ class Batches:
         return rng.permutation(kept[order].reshape(self.per_epoch, self.batch_size))
 
 
-def collate(examples: list[dict], config, device=None, packed: bool = False) -> dict:
-    """Examples -> the batch that NanoJEPA.forward documents, and for the record n_tokens (question and answer),
-    n_filled and n_slots (all rows, the target's too, without and with padding).
+def collate(examples: list[dict], config, device=None, packed: bool = False, padded: bool = False) -> dict:
+    """Examples -> the batch that NanoJEPA.forward documents, and for the record n_tokens (question and answer), n_rows
+    (that hold them), n_filled and n_slots (all rows, the target's too, without and with padding).
 
     packed: both views in one row, in the order of the examples' tokens, for the reference path with a dense mask
-    (answer_context = isolated, target = the answer itself).
+    (answer_context = isolated, target = the answer itself). padded: padding is not left out.
     """
     eos_id, pred_id = config.vocab_size - 2, config.vocab_size - 1
     questions = [[*e["question"], pred_id] for e in examples]
     answers = [answer_row(e["answer"], eos_id) for e in examples]
-    batch, n_question = {}, torch.tensor([len(q) for q in questions])
-    batch["pred_at"] = n_question - 1
-    read = n_question - 2 if config.token_loss_on == "all" else torch.zeros_like(n_question)  # [PRED] is never a target
-
+    n_question, n_answer = (np.array([len(r) for r in rows]) for rows in (questions, answers))
+    read, none = n_question - 2 if config.token_loss_on == "all" else 0 * n_question, 0 * n_question  # never [PRED]
+    packed_rows, B = packed or config.answer_context == "question", len(examples)
     if packed:
         assert config.answer_context == "isolated" and config.answer_text == config.target_text, "no such reference"
         rows = [q + a for q, a in zip(questions, answers, strict=True)]
-        lengths = [(len(q), len(a)) for q, a in zip(questions, answers, strict=True)]
-        batch["segment"] = pad_rows([[0] * q + [1] * a for q, a in lengths], -1)
-        batch["positions"] = pad_rows([[*range(q), *range(a)] for q, a in lengths], 0)
-        batch["target_pool"] = pool_weights([len(q) for q in questions], answers, config.pooling)
-        n_tokens = add_rows(batch, "", rows, eos_id, read, n_question)
-    elif config.answer_context == "question":  # [PRED] is followed by the answer, and nothing follows the last token
+        batch, first = lay_out(rows, eos_id, read, n_question, padded)
+        R, T = batch["idx"].shape if padded else batch["rows"].shape
+        q, a, at = *(np.pad(n, (0, R - B))[:, None] for n in (n_question, n_answer)), np.arange(T)  # (R, 1), (T,)
+        batch["segment"] = torch.from_numpy(np.where(at < q, 0, np.where(at < q + a, 1, -1)))
+        batch["positions"] = torch.from_numpy(np.where(at < q, at, at - q))
+    elif packed_rows:  # [PRED] is followed by the answer, and nothing follows the last token
         rows = [q + a[1:] for q, a in zip(questions, answers, strict=True)]
-        n_tokens = add_rows(batch, "", rows, eos_id, read, n_question - 1, cut=1)
+        batch, first = lay_out(rows, eos_id, read, n_question - 1, padded, cut=1)
+    elif config.answer_context == "isolated":
+        read, written = np.concatenate((read, none)), np.concatenate((n_question, none))
+        batch, first = lay_out(questions + answers, eos_id, read, written, padded)
     else:
-        n_tokens = add_rows(batch, "", questions, eos_id, read, n_question)
-        none = torch.zeros_like(n_question)
-        n_tokens += add_rows(batch, "answer_", answers, eos_id, none, none)
-    n_filled, n_slots = n_tokens, sum(v.numel() for k, v in batch.items() if k.endswith("idx"))
+        batch, first = lay_out(questions, eos_id, read, n_question, padded)
+        more, answer_first = lay_out(answers, eos_id, none, none, padded)
+        batch |= {f"answer_{k}": v for k, v in more.items()} | {"answer_first": torch.from_numpy(answer_first)}
+    batch["pred_at"] = torch.from_numpy(first[:B] + n_question - 1)
+    n_tokens = n_filled = int((n_question + n_answer).sum()) - 2 * B * (packed_rows and not packed)
+    n_slots = sum(v.numel() for k, v in batch.items() if k.endswith("idx"))
 
-    own_row = config.answer_context != "isolated" or config.target_text != config.answer_text
-    if not packed and config.lambda_jepa > 0:
+    if config.lambda_jepa > 0:
+        own_row = config.answer_context != "isolated" or config.target_text != config.answer_text
         targets = answers
         if own_row or config.target_encoder == "ema":
             targets = [answer_row(e["target"], eos_id) for e in examples]
             batch["target_idx"] = pad_rows(targets, eos_id)
             n_filled, n_slots = n_filled + sum(map(len, targets)), n_slots + batch["target_idx"].numel()
-        batch["target_pool"] = pool_weights([0] * len(targets), targets, config.pooling)
-    return {**move(batch, device), "n_tokens": n_tokens, "n_filled": n_filled, "n_slots": n_slots}
+        else:
+            at = np.arange(n_answer.max()) + (first + n_question if packed else first[B:])[:, None]
+            batch["target_at"] = torch.from_numpy(at.clip(max=batch["idx"].numel() - 1))  # where it ends, weights are 0
+        batch["target_pool"] = pool_weights([0] * B, targets, config.pooling)
+    return {**move(batch, device), "n_tokens": n_tokens, "n_rows": B * (1 if packed_rows else 2), "n_filled": n_filled,
+            "n_slots": n_slots}
 
 
-def add_rows(batch: dict, prefix: str, rows: list[list[int]], fill: int, read, written, cut: int = 0) -> int:
-    """Adds PREFIXidx [B, T], rows without their last `cut` tokens, PREFIXkept (model.keep) and what is to be predicted:
-    PREFIXloss_at, flat positions in idx, and PREFIXtargets, the ids that follow there. Returns how many tokens idx has.
+def lay_out(rows: list[list[int]], fill: int, read, written, padded: bool = False, cut: int = 0):
+    """Token rows without their last `cut` tokens -> {"idx", "rows", "loss_at", "targets"} as NanoJEPA.forward documents
+    them, and where each row begins in idx [B].
 
-    These are the first read [B] positions of a row, and all from written [B] on that something follows.
+    To be predicted are what follows the first read [B] tokens of a row, and what follows those from written [B] on.
+    The rows are followed by others of `fill`: kernels are made for every new number of tokens.
     """
-    idx, is_real = pad_rows(rows, fill), real_tokens(rows)
-    at, T = torch.arange(idx.shape[1] - 1), idx.shape[1] - cut
-    row, at = (((at < read[:, None]) | (at >= written[:, None])) & is_real[:, 1:]).nonzero(as_tuple=True)
-    batch[prefix + "loss_at"], batch[prefix + "targets"] = row * T + at, idx[row, at + 1]
-    is_real = is_real[:, cut:].contiguous()
-    batch |= {prefix + "idx": idx[:, :T].contiguous(), prefix + "kept": keep(is_real)}
-    return int(is_real.sum())
+    lengths = np.array([len(row) for row in rows])
+    tokens = np.fromiter(itertools.chain.from_iterable(rows), np.int64, lengths.sum())
+    row, at, _ = end_to_end(lengths)
+    is_asked = ((at < read[row]) | (at >= written[row])) & (at < lengths[row] - 1)
+    is_in, targets = at < lengths[row] - cut, tokens[1:][is_asked[:-1]]
+    tokens, asked, lengths = tokens[is_in], is_asked[is_in].nonzero()[0], lengths - cut
+    B, T, N = len(lengths), int(lengths.max()), len(tokens)
+    extra = 0 if padded else -N % (64 if N < 2**14 else 512)
+    lengths = np.concatenate((lengths, np.diff([*range(0, extra, T), extra])))
+    row, at, ends = end_to_end(lengths)
+    index, first = row * T + at, (ends - lengths)[:B]
+    if padded:
+        idx = np.full((B, T), fill)
+        idx.reshape(-1)[index], asked, first = tokens, index[asked], np.arange(B) * T
+        batch = {"idx": torch.from_numpy(idx)}
+    else:
+        cu_seqlens = torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32))
+        batch = {"idx": torch.from_numpy(np.concatenate((tokens, np.full(extra, fill)))),
+                 "rows": Rows(torch.from_numpy(index), (len(lengths), int(T)), cu_seqlens)}
+    return batch | {"loss_at": torch.from_numpy(asked), "targets": torch.from_numpy(targets)}, first
+
+
+def end_to_end(lengths):
+    """Of rows [B] that lie end to end: the row [N] and place in it [N] of every token, and where each row ends [B]."""
+    row, ends = np.arange(len(lengths)).repeat(lengths), lengths.cumsum()
+    return row, np.arange(len(row)) - (ends - lengths)[row], ends
 
 
 def move(batch: dict, device) -> dict:
-    """The tensors of a batch on the device (see model.to_device)."""
-    return {k: to_device(v, device) for k, v in batch.items()}
+    """The tensors of a batch, and its Rows, on the device (see model.to_device)."""
+    def moved(x):
+        return Rows(moved(x.index), x.shape, moved(x.cu_seqlens)) if isinstance(x, Rows) else to_device(x, device)
+
+    return {k: moved(v) for k, v in batch.items()}
 
 
 # ----------------------------------------------------------------------------- documents and masked spans (T-JEPA)

@@ -30,7 +30,7 @@ from model import alignment, effective_rank, latent_figures, pad_rows, real_toke
 
 def n_rows(batch: dict) -> int:
     """How many rows carry the tokens that a batch counts: what attention works on."""
-    return sum(len(batch[k]) for k in ("idx", "answer_idx", "h") if k in batch)
+    return batch.get("n_rows") or sum(len(batch[k]) for k in ("idx", "h") if k in batch)
 
 
 def parts(items: list, size: int) -> list[list]:

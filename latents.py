@@ -10,7 +10,6 @@ Row 0 of a chain is its question, rows 1 … S its steps.
 """
 
 import hashlib
-import itertools
 import json
 import re
 from pathlib import Path
@@ -301,25 +300,31 @@ def load_latents(folder, where: str = "") -> tuple[list[dict], dict]:
 # ----------------------------------------------------------------------------- masks and batches
 
 
-def draw_mask(n: int, config, rng) -> tuple[list[int], list[int]]:
-    """Which of the steps 1 … n are (hidden, asked for): one suffix, one step, or a block of them (or any of them).
+def draw_masks(n, config, rng) -> tuple[np.ndarray, np.ndarray]:
+    """Of chains of n [B] steps, which are hidden and which of these are asked for: bool [B, 1 + max(n)] each.
 
-    Half of the suffixes ask for their first step alone, without telling how many follow: what decoding needs.
+    Hidden are one suffix, one step, or a block of them (or any of them), never the question. Half of the suffixes ask
+    for their first step alone, without telling how many follow: what decoding needs.
     """
-    u = rng.random()
-    if u < config.suffix_share:
-        first = int(rng.integers(1, n + 1))
-        hidden = list(range(first, n + 1))
-        return hidden, hidden[:1] if rng.random() < 0.5 else hidden
-    size = 1
-    if u >= config.suffix_share + config.single_share:
-        size = max(1, round(n * rng.uniform(config.mask_min, config.mask_max)))
+    B, at, u = len(n), np.arange(1 + n.max()), rng.random(len(n))
+    is_suffix, is_block = u < config.suffix_share, u >= config.suffix_share + config.single_share
+    size = np.where(is_block, np.rint(n * rng.uniform(config.mask_min, config.mask_max, B)).clip(1), 1)
+    first = 1 + np.floor(rng.random(B) * (n - size + 1))
+    last = np.where(is_suffix, n, first + size - 1)
+    is_hidden = (first[:, None] <= at) & (at <= last[:, None])
     if config.mask == "random":
-        hidden = sorted(int(i) for i in 1 + rng.permutation(n)[:size])
-    else:
-        first = int(rng.integers(1, n - size + 2))
-        hidden = list(range(first, first + size))
-    return hidden, hidden
+        any_of_them = shuffled(n, rng).argsort(1) - 1 < size[:, None]  # the rank of every step in a random order
+        is_hidden = np.where(is_suffix[:, None], is_hidden, any_of_them & (at > 0) & (at <= n[:, None]))
+    first_alone = is_suffix & (rng.random(B) < 0.5)
+    return is_hidden, is_hidden & (~first_alone[:, None] | (at == first[:, None]))
+
+
+def shuffled(n, rng) -> np.ndarray:
+    """int [B, 1 + max(n)]: 0, then the steps 1 … n of each chain in random order, then what it has not."""
+    at = np.arange(1 + n.max())
+    key = np.where(at > n[:, None], 2.0, rng.random((len(n), len(at))))
+    key[:, 0] = -1.0
+    return key.argsort(1)
 
 
 def first_problems(rows: list[dict], limit: int) -> list[dict]:
@@ -358,13 +363,6 @@ def join(chains: list[dict]) -> tuple[torch.Tensor, np.ndarray]:
     return table, starts
 
 
-def marked(columns: list[list[int]], shape) -> np.ndarray:
-    """bool of a shape [B, T]: True at the columns named for each row."""
-    out = np.zeros(shape, dtype=bool)
-    out[np.arange(shape[0]).repeat([len(c) for c in columns]), list(itertools.chain.from_iterable(columns))] = True
-    return out
-
-
 def collate(chains: list[dict], config, rng, device=None, with_wrong: bool | None = None, joined=None) -> dict:
     """Chains with latents "h" (and "wrong_h", "wrong_step") -> the batch that RJEPA.forward documents.
 
@@ -373,39 +371,32 @@ def collate(chains: list[dict], config, rng, device=None, with_wrong: bool | Non
     joined: (table, starts [B, 2]) as `join` makes it, where the table is there already, maybe on the device. The masks
     stay on the CPU: who asks where they are True need not wait for a GPU.
     """
-    def order_of(n):
-        return [0, *(1 + rng.permutation(n)).tolist()] if config.shuffle_steps else range(n + 1)
-
     table, starts = joined or join([dict(c) for c in chains])
-    orders = [order_of(len(c["h"]) - 1) for c in chains]
-    masks, B = [draw_mask(len(o) - 1, config, rng) for o in orders], len(chains)
+    lengths, B = np.array([c["h"].shape[0] for c in chains]), len(chains)
     with_wrong = any("wrong_h" in c for c in chains) if with_wrong is None else with_wrong
     pairs = with_wrong and (config.hard_negatives or config.lambda_margin > 0)
-    for i, c in enumerate(chains) if pairs else ():
-        o, mask = orders[i], masks[i]
-        if "wrong_h" in c and "wrong_step" not in c:
-            n = len(c["wrong_h"]) - 1
-            o, mask = order_of(n), draw_mask(n, config, rng)
-        orders.append(o)
-        masks.append(mask)
-    lengths = np.array([len(o) for o in orders])
+    row = np.arange(B)  # whose mask and order a chain has
+    if pairs:
+        other = np.array(["wrong_h" in c and "wrong_step" not in c for c in chains])
+        wrong = [c["wrong_h"].shape[0] if is_other else 0 for c, is_other in zip(chains, other, strict=True)]
+        row = np.concatenate((row, row + B * other))
+        lengths = np.concatenate((lengths, np.where(other, wrong, lengths)))
     is_real = np.arange(lengths.max()) < lengths[:, None]
-    order = np.zeros(is_real.shape, dtype=int)
-    order[is_real] = list(itertools.chain.from_iterable(orders))
-    is_hidden, is_target = (marked(m, is_real.shape) for m in zip(*masks, strict=True))
+    order = shuffled(lengths - 1, rng)[row] if config.shuffle_steps else np.arange(lengths.max())
+    order = np.where(is_real, order, 0)
+    is_hidden, is_target = (x[row] for x in draw_masks(lengths - 1, config, rng))
     both = {"is_real": is_real, "is_visible": is_real & ~is_hidden, "is_target": is_target}
     both = {k: torch.from_numpy(v) for k, v in both.items()}
-    rows = torch.from_numpy(starts.T.reshape(-1)[: len(orders), None] + order)
+    rows = torch.from_numpy(starts.T.reshape(-1)[: len(lengths), None] + order)
     h = to_device(table[to_device(rows, table.device)], device)
     both["h"] = h.masked_fill_(~to_device(both["is_real"], h.device)[..., None], 0.0).float()
     batch = {k: v[:B] for k, v in both.items()}
     if pairs:
         batch |= {f"wrong_{k}": v[B:] for k, v in both.items()}
-        wrong_step = np.array([c.get("wrong_step", len(c["h"])) for c in chains])
+        wrong_step = np.array([c.get("wrong_step", 2**31) for c in chains])
         is_wrong = is_real[:B] & (order[:B] >= wrong_step[:, None])
-        other = np.array([["wrong_h" in c and "wrong_step" not in c] for c in chains])
-        more = {"is_wrong": is_wrong, "right_counts": is_target[:B] & (is_wrong | other),
-                "wrong_counts": is_target[B:] & (is_wrong | other)}
+        counts = is_wrong | other[:, None]
+        more = {"is_wrong": is_wrong, "right_counts": is_target[:B] & counts, "wrong_counts": is_target[B:] & counts}
         batch |= {k: torch.from_numpy(v) for k, v in more.items()}
     n = int(lengths[:B].sum())
     return {**batch, "n_tokens": n, "n_filled": n, "n_slots": is_real[:B].size}

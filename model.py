@@ -12,10 +12,12 @@ import contextlib
 import copy
 import itertools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 # ----------------------------------------------------------------------------- Transformer
 
@@ -103,6 +105,9 @@ def attend(q, k, v, attn_allowed=None, is_causal=False):
     return scores.softmax(-1) @ v
 
 
+VARLEN = {"cuda"}  # devices with attention to sequences of any lengths that lie end to end
+
+
 PINNED = {"cuda"}  # devices that copy from pinned memory while the CPU goes on
 
 
@@ -165,12 +170,23 @@ def keep(is_real):
     return is_real.flatten().int().argsort(descending=True, stable=True)[:n]
 
 
-def spread(x, kept: tuple | None):
-    """x [N, ...] at the N positions `kept` (their flat index [N], none twice, and (B, T)) -> [B, T, ...], zero
-    elsewhere."""
+class Rows(NamedTuple):
+    """Where N tokens, end to end, lie in rows: their flat positions index [N], none twice, of shape (B, T).
+
+    cu_seqlens int32 [B + 1]: where each row begins and ends in the N, if they are its first ones, none left out and in
+    its order. Then attention needs no rows on a GPU.
+    """
+
+    index: torch.Tensor
+    shape: tuple[int, int]
+    cu_seqlens: torch.Tensor | None = None
+
+
+def spread(x, kept: Rows | None):
+    """x [N, ...] at the positions `kept` -> [B, T, ...], zero elsewhere."""
     if kept is None:
         return x
-    index, shape = kept
+    index, shape, _ = kept
     out = x.new_zeros(shape[0] * shape[1], *x.shape[1:])
     # on a CPU adding is faster; on a GPU sums would be atomic, which for bf16 is slow
     write = out.index_add_ if x.device.type == "cpu" else out.index_copy_
@@ -192,7 +208,7 @@ class Pick(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (index,) = ctx.saved_tensors
-        return spread(grad, (index, ctx.shape)), None
+        return spread(grad, Rows(index, ctx.shape)), None
 
 
 pick = Pick.apply
@@ -209,9 +225,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(n_embd, n_embd, bias=False)
 
     def heads(self, x, cos_sin=None, kept=None):
-        """x [B, T, C], or [N, C] at `kept` -> [B, nh, T, hs], rotated if there are cos_sin."""
+        """x [B, T, C], or [N, C] at `kept` -> [B, nh, T, hs], rotated if there are cos_sin; [N, nh, hs] where rows are
+        not needed."""
         x = x.unflatten(-1, (self.n_head, -1))
-        return spread(x if cos_sin is None else rotate(x, *cos_sin), kept).transpose(1, 2)
+        x = x if cos_sin is None else rotate(x, *cos_sin)
+        return x if kept and kept.cu_seqlens is not None else spread(x, kept).transpose(1, 2)
 
     def keys(self, source, cos_sin=None, kept=None):
         """Keys and values, as `heads` of source."""
@@ -220,12 +238,16 @@ class Attention(nn.Module):
 
     def forward(self, x, cos_sin=None, attn_allowed=None, is_causal=False, context=None, cache=None, positions=None,
                 kept=None):
-        """x [B, T, C] -> [B, T, C]; with `kept` (see `spread`) [N, C] -> [N, C]. attn_allowed: bool, [B or 1, nh or 1,
-        T, T_keys]. context: [B, T_keys, C], or its `keys` where they are computed once for many calls.
+        """x [B, T, C] -> [B, T, C]; with `kept` (Rows) [N, C] -> [N, C]. attn_allowed: bool, [B or 1, nh or 1, T,
+        T_keys]. context: [B, T_keys, C], or its `keys` where they are computed once for many calls.
         """
         q = self.heads(self.q(x), cos_sin, kept)
         if not isinstance(context, tuple):
             context = self.keys(x, cos_sin, kept) if context is None else self.keys(context)
+        if kept and kept.cu_seqlens is not None:
+            cu, T = kept.cu_seqlens, kept.shape[1]
+            y = varlen_attn(q, *context, cu, cu, T, T, window_size=(-1, 0 if is_causal else -1))
+            return self.proj(y.flatten(1))
         k, v = context if cache is None else cache.update(*context, positions)
         y = attend(q, k.to(q.dtype), v.to(q.dtype), attn_allowed, is_causal).transpose(1, 2).flatten(2)
         return self.proj(y if kept is None else pick(y, kept[0]))
@@ -276,15 +298,15 @@ class Transformer(nn.Module):
 
     def forward(self, x, positions=None, attn_allowed=None, is_causal=False, context=None, context_allowed=None,
                 caches=None, is_real=None, kept=None, wanted=None):
-        """x [B, T, C] -> [B, T, C].
+        """x [B, T, C] -> [B, T, C]; with `kept` (Rows) [N, C] -> [N, C].
 
         positions: int [B or 1, T], 0 … T-1 by default. attn_allowed: bool [B or 1, T, T_keys]. context [B, T_ctx, C]
         or its `context_keys`, with context_allowed [B, T_ctx], for cross-attention. caches: see `new_caches`.
         is_real bool [B, T]: where it is given the others are left out, of attention where rows are packed (otherwise
-        its mask must bar them); what comes out there is meaningless. kept: what `keep` makes of it, where that is known
-        already. wanted bool [B, T]: where the output may be meaningless elsewhere, too.
+        its mask must bar them); what comes out there is meaningless. wanted bool [B, T]: where the output may be
+        meaningless elsewhere, too.
         """
-        B, T, C = x.shape
+        (B, T), C = kept.shape if kept else x.shape[:2], x.shape[-1]
         if positions is None:
             positions = torch.arange(T, device=x.device)[None]
         room, whole, only = ROW.get(x.device.type, 0), None, None
@@ -294,8 +316,8 @@ class Transformer(nn.Module):
             index, slots, shape = pack(is_real.cpu(), room)
             asked = slice(None) if wanted is None else keep(wanted.cpu().flatten()[index])
             back, only, index, slots = (to_device(t, x.device) for t in (index[asked], slots[asked], index, slots))
-            whole, is_real = (back, (B, T)), None
-            x = spread(pick(x, index), (slots, shape))
+            whole, is_real = Rows(back, (B, T)), None
+            x = spread(pick(x, index), Rows(slots, shape))
             positions = positions.expand(B, T).flatten()
             positions = positions.new_zeros(shape[0] * shape[1]).index_copy(0, slots, positions[index]).view(shape)
             attn_allowed = packed_mask(attn_allowed, index, slots, shape)
@@ -303,18 +325,26 @@ class Transformer(nn.Module):
         if context_allowed is not None:
             context_allowed = to_device(context_allowed, x.device)[:, None, None]  # (B, 1, 1, T_ctx)
         assert is_real is None or kept is None, "kept follows from is_real"
+        flat, device = kept, x.device.type
+        if flat and not (device in VARLEN and torch.is_autocast_enabled(device) and C // self.n_head % 8 == 0):
+            flat = Rows(*flat[:2])  # attention to sequences end to end needs half precision
         if is_real is not None:
-            kept = to_device(keep(is_real), x.device)
-        if kept is not None:
-            kept, x, at = (kept, x.shape[:2]), pick(x, kept), positions.expand(B, T).flatten()[kept]
-        cos_sin = rope(positions if kept is None else at, self.n_embd // self.n_head)
+            whole = flat = Rows(to_device(keep(is_real), x.device), (B, T))
+            x = pick(x, flat.index)
+        at = positions if flat is None else positions.expand(B, T).flatten()[flat.index]
+        cos_sin = rope(at, self.n_embd // self.n_head)
+        x = self.stack(x, cos_sin, attn_allowed, is_causal, context, context_allowed, caches, positions, flat, only)
+        return x if kept else spread(x, whole).view(B, T, C)
+
+    def stack(self, x, cos_sin, attn_allowed, is_causal, context, context_allowed, caches, positions, kept, only):
+        """All that does not look at the data, so that it can be compiled: blocks and the final norm."""
         x = self.drop(x)
         for i, block in enumerate(self.blocks):
             cache = None if caches is None else caches[i]
             source = context[i] if isinstance(context, list) else context
             x = block(x, cos_sin, attn_allowed, is_causal, source, context_allowed, cache, positions, kept,
                       only if i == len(self.blocks) - 1 else None)
-        return spread(self.norm(x), whole or kept).view(B, T, C)
+        return self.norm(x)
 
     def context_keys(self, context) -> list[tuple]:
         """The cross-attention keys and values of a context [B, T_ctx, C], of each block."""
@@ -326,13 +356,16 @@ class Transformer(nn.Module):
         return [KVCache(shape, device, dtype) for _ in self.blocks]
 
 
-def compile_blocks(model: nn.Module):
-    """Compiles every block and the loss in place. What is around them looks at the data: it could not be one graph."""
+def compile_model(model: nn.Module, by_block: bool = False):
+    """Compiles every stack of blocks and the token loss in place. What is around them looks at the data: it could not
+    be one graph. by_block: block by block, so that several processes can add up gradients while others are made."""
     torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.optimize_ddp = False  # it would cut blocks at DDP's buckets, and older ones not at `Pick`
+    torch._dynamo.config.optimize_ddp = False  # it would cut graphs at DDP's buckets, and older ones not at `Pick`
     for part in model.modules():
-        if isinstance(part, Block):
+        if isinstance(part, Block) and by_block:
             part.forward = torch.compile(part.forward, dynamic=True)
+        if isinstance(part, Transformer) and not by_block:
+            part.stack = torch.compile(part.stack, dynamic=True)
         if isinstance(part, NanoJEPA):
             part.loss_and_gradient = compiled_loss()
 
@@ -595,9 +628,13 @@ class Standardize(nn.Module):
 
 def loss_and_gradient(logits, targets):
     """Summed cross-entropy of logits [M, V] with ids [M], and its gradient with respect to them, in their dtype."""
-    gradient, loss = torch.func.grad_and_value(
-        lambda logits: F.cross_entropy(logits.float(), targets, reduction="sum"))(logits)
-    return loss, gradient
+    log_p = logits.float().log_softmax(-1)
+    if torch.compiler.is_compiling():  # what can be one kernel
+        is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+        return -log_p.where(is_target, 0.0).sum(), (log_p.exp() - is_target.float()).to(logits.dtype)
+    at = targets[:, None]
+    loss = -log_p.gather(1, at).sum()
+    return loss, log_p.exp_().scatter_add_(1, at, -torch.ones_like(at, dtype=log_p.dtype)).to(logits.dtype)
 
 
 class TokenLoss(torch.autograd.Function):
@@ -663,8 +700,8 @@ class NanoJEPA(Model):
             self.target_model = nn.ModuleList([frozen_copy(self.embed), frozen_copy(self.transformer)])
 
     def token_loss(self, h, loss_at, targets):
-        """Summed cross-entropy of h [B, T, C] at the flat positions loss_at [M] with the ids targets [M]."""
-        h = pick(h, loss_at)  # (M, C): padding costs nothing
+        """Summed cross-entropy of h [N, C] at loss_at [M] with the ids targets [M]."""
+        h = pick(h[None], loss_at)  # (M, C)
         weight = self.embed.weight if torch.is_grad_enabled() else self.embed.weight.detach()
         return TokenLoss.apply(h, weight, targets, self.loss_and_gradient)
 
@@ -682,27 +719,27 @@ class NanoJEPA(Model):
     def forward(self, batch: dict) -> dict:
         """A batch of data.collate -> {"loss", "lm_loss", "jepa_loss", "cos"}: means, scalars.
 
-        idx [B, T]: rows that hold the question, [PRED] at pred_at [B], and with answer_context = question the answer
-        after it. answer_idx [B, Ta]: the answer in a row of its own. Each has (answer_)kept (see `keep`),
-        (answer_)loss_at [M], the flat positions with a token loss, and (answer_)targets [M]. target_idx [B, Tt]: what
-        the target latent is taken from; target_pool: the weights that pool its states. With `segment` and `positions`
-        [B, T] (data.collate with packed=True) the two views lie in one padded row and a dense mask isolates them: the
-        reference path.
+        idx [N]: tokens end to end, of rows that lie as `rows` (Rows) says: the questions, [PRED] at pred_at [B], with
+        answer_context = question each with its answer after it, with isolated followed by the answers, rows of their
+        own. loss_at [M]: which of the N have a token loss, targets [M] what follows there. With answer_context = latent
+        the answers come with `answer_` before these names. target_idx [B, Tt]: what the target latent is taken from, or
+        target_at [B, Tt]: where it lies in the (answers') tokens; target_pool: the weights that pool its states. With
+        `segment` and `positions` [B, T] (data.collate with packed=True) the two views lie in one row and a dense mask
+        isolates them: the reference path. Without `rows` idx is [B, T] with padding, and N is B T.
         """
-        cfg, at = self.config, torch.arange(len(batch["idx"]), device=batch["idx"].device)
-        x = self.embed(batch["idx"])
+        cfg, x = self.config, self.embed(batch["idx"])
+        where = {"is_causal": True}
         if "segment" in batch:
-            h = self.transformer(x, batch["positions"], attn_allowed(batch["segment"]), kept=batch["kept"])
-        else:
-            h = self.transformer(x, is_causal=True, kept=batch["kept"])
-        pred = h[at, batch["pred_at"]]  # (B, C)
+            where = {"positions": batch["positions"], "attn_allowed": attn_allowed(batch["segment"])}
+        h = self.transformer(x, kept=batch.get("rows"), **where).view(-1, x.shape[-1])  # (N, C)
+        pred = h[batch["pred_at"]]  # (B, C)
         total, count = self.token_loss(h, batch["loss_at"], batch["targets"]), len(batch["targets"])
 
         if "answer_idx" in batch:
+            rows = batch["answer_rows"]
             x = self.embed(batch["answer_idx"])
-            if self.prefix is not None:
-                x = torch.cat((self.prefix(pred)[:, None].to(x.dtype), x[:, 1:]), dim=1)
-            h = self.transformer(x, is_causal=True, kept=batch["answer_kept"])
+            x = x.index_copy(0, batch["answer_first"], self.prefix(pred).to(x.dtype))  # in the place of [EOS]
+            h = self.transformer(x, is_causal=True, kept=rows)
             total = total + self.token_loss(h, batch["answer_loss_at"], batch["answer_targets"])
             count = count + len(batch["answer_targets"])
         lm_loss = total / count
@@ -711,8 +748,8 @@ class NanoJEPA(Model):
             return {"loss": lm_loss, "lm_loss": lm_loss}
         if "target_idx" in batch:
             target = self.target_latent(batch["target_idx"], batch["target_pool"])
-        else:  # the row just run holds the answer's own view
-            target = self.answer_latent(h, batch["target_pool"])
+        else:  # the rows just run hold the answer's own view
+            target = self.answer_latent(h.detach()[batch["target_at"]], batch["target_pool"])
         cos = F.cosine_similarity(pred.float(), target, dim=-1).mean()
         jepa_loss = 1 - cos
         return {"loss": lm_loss + cfg.lambda_jepa * jepa_loss, "lm_loss": lm_loss, "jepa_loss": jepa_loss, "cos": cos}
@@ -977,7 +1014,7 @@ class RJEPA(Model):
 def mean_error(z_pred, z_target, is_target, counts):
     """Mean L1 error [B] over the targets that count [B, S], of predictions z_pred [N, C] against z_target [B, S, C]."""
     at, counts = flat_index(is_target, z_target.device), to_device(counts, z_target.device)
-    error = spread((z_pred - pick(z_target, at)).abs().mean(-1), (at, is_target.shape))
+    error = spread((z_pred - pick(z_target, at)).abs().mean(-1), Rows(at, is_target.shape))
     return (error * counts).sum(1) / counts.sum(1).clamp_min(1)
 
 
@@ -1072,7 +1109,7 @@ class Speaker(Model):
         at = flat_index(kept, h.device)
         logits = F.linear(pick(h, at), self.embed.weight[: self.config.vocab_size])
         losses = F.cross_entropy(logits.float(), to_device(batch["targets"][kept], h.device), reduction="none")
-        return spread(losses, (at, kept.shape))
+        return spread(losses, Rows(at, kept.shape))
 
     @torch.no_grad()
     def generate(self, context, context_allowed, offsets=None, max_new_tokens: int = 64, temperature: float = 0.0,

@@ -13,7 +13,6 @@ from types import MappingProxyType
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -145,20 +144,11 @@ def gpu(monkeypatch):
     put("Generator", lambda device="cpu": generator())
     put("synchronize", lambda device: None, torch.accelerator)
     put("AdamW", lambda groups, **k: adamw(groups, **k | {"fused": False, "foreach": False}), torch.optim)
-    put("loss_and_gradient", loss_and_gradient, m)  # functorch does not take subclasses
     put("ROW", m.ROW | {"meta": m.ROW["cpu"]}, m)
     put("PINNED", {"meta"}, m)
     put("pin_memory", pinned, torch.Tensor)
     Elsewhere.waits.clear()
     return Gpu
-
-
-def loss_and_gradient(logits, targets):
-    """Of model.loss_and_gradient what works on a subclass."""
-    with torch.enable_grad():
-        x = logits.detach().requires_grad_()
-        loss = F.cross_entropy(x.float(), targets, reduction="sum")
-    return loss.detach(), torch.autograd.grad(loss, x)[0]
 
 
 @pytest.mark.parametrize("moved", [False, True])

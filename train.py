@@ -15,6 +15,7 @@ model.safetensors, config.json, state.pt (what resuming needs), log.jsonl and it
 import contextlib
 import dataclasses
 import functools
+import gc
 import json
 import math
 import os
@@ -31,7 +32,7 @@ from tqdm import tqdm
 import config as cfg
 import runs
 from jobs import JOBS, n_rows
-from model import compile_blocks, configure_optimizers, estimate_mfu
+from model import compile_model, configure_optimizers, estimate_mfu
 from parallel import copy_tensors, full, gathered, load_state, save_state, sync_gradients, wrap
 
 load_run = runs.load_run  # (model, config) of any run folder
@@ -55,7 +56,10 @@ def train(preset: str, config) -> dict:
     config.out_dir, device = str(out), runs.pick_device(config.device)
     runs.refuse_foreign(out, config.overwrite)
     with runs.processes(device) as (rank, world), runs.lock(out, "--out_dir"):
-        return run(preset, config, out, device, rank, world)
+        try:
+            return run(preset, config, out, device, rank, world)
+        finally:
+            gc.unfreeze()
 
 
 def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> dict:
@@ -94,7 +98,7 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
         model.load_state_dict(kept)  # evaluation stores quantiles
     use_compile = runs.pick_compile(config.compile, device)
     if use_compile:
-        compile_blocks(model)
+        compile_model(model, by_block=world > 1)
     if config.shard and world == 1:
         runs.say("--shard is for several processes (torchrun): this one keeps everything")
     run_model = wrap(model, world, config.shard, device)
@@ -141,6 +145,8 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
         save_state(out, model, optimizer, {"step": step, "n_steps": n_steps, "identity": identity})
 
     # loop
+    gc.collect()
+    gc.freeze()  # what lives until the end need not be looked through at every step
     progress = tqdm(total=n_steps, initial=first, unit="step", disable=rank > 0 or not sys.stderr.isatty())
     model.train()
     figures, val = {}, {}
