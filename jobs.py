@@ -182,9 +182,8 @@ class LatentJob(Job):
             with autocast():
                 losses = model(batch)
                 is_real, is_visible, is_target = (batch[k].to(device) for k in ("is_real", "is_visible", "is_target"))
-                h = model.standardize(batch["h"])
-                z = model.targets(h, is_real)
-                z_pred.append(model.predict(h, is_visible, is_target).cpu())
+                z = model.targets(batch["h"], is_real)
+                z_pred.append(model.predict(batch["h"], is_visible, is_target).cpu())
             z_target.append(z[is_target].cpu())
             z_copy.append(z[:, :-1][is_target[:, 1:]].cpu())  # the step before, or the question
             for k, v in losses.items():

@@ -10,6 +10,7 @@ attn_allowed (True = may attend), is_real (True = not padding), is_target (True 
 
 import contextlib
 import copy
+import functools
 import itertools
 import math
 from typing import NamedTuple
@@ -297,16 +298,16 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(n_embd)
 
     def forward(self, x, positions=None, attn_allowed=None, is_causal=False, context=None, context_allowed=None,
-                caches=None, is_real=None, kept=None, wanted=None):
+                caches=None, is_real=None, kept=None, wanted=None, embed=None):
         """x [B, T, C] -> [B, T, C]; with `kept` (Rows) [N, C] -> [N, C].
 
         positions: int [B or 1, T], 0 … T-1 by default. attn_allowed: bool [B or 1, T, T_keys]. context [B, T_ctx, C]
         or its `context_keys`, with context_allowed [B, T_ctx], for cross-attention. caches: see `new_caches`.
         is_real bool [B, T]: where it is given the others are left out, of attention where rows are packed (otherwise
         its mask must bar them); what comes out there is meaningless. wanted bool [B, T]: where the output may be
-        meaningless elsewhere, too.
+        meaningless elsewhere, too. embed: what makes x of width C of the x given, where that is not left out.
         """
-        (B, T), C = kept.shape if kept else x.shape[:2], x.shape[-1]
+        (B, T), C, embed = kept.shape if kept else x.shape[:2], self.n_embd, embed or (lambda x: x)
         if positions is None:
             positions = torch.arange(T, device=x.device)[None]
         room, whole, only = ROW.get(x.device.type, 0), None, None
@@ -317,7 +318,7 @@ class Transformer(nn.Module):
             asked = slice(None) if wanted is None else keep(wanted.cpu().flatten()[index])
             back, only, index, slots = (to_device(t, x.device) for t in (index[asked], slots[asked], index, slots))
             whole, is_real = Rows(back, (B, T)), None
-            x = spread(pick(x, index), Rows(slots, shape))
+            x, embed = spread(embed(pick(x, index)), Rows(slots, shape)), lambda x: x
             positions = positions.expand(B, T).flatten()
             positions = positions.new_zeros(shape[0] * shape[1]).index_copy(0, slots, positions[index]).view(shape)
             attn_allowed = packed_mask(attn_allowed, index, slots, shape)
@@ -331,6 +332,7 @@ class Transformer(nn.Module):
         if is_real is not None:
             whole = flat = Rows(to_device(keep(is_real), x.device), (B, T))
             x = pick(x, flat.index)
+        x = embed(x)
         at = positions if flat is None else positions.expand(B, T).flatten()[flat.index]
         cos_sin = rope(at, self.n_embd // self.n_head)
         x = self.stack(x, cos_sin, attn_allowed, is_causal, context, context_allowed, caches, positions, flat, only)
@@ -357,7 +359,7 @@ class Transformer(nn.Module):
 
 
 def compile_model(model: nn.Module, by_block: bool = False):
-    """Compiles every stack of blocks and the token loss in place. What is around them looks at the data: it could not
+    """Compiles every stack of blocks and the losses in place. What is around them looks at the data: it could not
     be one graph. by_block: block by block, so that several processes can add up gradients while others are made."""
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.optimize_ddp = False  # it would cut graphs at DDP's buckets, and older ones not at `Pick`
@@ -368,6 +370,8 @@ def compile_model(model: nn.Module, by_block: bool = False):
             part.stack = torch.compile(part.stack, dynamic=True)
         if isinstance(part, NanoJEPA):
             part.loss_and_gradient = compiled_loss()
+        if isinstance(part, RJEPA):
+            part.embed, part.compare = (torch.compile(f, dynamic=True) for f in (part.embed, part.compare))
 
 
 def compiled_loss():
@@ -458,23 +462,23 @@ class JEPA(nn.Module):
         self.target_encoder = frozen_copy(encoder)
         self.predictor = predictor
 
-    def encode(self, encoder, x, positions, visible, segment=None, wanted=None):
+    def encode(self, encoder, x, positions, visible, segment=None, **more):
         """Bidirectional encoding of the visible positions [B, S] alone -> [B, S, C], meaningless at the others.
 
-        segment: see `may_attend`; wanted: see Transformer.
+        segment: see `may_attend`; more: `wanted` and `embed`, see Transformer.
         """
-        return encoder(x, positions, may_attend(visible, segment, x.device), is_real=visible, wanted=wanted)
+        return encoder(x, positions, may_attend(visible, segment, x.device), is_real=visible, **more)
 
-    def predict(self, x, positions, is_visible, is_target):
+    def predict(self, x, positions, is_visible, is_target, **more):
         """z_pred [N, C] of the N targets from what is visible [B, S]. What is neither is not there at all."""
-        z_context = self.encode(self.context_encoder, x, positions, is_visible)
+        z_context = self.encode(self.context_encoder, x, positions, is_visible, **more)
         return self.predictor(z_context, positions, is_visible, is_target)
 
     @torch.no_grad()
-    def targets(self, x, positions, is_real, wanted=None):
+    def targets(self, x, positions, is_real, **more):
         """Target latents [B, S, C] fp32 of every position (that is `wanted`), layer-normed without learned scale,
         detached."""
-        z = self.encode(self.target_encoder, x, positions, is_real, wanted=wanted)
+        z = self.encode(self.target_encoder, x, positions, is_real, **more)
         return F.layer_norm(z.float(), z.shape[-1:])
 
     def update_target(self, momentum: float):
@@ -852,18 +856,50 @@ class RJEPA(Model):
         return torch.arange(h.shape[1], device=h.device).expand(h.shape[:2])
 
     def targets(self, h, is_real, online: bool = False, wanted=None):
-        """Layer-normed target latents [B, S, C] of standardised latents h [B, S, D]; online: with gradient; wanted bool
-        [B, S]: those alone."""
+        """Layer-normed target latents [B, S, C] of h [B, S, D] as extracted; online: with gradient; wanted bool [B, S]:
+        those alone."""
         positions = self.positions(h) if self.config.target_positions else torch.zeros_like(self.positions(h))
         if online:
-            z = self.jepa.encode(self.jepa.context_encoder, self.w_in(h).float(), positions, is_real, wanted=wanted)
+            encoder = self.jepa.context_encoder
+            z = self.jepa.encode(encoder, h, positions, is_real, wanted=wanted, embed=self.embed_context)
             return F.layer_norm(z.float(), z.shape[-1:])
-        with torch.no_grad():
-            return self.jepa.targets(self.w_in_target(h).float(), positions, is_real, wanted)
+        embed = functools.partial(self.embed, w_in=self.w_in_target)
+        return self.jepa.targets(h, positions, is_real, wanted=wanted, embed=embed)
 
     def predict(self, h, is_visible, is_target):
-        """z_pred [N, C] fp32 of the N targets from the visible ones of standardised latents h [B, S, D]."""
-        return self.jepa.predict(self.w_in(h).float(), self.positions(h), is_visible, is_target).float()
+        """z_pred [N, C] fp32 of the N targets from the visible ones of latents h [B, S, D] as extracted."""
+        return self.jepa.predict(h, self.positions(h), is_visible, is_target, embed=self.embed_context).float()
+
+    def embed(self, h, w_in):
+        """Latents [..., D] as extracted -> what an encoder reads [..., C] fp32."""
+        return w_in(self.standardize(h)).float()
+
+    def embed_context(self, h):
+        return self.embed(h, self.w_in)
+
+    def compare(self, z_pred, z_all, h, at, is_step, wrong=None) -> dict:
+        """The parts of the loss that compare predictions z_pred [N, C] with target latents z_all [B, S, C], of which
+        they predict those at the flat positions at [N]; h [B, S, D], is_step bool [B, S].
+
+        wrong: (the wrong chains' target latents [B, S, C], where there are such, bool [B, S]).
+        """
+        tau, (_, S, _) = self.config.tau, z_all.shape
+        z_target, chain, step = pick(z_all, at), at // S, at % S
+        parts = {"l1": (z_pred - z_target).abs().mean()}
+        parts["variance"] = F.relu(1 - z_pred.var(0, correction=0).add(1e-4).sqrt()).mean()
+        p, t = F.normalize(z_pred, dim=-1), F.normalize(z_target, dim=-1)
+        with torch.autocast(p.device.type, enabled=False):  # over tau a rounding to bf16 would be up to 0.08
+            logits = p @ t.T / tau  # (N, N)
+            own = (F.normalize(z_all, dim=-1)[chain] @ p[:, :, None])[..., 0] / tau  # (N, S)
+        if wrong is not None:
+            z_wrong, has_wrong = wrong
+            own_wrong = (p * F.normalize(pick(z_wrong, at), dim=-1)).sum(-1, keepdim=True) / tau
+            own_wrong = own_wrong.masked_fill(~has_wrong.flatten()[at, None], float("-inf"))
+            logits = torch.cat((logits, own_wrong), dim=1)
+        parts["infonce"] = F.cross_entropy(logits, torch.arange(len(p), device=p.device))
+        parts["own"] = F.cross_entropy(own.masked_fill(~is_step[chain], float("-inf")), step)
+        parts["reconstruction"] = (self.w_out(z_pred) - self.standardize(pick(h, at))).abs().mean()
+        return parts
 
     def forward(self, batch: dict) -> dict:
         """A batch of latents.collate -> {"loss" and its named parts}: means, scalars.
@@ -875,7 +911,7 @@ class RJEPA(Model):
         text is h's, the state is not); right_counts, wrong_counts
         bool [B, S]: the targets that the margin compares.
         """
-        cfg, is_target, (B, S), device = self.config, batch["is_target"], batch["h"].shape[:2], batch["h"].device
+        cfg, is_target, B, device = self.config, batch["is_target"], len(batch["h"]), batch["h"].device
         online = cfg.target_encoder == "online" and torch.is_grad_enabled()  # ablation: no stop-gradient
         hard, margin = ("wrong_h" in batch and wanted for wanted in (cfg.hard_negatives, cfg.lambda_margin > 0))
 
@@ -883,7 +919,7 @@ class RJEPA(Model):
             """Of the chains and, if both, of the wrong ones after them: one pass through a network takes all."""
             return torch.cat((batch[name], batch[f"wrong_{name}"])) if both else batch[name]
 
-        self.reads_wrong, h_all = hard, self.standardize(rows("h", hard or margin))
+        self.reads_wrong, h_all = hard, rows("h", hard or margin)
         h = h_all[:B]
         is_step = batch["is_real"].clone()
         is_step[:, 0] = False
@@ -891,24 +927,10 @@ class RJEPA(Model):
         z_all = self.targets(h_all if hard else h, rows("is_real", hard), online, asked)  # (B or 2 B, S, C)
         z_all, z_wrong = z_all[:B], z_all[B:].detach()
         at = flat_index(is_target, device)  # (N,) of the B S positions
-        z_target = pick(z_all, at)  # (N, C)
         z_pred = self.predict(h_all if margin else h, rows("is_visible", margin), rows("is_target", margin))
-        z_pred, wrong_pred = z_pred[: len(z_target)], z_pred[len(z_target) :]
-        parts = {"l1": (z_pred - z_target).abs().mean()}
-        parts["variance"] = F.relu(1 - z_pred.var(0, correction=0).add(1e-4).sqrt()).mean()
-        p, t = F.normalize(z_pred, dim=-1), F.normalize(z_target, dim=-1)
-        with torch.autocast(p.device.type, enabled=False):  # over tau a rounding to bf16 would be up to 0.08
-            logits = p @ t.T / cfg.tau  # (N, N)
-        if hard:
-            own_wrong = (p * F.normalize(pick(z_wrong, at), dim=-1)).sum(-1, keepdim=True) / cfg.tau
-            has_wrong = to_device(batch["is_wrong"], device).flatten()[at, None]
-            logits = torch.cat((logits, own_wrong.masked_fill(~has_wrong, float("-inf"))), dim=1)
-        parts["infonce"] = F.cross_entropy(logits, torch.arange(len(p), device=p.device))
-        chain, step = at // S, at % S
-        with torch.autocast(p.device.type, enabled=False):
-            own = (F.normalize(z_all, dim=-1)[chain] @ p[:, :, None])[..., 0] / cfg.tau  # (N, S)
-        parts["own"] = F.cross_entropy(own.masked_fill(~to_device(is_step, device)[chain], float("-inf")), step)
-        parts["reconstruction"] = (self.w_out(z_pred.to(h.dtype)) - pick(h, at)).abs().mean()
+        z_pred, wrong_pred = z_pred[: len(at)], z_pred[len(at) :]
+        wrong = (z_wrong, to_device(batch["is_wrong"], device)) if hard else None
+        parts = self.compare(z_pred, z_all, h, at, to_device(is_step, device), wrong)
         parts["margin"] = z_pred.new_zeros(())
         if margin:
             # the wrong chain should have the higher mean error; its target learns too
@@ -934,7 +956,7 @@ class RJEPA(Model):
         h = torch.where(is_real[..., None], h, 0.0)
         if not torch.isfinite(h).all():
             raise ValueError(f"latents that are not finite, of {self.config.llm}: try --dtype fp32")
-        h, position = self.standardize(h), self.positions(h)
+        position = self.positions(h)
         chain, step = (is_real & (position > 0)).nonzero(as_tuple=True)
         out = []
         for c, s in zip(chain.split(max_rows), step.split(max_rows), strict=True) if len(chain) else ():
@@ -947,7 +969,7 @@ class RJEPA(Model):
     @torch.no_grad()
     def predict_next(self, h, is_real):
         """z_pred [B, C] of the step that would follow each chain: latents h [B, S, D] as extracted, is_real [B, S]."""
-        h, is_real = F.pad(self.standardize(h), (0, 0, 0, 1)), F.pad(is_real, (0, 1))
+        h, is_real = F.pad(h, (0, 0, 0, 1)), F.pad(is_real, (0, 1))
         is_target = torch.arange(h.shape[1], device=h.device) == is_real.sum(1, keepdim=True)
         return self.predict(h, is_real, is_target)
 
@@ -958,10 +980,10 @@ class RJEPA(Model):
         -> (context [B, 1 + S, C]: the predicted latent, then the context encoder's; allowed [B, 1 + S]; offsets
         [B, 1 + S] to the step).
         """
-        h, position = self.standardize(h), self.positions(h)
+        position = self.positions(h)
         is_target = position == step[:, None]
         visible = is_real & ~is_target
-        z_context = self.jepa.encode(self.jepa.context_encoder, self.w_in(h).float(), position, visible)
+        z_context = self.jepa.encode(self.jepa.context_encoder, h, position, visible, embed=self.embed_context)
         z_pred = self.jepa.predictor(z_context, position, visible, is_target)[:, None].float()
         allowed = torch.cat((torch.ones_like(visible[:, :1]), visible), dim=1)
         offsets = torch.cat((torch.zeros_like(position[:, :1]), position - step[:, None]), dim=1)
@@ -969,7 +991,7 @@ class RJEPA(Model):
 
     def target_of(self, h, is_real, step):
         """Target latent [B, C] of step [B] of each chain, encoded with the whole chain h [B, S, D] in view."""
-        return self.targets(self.standardize(h), is_real)[torch.arange(len(h), device=h.device), step]
+        return self.targets(h, is_real)[torch.arange(len(h), device=h.device), step]
 
     def to_llm(self, z_pred):
         """Latents in the LLM's own space [N, D], through W_out, of predictions [N, C]."""

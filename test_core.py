@@ -1525,7 +1525,7 @@ def test_energy_is_what_hiding_each_step_by_hand_gives(mode):
         assert torch.equal(energy.nan_to_num(-1), model.energy(same, is_real, mode).nan_to_num(-1))
     assert energy[:, 0].isnan().all() and torch.equal(energy.isnan(), ~is_real | (torch.arange(h.shape[1]) == 0))
     for i, z in enumerate(chains):
-        x, real = model.standardize(z)[None], torch.ones(1, len(z), dtype=torch.bool)
+        x, real = z[None], torch.ones(1, len(z), dtype=torch.bool)
         target = model.targets(x, real)[0]
         for k in range(1, len(z)):
             is_target = torch.arange(len(z))[None] == k
@@ -1549,12 +1549,12 @@ def test_rjepa_losses_equal_hand_values():
     model = rjepa_model(lambda_margin=0.5).train()
     batch = latents.collate(latent_chains(12), model.config, np.random.default_rng(3))
     losses = model(batch)
-    h, t = model.standardize(batch["h"]), batch["is_target"]
+    h, t = batch["h"], batch["is_target"]
     z_all = model.targets(h, batch["is_real"])
     z, p = z_all[t], model.predict(h, batch["is_visible"], t)
     assert torch.isclose(losses["l1"], (p - z).abs().mean())
     assert torch.isclose(losses["variance"], (1 - (p.var(0, correction=0) + 1e-4).sqrt()).clamp_min(0).mean())
-    wrong = model.targets(model.standardize(batch["wrong_h"]), batch["is_real"])
+    wrong = model.targets(batch["wrong_h"], batch["is_real"])
     rows, chains, steps = [], *t.nonzero(as_tuple=True)
     own = []
     for n, (c, s) in enumerate(zip(chains.tolist(), steps.tolist(), strict=True)):
@@ -1569,7 +1569,7 @@ def test_rjepa_losses_equal_hand_values():
     parts = sum(getattr(model.config, f"lambda_{k}") * losses[k]
                 for k in "variance infonce own reconstruction margin".split())
     assert torch.isclose(losses["loss"], losses["l1"] + parts)
-    wrong_h, gaps = model.standardize(batch["wrong_h"]), {}
+    wrong_h, gaps = batch["wrong_h"], {}
     assert torch.equal(batch["wrong_is_target"], t)
     right = (model.predict(h, batch["is_visible"], t) - model.targets(h, batch["is_real"], True)[t])
     wrong = model.predict(wrong_h, batch["is_visible"], t)
@@ -1591,7 +1591,6 @@ def test_the_margin_takes_wrong_chains_of_any_length():
 
     def error(i, kind):
         h, is_real, visible, t = (batch[kind + k][i : i + 1] for k in ("h", "is_real", "is_visible", "is_target"))
-        h = model.standardize(h)
         return float((model.predict(h, visible, t) - model.targets(h, is_real, True)[t]).detach().abs().mean())
 
     gaps = [error(i, "wrong_") - error(i, "") for i in range(6)]
