@@ -5,7 +5,7 @@
     python bench.py --profile rjepa_step                # where its time goes: traces for chrome://tracing
     python bench.py scaling                             # how cost grows: a table and a plot
     python bench.py nanojepa_step --preset nanojepa --tokens 65536             # a GPU: MFU and peak memory beside
-    python bench.py rjepa_step --preset rjepa --batch_size 2048 --memory_gb 24 # does it fit a card of 24 GB?
+    python bench.py rjepa_step --preset rjepa --batch_size 3072 --memory_gb 24 # does it fit a card of 24 GB?
 
 nanojepa_step        isolated views as causal rows, against one dense-masked row in padded batches of random order
 nanojepa_mask        the same, both sides on length-bucketed batches and without padding: the mask alone

@@ -657,7 +657,8 @@ def lay_out(rows: list[list[int]], fill: int, read, written, padded: bool = Fals
     is_asked = ((at < read[row]) | (at >= written[row])) & (at < lengths[row] - 1)
     is_in, targets = at < lengths[row] - cut, tokens[1:][is_asked[:-1]]
     tokens, asked, lengths = tokens[is_in], is_asked[is_in].nonzero()[0], lengths - cut
-    B, T, N = len(lengths), int(lengths.max()), len(tokens)
+    B, N = len(lengths), len(tokens)
+    T = -(-int(lengths.max()) // 8) * 8 if padded else int(lengths.max())  # kernels want a mask's rows in eights
     extra = 0 if padded else -N % (64 if N < 2**14 else 512)
     lengths = np.concatenate((lengths, np.diff([*range(0, extra, T), extra])))
     row, at, ends = end_to_end(lengths)
