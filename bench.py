@@ -123,7 +123,7 @@ class Step:
         for part in self.model.modules() if all_slots else ():  # padding and hidden positions masked, not left out
             if isinstance(part, m.Transformer):
                 part.register_forward_pre_hook(
-                    lambda _, args, more: (args, more | {"is_real": None, "kept": None}), with_kwargs=True)
+                    lambda _, args, more: (args, more | {"is_real": None}), with_kwargs=True)
         if bench.compile:
             m.compile_model(self.model)
         if bench.on_gpu:
@@ -570,7 +570,10 @@ def draw(sweeps: dict, path: Path):
 
 def run(args, name: str) -> dict:
     """One comparison."""
-    return getattr(Bench(args, name), name)()
+    try:
+        return getattr(Bench(args, name), name)()
+    finally:
+        gc.unfreeze()
 
 
 def in_process(function, *args):

@@ -599,14 +599,15 @@ def collate(examples: list[dict], config, device=None, packed: bool = False, pad
     (that hold them), n_filled and n_slots (all rows, the target's too, without and with padding).
 
     packed: both views in one row, in the order of the examples' tokens, for the reference path with a dense mask
-    (answer_context = isolated, target = the answer itself). padded: padding is not left out.
+    (answer_context = isolated, target = the answer itself). padded: of these rows padding is not left out.
     """
     eos_id, pred_id = config.vocab_size - 2, config.vocab_size - 1
     questions = [[*e["question"], pred_id] for e in examples]
     answers = [answer_row(e["answer"], eos_id) for e in examples]
     n_question, n_answer = (np.array([len(r) for r in rows]) for rows in (questions, answers))
-    read, none = n_question - 2 if config.token_loss_on == "all" else 0 * n_question, 0 * n_question  # never [PRED]
-    packed_rows, B = packed or config.answer_context == "question", len(examples)
+    none, in_question, B = 0 * n_question, config.answer_context == "question", len(examples)
+    read = n_question - 2 if config.token_loss_on == "all" else none  # never [PRED]
+    assert packed or not padded, "padding is left out"
     if packed:
         assert config.answer_context == "isolated" and config.answer_text == config.target_text, "no such reference"
         rows = [q + a for q, a in zip(questions, answers, strict=True)]
@@ -615,18 +616,18 @@ def collate(examples: list[dict], config, device=None, packed: bool = False, pad
         q, a, at = *(np.pad(n, (0, R - B))[:, None] for n in (n_question, n_answer)), np.arange(T)  # (R, 1), (T,)
         batch["segment"] = torch.from_numpy(np.where(at < q, 0, np.where(at < q + a, 1, -1)))
         batch["positions"] = torch.from_numpy(np.where(at < q, at, at - q))
-    elif packed_rows:  # [PRED] is followed by the answer, and nothing follows the last token
+    elif in_question:  # [PRED] is followed by the answer, and nothing follows the last token
         rows = [q + a[1:] for q, a in zip(questions, answers, strict=True)]
-        batch, first = lay_out(rows, eos_id, read, n_question - 1, padded, cut=1)
+        batch, first = lay_out(rows, eos_id, read, n_question - 1, cut=1)
     elif config.answer_context == "isolated":
         read, written = np.concatenate((read, none)), np.concatenate((n_question, none))
-        batch, first = lay_out(questions + answers, eos_id, read, written, padded)
+        batch, first = lay_out(questions + answers, eos_id, read, written)
     else:
-        batch, first = lay_out(questions, eos_id, read, n_question, padded)
-        more, answer_first = lay_out(answers, eos_id, none, none, padded)
+        batch, first = lay_out(questions, eos_id, read, n_question)
+        more, answer_first = lay_out(answers, eos_id, none, none)
         batch |= {f"answer_{k}": v for k, v in more.items()} | {"answer_first": torch.from_numpy(answer_first)}
     batch["pred_at"] = torch.from_numpy(first[:B] + n_question - 1)
-    n_tokens = n_filled = int((n_question + n_answer).sum()) - 2 * B * (packed_rows and not packed)
+    n_tokens = n_filled = int((n_question + n_answer).sum()) - 2 * B * in_question
     n_slots = sum(v.numel() for k, v in batch.items() if k.endswith("idx"))
 
     if config.lambda_jepa > 0:
@@ -639,9 +640,9 @@ def collate(examples: list[dict], config, device=None, packed: bool = False, pad
         else:
             at = np.arange(n_answer.max()) + (first + n_question if packed else first[B:])[:, None]
             batch["target_at"] = torch.from_numpy(at.clip(max=batch["idx"].numel() - 1))  # where it ends, weights are 0
-        batch["target_pool"] = pool_weights([0] * B, targets, config.pooling)
-    return {**move(batch, device), "n_tokens": n_tokens, "n_rows": B * (1 if packed_rows else 2), "n_filled": n_filled,
-            "n_slots": n_slots}
+        batch["target_pool"] = pool_weights(targets, config.pooling)
+    return {**move(batch, device), "n_tokens": n_tokens, "n_rows": B * (1 if packed or in_question else 2),
+            "n_filled": n_filled, "n_slots": n_slots}
 
 
 def lay_out(rows: list[list[int]], fill: int, read, written, padded: bool = False, cut: int = 0):
@@ -649,7 +650,8 @@ def lay_out(rows: list[list[int]], fill: int, read, written, padded: bool = Fals
     them, and where each row begins in idx [B].
 
     To be predicted are what follows the first read [B] tokens of a row, and what follows those from written [B] on.
-    The rows are followed by others of `fill`: kernels are made for every new number of tokens.
+    The rows are followed by others of `fill`: kernels are made for every new number of tokens. padded: idx is [B, T],
+    filled on the right, without "rows".
     """
     lengths = np.array([len(row) for row in rows])
     tokens = np.fromiter(itertools.chain.from_iterable(rows), np.int64, lengths.sum())
@@ -657,8 +659,7 @@ def lay_out(rows: list[list[int]], fill: int, read, written, padded: bool = Fals
     is_asked = ((at < read[row]) | (at >= written[row])) & (at < lengths[row] - 1)
     is_in, targets = at < lengths[row] - cut, tokens[1:][is_asked[:-1]]
     tokens, asked, lengths = tokens[is_in], is_asked[is_in].nonzero()[0], lengths - cut
-    B, N = len(lengths), len(tokens)
-    T = -(-int(lengths.max()) // 8) * 8 if padded else int(lengths.max())  # kernels want a mask's rows in eights
+    B, N, T = len(lengths), len(tokens), -(-int(lengths.max()) // 8) * 8  # kernels want a mask's rows in eights
     extra = 0 if padded else -N % (64 if N < 2**14 else 512)
     lengths = np.concatenate((lengths, np.diff([*range(0, extra, T), extra])))
     row, at, ends = end_to_end(lengths)

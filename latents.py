@@ -306,6 +306,8 @@ def draw_masks(n, config, rng) -> tuple[np.ndarray, np.ndarray]:
     Hidden are one suffix, one step, or a block of them (or any of them), never the question. Half of the suffixes ask
     for their first step alone, without telling how many follow: what decoding needs.
     """
+    if n.min() < 1:
+        raise ValueError("a chain without steps has none to hide: leave it out")
     B, at, u = len(n), np.arange(1 + n.max()), rng.random(len(n))
     is_suffix, is_block = u < config.suffix_share, u >= config.suffix_share + config.single_share
     size = np.where(is_block, np.rint(n * rng.uniform(config.mask_min, config.mask_max, B)).clip(1), 1)

@@ -109,6 +109,12 @@ def attend(q, k, v, attn_allowed=None, is_causal=False):
 VARLEN = {"cuda"}  # devices with attention to sequences of any lengths that lie end to end
 
 
+def takes_varlen(device, head_size: int) -> bool:
+    """Whether PyTorch's varlen_attn works: in half precision, on GPUs from Ampere on."""
+    fits = device.type in VARLEN and torch.is_autocast_enabled(device.type) and head_size in range(8, 193, 8)
+    return fits and (device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 8)
+
+
 PINNED = {"cuda"}  # devices that copy from pinned memory while the CPU goes on
 
 
@@ -175,7 +181,7 @@ class Rows(NamedTuple):
     """Where N tokens, end to end, lie in rows: their flat positions index [N], none twice, of shape (B, T).
 
     cu_seqlens int32 [B + 1]: where each row begins and ends in the N, if they are its first ones, none left out and in
-    its order. Then attention needs no rows on a GPU.
+    its order. With it Attention takes them as they lie, each row alone, causal or not, without mask or cache.
     """
 
     index: torch.Tensor
@@ -299,7 +305,7 @@ class Transformer(nn.Module):
 
     def forward(self, x, positions=None, attn_allowed=None, is_causal=False, context=None, context_allowed=None,
                 caches=None, is_real=None, kept=None, wanted=None, embed=None):
-        """x [B, T, C] -> [B, T, C]; with `kept` (Rows) [N, C] -> [N, C].
+        """x [B, T, C] (of any width with `embed`) -> [B, T, C]; with `kept` (Rows) [N, C] -> [N, C].
 
         positions: int [B or 1, T], 0 … T-1 by default. attn_allowed: bool [B or 1, T, T_keys]. context [B, T_ctx, C]
         or its `context_keys`, with context_allowed [B, T_ctx], for cross-attention. caches: see `new_caches`.
@@ -326,9 +332,9 @@ class Transformer(nn.Module):
         if context_allowed is not None:
             context_allowed = to_device(context_allowed, x.device)[:, None, None]  # (B, 1, 1, T_ctx)
         assert is_real is None or kept is None, "kept follows from is_real"
-        flat, device = kept, x.device.type
-        if flat and not (device in VARLEN and torch.is_autocast_enabled(device) and C // self.n_head % 8 == 0):
-            flat = Rows(*flat[:2])  # attention to sequences end to end needs half precision
+        flat = kept
+        if flat and (attn_allowed is not None or not takes_varlen(x.device, C // self.n_head)):
+            flat = Rows(*flat[:2])  # spread in rows for attention
         if is_real is not None:
             whole = flat = Rows(to_device(keep(is_real), x.device), (B, T))
             x = pick(x, flat.index)
@@ -359,8 +365,9 @@ class Transformer(nn.Module):
 
 
 def compile_model(model: nn.Module, by_block: bool = False):
-    """Compiles every stack of blocks and the losses in place. What is around them looks at the data: it could not
-    be one graph. by_block: block by block, so that several processes can add up gradients while others are made."""
+    """Compiles every stack of blocks, R-JEPA's way in and the losses, in place. What is around them looks at the data:
+    it could not be one graph. by_block: block by block, so that several processes can add up gradients while others are
+    made."""
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.optimize_ddp = False  # it would cut graphs at DDP's buckets, and older ones not at `Pick`
     for part in model.modules():
@@ -551,15 +558,14 @@ def attn_allowed(segment: torch.Tensor) -> torch.Tensor:
     return same & torch.ones_like(same[0]).tril()
 
 
-def pool_weights(starts: list[int], rows: list[list[int]], pooling: str) -> torch.Tensor:
-    """Weights [B, T] that turn states of answer rows, which begin at `starts`, into one latent.
+def pool_weights(rows: list[list[int]], pooling: str) -> torch.Tensor:
+    """Weights [B, T] that turn states of answer rows into one latent.
 
     `last`: the closing [EOS]; `mean`: every position but the opening [EOS].
     """
-    first = torch.tensor(starts)[:, None]
-    end = first + torch.tensor([len(row) for row in rows])[:, None]
+    end = torch.tensor([len(row) for row in rows])[:, None]
     at = torch.arange(int(end.max()))
-    first = end - 1 if pooling == "last" else first + 1
+    first = end - 1 if pooling == "last" else torch.ones_like(end)
     return ((first <= at) & (at < end)) / (end - first)
 
 
@@ -729,7 +735,7 @@ class NanoJEPA(Model):
         the answers come with `answer_` before these names. target_idx [B, Tt]: what the target latent is taken from, or
         target_at [B, Tt]: where it lies in the (answers') tokens; target_pool: the weights that pool its states. With
         `segment` and `positions` [B, T] (data.collate with packed=True) the two views lie in one row and a dense mask
-        isolates them: the reference path. Without `rows` idx is [B, T] with padding, and N is B T.
+        isolates them: the reference path. There may be no `rows`: idx is [B, T] with padding, and N is B T.
         """
         cfg, x = self.config, self.embed(batch["idx"])
         where = {"is_causal": True}
@@ -740,10 +746,9 @@ class NanoJEPA(Model):
         total, count = self.token_loss(h, batch["loss_at"], batch["targets"]), len(batch["targets"])
 
         if "answer_idx" in batch:
-            rows = batch["answer_rows"]
             x = self.embed(batch["answer_idx"])
             x = x.index_copy(0, batch["answer_first"], self.prefix(pred).to(x.dtype))  # in the place of [EOS]
-            h = self.transformer(x, is_causal=True, kept=rows)
+            h = self.transformer(x, is_causal=True, kept=batch["answer_rows"])
             total = total + self.token_loss(h, batch["answer_loss_at"], batch["answer_targets"])
             count = count + len(batch["answer_targets"])
         lm_loss = total / count
@@ -753,7 +758,7 @@ class NanoJEPA(Model):
         if "target_idx" in batch:
             target = self.target_latent(batch["target_idx"], batch["target_pool"])
         else:  # the rows just run hold the answer's own view
-            target = self.answer_latent(h.detach()[batch["target_at"]], batch["target_pool"])
+            target = self.answer_latent(h[batch["target_at"]], batch["target_pool"])
         cos = F.cosine_similarity(pred.float(), target, dim=-1).mean()
         jepa_loss = 1 - cos
         return {"loss": lm_loss + cfg.lambda_jepa * jepa_loss, "lm_loss": lm_loss, "jepa_loss": jepa_loss, "cos": cos}
@@ -777,7 +782,7 @@ class NanoJEPA(Model):
         device = self.embed.weight.device
 
         def encode(part):
-            pool = pool_weights([0] * len(part), part, self.config.pooling).to(device)
+            pool = pool_weights(part, self.config.pooling).to(device)
             return self.target_latent(pad_rows(part, self.eos_id, device), pool)
 
         with self.evaluating():
@@ -904,12 +909,11 @@ class RJEPA(Model):
     def forward(self, batch: dict) -> dict:
         """A batch of latents.collate -> {"loss" and its named parts}: means, scalars.
 
-        h [B, S, D]; is_real, is_visible, is_target bool [B, S] (neither visible nor target: hidden, not asked for).
-        Masks may lie on the CPU (see `to_device`).
+        h [B, S, D] as extracted; is_real, is_visible, is_target bool [B, S] (neither visible nor target: hidden, not
+        asked for). Masks may lie on the CPU (see `to_device`).
         With wrong chains for some of them: wrong_h and the same three masks with wrong_ before their names; is_wrong
         bool [B, S]: of counterfactuals, whose masks are h's, the steps from the wrong one on (of 2 to 6 % of them the
-        text is h's, the state is not); right_counts, wrong_counts
-        bool [B, S]: the targets that the margin compares.
+        text is h's, the state is not); right_counts, wrong_counts bool [B, S]: the targets that the margin compares.
         """
         cfg, is_target, B, device = self.config, batch["is_target"], len(batch["h"]), batch["h"].device
         online = cfg.target_encoder == "online" and torch.is_grad_enabled()  # ablation: no stop-gradient
