@@ -297,9 +297,9 @@ class Bench:
 
         def loss(model, batch):
             """One causal row for the token loss, then question and answer once more for the latents."""
-            lm_loss = model.token_loss(model.transformer(model.embed(batch["idx"]), is_causal=True, kept=batch["rows"]),
-                                       batch["loss_at"], batch["targets"]) / len(batch["targets"])
-            h = model.transformer(model.embed(batch["question"]), is_causal=True, kept=batch["question_rows"])
+            h = model.states(model.embed(batch["idx"]), batch["rows"])
+            lm_loss = model.token_loss(h, batch["loss_at"], batch["targets"]) / len(batch["targets"])
+            h = model.states(model.embed(batch["question"]), batch["question_rows"])
             pred = h[batch["question_at"]].float()
             target = model.target_latent(batch["target_idx"], batch["target_pool"])
             return lm_loss + 1 - F.cosine_similarity(pred, target, dim=-1).mean()

@@ -612,7 +612,7 @@ def collate(examples: list[dict], config, device=None, packed: bool = False, pad
         assert config.answer_context == "isolated" and config.answer_text == config.target_text, "no such reference"
         rows = [q + a for q, a in zip(questions, answers, strict=True)]
         batch, first = lay_out(rows, eos_id, read, n_question, padded)
-        R, T = batch["idx"].shape if padded else batch["rows"].shape
+        R, T = batch["idx"].shape if padded else batch["rows"][0].shape
         q, a, at = *(np.pad(n, (0, R - B))[:, None] for n in (n_question, n_answer)), np.arange(T)  # (R, 1), (T,)
         batch["segment"] = torch.from_numpy(np.where(at < q, 0, np.where(at < q + a, 1, -1)))
         batch["positions"] = torch.from_numpy(np.where(at < q, at, at - q))
@@ -620,8 +620,11 @@ def collate(examples: list[dict], config, device=None, packed: bool = False, pad
         rows = [q + a[1:] for q, a in zip(questions, answers, strict=True)]
         batch, first = lay_out(rows, eos_id, read, n_question - 1, cut=1)
     elif config.answer_context == "isolated":
-        read, written = np.concatenate((read, none)), np.concatenate((n_question, none))
-        batch, first = lay_out(questions + answers, eos_id, read, written)
+        batch, first = lay_out(questions, eos_id, read, n_question)
+        more, answer_first = lay_out(answers, eos_id, none, none)
+        N = len(batch["idx"])
+        more["loss_at"], first = more["loss_at"] + N, np.concatenate((first, answer_first + N))
+        batch = {k: v + more[k] if k == "rows" else torch.cat((v, more[k])) for k, v in batch.items()}
     else:
         batch, first = lay_out(questions, eos_id, read, n_question)
         more, answer_first = lay_out(answers, eos_id, none, none)
@@ -671,7 +674,7 @@ def lay_out(rows: list[list[int]], fill: int, read, written, padded: bool = Fals
     else:
         cu_seqlens = torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32))
         batch = {"idx": torch.from_numpy(np.concatenate((tokens, np.full(extra, fill)))),
-                 "rows": Rows(torch.from_numpy(index), (len(lengths), int(T)), cu_seqlens)}
+                 "rows": [Rows(torch.from_numpy(index), (len(lengths), T), cu_seqlens)]}
     return batch | {"loss_at": torch.from_numpy(asked), "targets": torch.from_numpy(targets)}, first
 
 
@@ -682,9 +685,11 @@ def end_to_end(lengths):
 
 
 def move(batch: dict, device) -> dict:
-    """The tensors of a batch, and its Rows, on the device (see model.to_device)."""
+    """The tensors of a batch, and its lists of Rows, on the device (see model.to_device)."""
     def moved(x):
-        return Rows(moved(x.index), x.shape, moved(x.cu_seqlens)) if isinstance(x, Rows) else to_device(x, device)
+        if isinstance(x, list):
+            return [Rows(moved(r.index), r.shape, moved(r.cu_seqlens)) for r in x]
+        return to_device(x, device)
 
     return {k: moved(v) for k, v in batch.items()}
 

@@ -189,6 +189,16 @@ class Rows(NamedTuple):
     cu_seqlens: torch.Tensor | None = None
 
 
+def join(rows: list[Rows]) -> Rows:
+    """One after the other, as rows of one length."""
+    T, B, N, index, ends = max(r.shape[1] for r in rows), 0, 0, [], [rows[0].cu_seqlens[:1]]
+    for at, (rows_here, T_here), cu_seqlens in rows:
+        index.append((at // T_here + B) * T + at % T_here)
+        ends.append(cu_seqlens[1:] + N)
+        B, N = B + rows_here, N + len(at)
+    return Rows(torch.cat(index), (B, T), torch.cat(ends))
+
+
 def spread(x, kept: Rows | None):
     """x [N, ...] at the positions `kept` -> [B, T, ...], zero elsewhere."""
     if kept is None:
@@ -715,6 +725,13 @@ class NanoJEPA(Model):
         weight = self.embed.weight if torch.is_grad_enabled() else self.embed.weight.detach()
         return TokenLoss.apply(h, weight, targets, self.loss_and_gradient)
 
+    def states(self, x, rows: list[Rows]):
+        """Tokens x [N, C] of rows that do not see each other -> [N, C], in one pass where no row needs padding."""
+        if takes_varlen(x.device, self.config.n_embd // self.config.n_head):
+            return self.transformer(x, is_causal=True, kept=join(rows))
+        parts = x.split([len(r.index) for r in rows])
+        return torch.cat([self.transformer(x, is_causal=True, kept=r) for x, r in zip(parts, rows, strict=True)])
+
     def answer_latent(self, h, pool):
         """States h [B, T, C] of answer rows, weights pool [B, T] -> standardised latent [B, C], detached."""
         z = (h.detach().float() * pool[..., None]).sum(1)
@@ -729,26 +746,27 @@ class NanoJEPA(Model):
     def forward(self, batch: dict) -> dict:
         """A batch of data.collate -> {"loss", "lm_loss", "jepa_loss", "cos"}: means, scalars.
 
-        idx [N]: tokens end to end, of rows that lie as `rows` (Rows) says: the questions, [PRED] at pred_at [B], with
-        answer_context = question each with its answer after it, with isolated followed by the answers, rows of their
-        own. loss_at [M]: which of the N have a token loss, targets [M] what follows there. With answer_context = latent
-        the answers come with `answer_` before these names. target_idx [B, Tt]: what the target latent is taken from, or
-        target_at [B, Tt]: where it lies in the (answers') tokens; target_pool: the weights that pool its states. With
-        `segment` and `positions` [B, T] (data.collate with packed=True) the two views lie in one row and a dense mask
-        isolates them: the reference path. There may be no `rows`: idx is [B, T] with padding, and N is B T.
+        idx [N]: tokens end to end, in rows (a list of Rows): the questions, [PRED] at pred_at [B], with answer_context
+        = question each with its answer after it, with isolated followed by the answers, Rows of their own. loss_at [M]:
+        which of the N have a token loss, targets [M] what follows there. With answer_context = latent the answers come
+        with `answer_` before these names. target_idx [B, Tt]: what the target latent is taken from, or target_at
+        [B, Tt]: where it lies in the N; target_pool: the weights that pool its states. With `segment` and `positions`
+        [B, T] (data.collate with packed=True) the two views lie in one row and a dense mask isolates them: the
+        reference path. There may be no `rows`: idx is [B, T] with padding, and N is B T.
         """
         cfg, x = self.config, self.embed(batch["idx"])
-        where = {"is_causal": True}
         if "segment" in batch:
-            where = {"positions": batch["positions"], "attn_allowed": attn_allowed(batch["segment"])}
-        h = self.transformer(x, kept=batch.get("rows"), **where).view(-1, x.shape[-1])  # (N, C)
+            (rows,) = batch.get("rows", [None])
+            h = self.transformer(x, batch["positions"], attn_allowed(batch["segment"]), kept=rows).view(-1, x.shape[-1])
+        else:
+            h = self.states(x, batch["rows"])  # (N, C)
         pred = h[batch["pred_at"]]  # (B, C)
         total, count = self.token_loss(h, batch["loss_at"], batch["targets"]), len(batch["targets"])
 
         if "answer_idx" in batch:
             x = self.embed(batch["answer_idx"])
             x = x.index_copy(0, batch["answer_first"], self.prefix(pred).to(x.dtype))  # in the place of [EOS]
-            h = self.transformer(x, is_causal=True, kept=batch["answer_rows"])
+            h = self.states(x, batch["answer_rows"])
             total = total + self.token_loss(h, batch["answer_loss_at"], batch["answer_targets"])
             count = count + len(batch["answer_targets"])
         lm_loss = total / count

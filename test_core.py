@@ -351,7 +351,7 @@ def test_training_rows_leak_nothing_from_the_answer_into_pred(context):
     states = []
     for part in (rows, changed):
         batch = data.collate(part, net.config)
-        h = net.transformer(net.embed(batch["idx"]), is_causal=True, kept=batch["rows"])
+        h = net.states(net.embed(batch["idx"]), batch["rows"])
         states.append(h[batch["pred_at"]])
     assert torch.equal(*states)
     questions = [e["question"] for e in rows]
