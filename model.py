@@ -267,7 +267,7 @@ class Attention(nn.Module):
             return self.proj(y.flatten(1))
         k, v = context if cache is None else cache.update(*context, positions)
         y = attend(q, k.to(q.dtype), v.to(q.dtype), attn_allowed, is_causal).transpose(1, 2).flatten(2)
-        return self.proj(y if kept is None else pick(y, kept[0]))
+        return self.proj(y if kept is None else pick(y, kept.index))
 
 
 class MLP(nn.Module):
@@ -344,7 +344,7 @@ class Transformer(nn.Module):
         assert is_real is None or kept is None, "kept follows from is_real"
         flat = kept
         if flat and (attn_allowed is not None or not takes_varlen(x.device, C // self.n_head)):
-            flat = Rows(*flat[:2])  # spread in rows for attention
+            flat = flat._replace(cu_seqlens=None)  # spread in rows for attention
         if is_real is not None:
             whole = flat = Rows(to_device(keep(is_real), x.device), (B, T))
             x = pick(x, flat.index)
