@@ -125,7 +125,7 @@ if os.getpid() > 20: print("LEAK", os.getpid())
 sys.setrecursionlimit(10**9)
 def f(): return [f()]
 f()
-### deep_nesting: exit_code memory: eval("(" * 10**5 + ")" * 10**5)
+### deep_nesting: exit_code: eval("(" * 10**5 + ")" * 10**5)
 ### raises_its_limits: ok:
 import resource
 for kind in (resource.RLIMIT_AS, resource.RLIMIT_NPROC, resource.RLIMIT_FSIZE, resource.RLIMIT_CPU):
