@@ -13,10 +13,10 @@ nanojepa_gpt         the same step, against a plain GPT of its shape: question a
                      loss; both sides on length-bucketed batches of as many problems
 nanojepa_llm_jepa    the same step, against three forward passes (text, question, answer) as LLM-JEPA first did
 nanojepa_overhead    answer_context = question with the latent loss, against a plain language model (1 / ratio = cost)
-rjepa_step           length-bucketed batches without what is padding or hidden, short chains packed, against batches in
-                     random order, padded to their longest chain as a DataLoader does, with that masked in attention.
-                     As many steps a chain as the problems' solutions have, all with a counterfactual; the latents are
-                     random numbers
+rjepa_step           length-bucketed batches without what is padding, hidden or (of counterfactuals) asked for by no
+                     loss, short chains packed, against batches in random order, padded to their longest chain as a
+                     DataLoader does, with that masked in attention. As many steps a chain as the problems' solutions
+                     have, all with a counterfactual; the latents are random numbers
 tjepa_packed         T-JEPA's first phase on packed documents without padding, against padded ones with it (shape of
                      tjepa-small); both encode what is visible alone
 attention            model.attend against SDPA at the shape of nanojepa-small, forward and backward

@@ -855,7 +855,7 @@ class RJEPA(Model):
     def __init__(self, config):
         super().__init__()
         self.config, D, C = config, config.dim, config.n_embd
-        self.reads_wrong = False  # whether the last batch had wrong chains that the target encoder read
+        self.wrong_share = 0.0, 0.0  # wrong latents that the last batch's targets read and ask for, of its right ones
         self.register_buffer("h_mean", torch.zeros(D))
         self.register_buffer("h_std", torch.ones(D))
         # of verified chains: energies of steps by mode (ENERGIES); highest next-step energy after the first step
@@ -933,35 +933,44 @@ class RJEPA(Model):
         bool [B, S]: of counterfactuals, whose masks are h's, the steps from the wrong one on (of 2 to 6 % of them the
         text is h's, the state is not); right_counts, wrong_counts bool [B, S]: the targets that the margin compares.
         """
-        cfg, is_target, B, device = self.config, batch["is_target"], len(batch["h"]), batch["h"].device
+        cfg, is_real, is_target, h = (self.config, *(batch[k] for k in ("is_real", "is_target", "h")))
         online = cfg.target_encoder == "online" and torch.is_grad_enabled()  # ablation: no stop-gradient
         hard, margin = ("wrong_h" in batch and wanted for wanted in (cfg.hard_negatives, cfg.lambda_margin > 0))
-
-        def rows(name, both):
-            """Of the chains and, if both, of the wrong ones after them: one pass through a network takes all."""
-            return torch.cat((batch[name], batch[f"wrong_{name}"])) if both else batch[name]
-
-        self.reads_wrong, h_all = hard, rows("h", hard or margin)
-        h = h_all[:B]
-        is_step = batch["is_real"].clone()
+        B, device, is_step = len(h), h.device, is_real.clone()
         is_step[:, 0] = False
-        asked = torch.cat((is_step, is_target & batch["is_wrong"])) if hard else is_step
-        z_all = self.targets(h_all if hard else h, rows("is_real", hard), online, asked)  # (B or 2 B, S, C)
-        z_all, z_wrong = z_all[:B], z_all[B:].detach()
+        # chains, and after them the wrong ones, in one pass through a network; those of which nothing is asked for are
+        # left out
+        h_all = torch.cat((h, batch["wrong_h"])) if hard or margin else h
+
+        asked, real, self.wrong_share = is_step, is_real, (0.0, 0.0)
+        if hard:
+            asked_wrong = is_target & batch["is_wrong"]
+            real_wrong = batch["wrong_is_real"] & asked_wrong.any(1, keepdim=True)
+            self.wrong_share = tuple(float(x.sum() / is_real.sum()) for x in (real_wrong, asked_wrong))
+            asked, real = torch.cat((is_step, asked_wrong)), torch.cat((is_real, real_wrong))
+        z_all = self.targets(h_all[: len(real)], real, online, asked)  # (B or 2 B, S, C)
+        wrong = (z_all[B:].detach(), to_device(batch["is_wrong"], device)) if hard else None
+
+        visible, targets = batch["is_visible"], is_target
+        if margin:
+            counts = torch.cat((batch["right_counts"], batch["wrong_counts"]))
+            is_paired = counts.any(1).view(2, B).all(0)
+            read = is_paired.clone()
+            read[0] = True  # maybe none is paired; of several processes all must run the same networks
+            read = read[:, None].repeat(2, 1)
+            visible = torch.cat((visible, batch["wrong_is_visible"] & read[B:]))
+            targets = torch.cat((is_target, batch["wrong_is_target"] & read[B:]))
         at = flat_index(is_target, device)  # (N,) of the B S positions
-        z_pred = self.predict(h_all if margin else h, rows("is_visible", margin), rows("is_target", margin))
-        z_pred, wrong_pred = z_pred[: len(at)], z_pred[len(at) :]
-        wrong = (z_wrong, to_device(batch["is_wrong"], device)) if hard else None
-        parts = self.compare(z_pred, z_all, h, at, to_device(is_step, device), wrong)
+        z_pred = self.predict(h_all[: len(visible)], visible, targets)
+        parts = self.compare(z_pred[: len(at)], z_all[:B], h, at, to_device(is_step, device), wrong)
         parts["margin"] = z_pred.new_zeros(())
         if margin:
             # the wrong chain should have the higher mean error; its target learns too
-            z = self.targets(h_all, rows("is_real", True), online=True)
-            gap = (mean_error(wrong_pred, z[B:], batch["wrong_is_target"], batch["wrong_counts"])
-                   - mean_error(z_pred, z[:B], is_target, batch["right_counts"]))  # (B,)
-            paired = batch["right_counts"].any(1) & batch["wrong_counts"].any(1)  # maybe none of them
-            paired = to_device(paired, device)
-            parts["margin"] = (F.softplus(-gap / cfg.margin) * paired).sum() / paired.sum().clamp_min(1)
+            real = torch.cat((is_real, batch["wrong_is_real"])) & read
+            z = self.targets(h_all, real, online=True, wanted=counts & read)
+            right, wrong = mean_error(z_pred, z, targets, counts).view(2, B)
+            weight = to_device(is_paired / is_paired.sum().clamp_min(1), device)  # (B,)
+            parts["margin"] = (F.softplus((right - wrong) / cfg.margin) * weight).sum()
         loss = parts["l1"] + sum(getattr(cfg, f"lambda_{k}") * v for k, v in parts.items() if k != "l1")
         return {"loss": loss, **parts}
 
@@ -1043,16 +1052,17 @@ class RJEPA(Model):
 
     def flops_per_token(self, T: float) -> float:
         """Forward and backward of what is trained, the encoder on what is visible, and the target encoder's forward, of
-        wrong chains too where the last batch had them; of last blocks' MLPs what is asked for. Not counted: the
+        wrong chains too as far as the last batch's were read; of last blocks' MLPs what is asked for. Not counted: the
         margin's passes, gradients of an online target encoder and through frozen networks (adapters_only)."""
         cfg = self.config
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         encoder = sum(p.numel() for p in self.jepa.target_encoder.parameters())
         attention = 16 * cfg.n_layer * cfg.n_embd + 12 * cfg.predictor_n_layer * cfg.predictor_n_embd
         hidden = 0.0 if cfg.adapters_only else 0.4  # of the latents, by the presets' masks
-        unasked = 16 * cfg.n_embd**2 * (1 / T + 0.6 * self.reads_wrong)
+        read, asked = self.wrong_share
+        unasked = 16 * cfg.n_embd**2 * (1 / T + read - asked)
         unasked += 0.0 if cfg.adapters_only else 48 * cfg.predictor_n_embd**2 * 0.6
-        return 6 * (trained - hidden * encoder) + 2 * encoder * (1 + self.reads_wrong) + attention * T - unasked
+        return 6 * (trained - hidden * encoder) + 2 * encoder * (1 + read) + attention * T - unasked
 
 
 def mean_error(z_pred, z_target, is_target, counts):
