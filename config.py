@@ -291,10 +291,8 @@ class TJEPAConfig(DocumentConfig):
 
 @dataclass
 class DistillConfig(DocumentConfig):
-    """A text encoder (n_layer, n_head, n_embd) that learns the outputs of a larger one on the same documents.
-
-    It starts from fresh weights (init_from empty or `random`) or from those of a run of its shape.
-    """
+    """A text encoder (n_layer, n_head, n_embd) that learns the outputs of a larger one on the same documents, by whose
+    tokenizer it reads them."""
 
     teacher: str = ""  # run folder of the teacher: T-JEPA, or itself distilled
     teacher_dim: int = 0  # its width; the run stores it
@@ -303,6 +301,7 @@ class DistillConfig(DocumentConfig):
     def __post_init__(self):
         super().__post_init__()
         check(self, "teacher", bool(self.teacher), "give the teacher's run folder")
+        check(self, "init_from", self.init_from in ("", "random"), "a student starts from fresh weights: leave it out")
 
 
 @dataclass

@@ -435,21 +435,7 @@ class DistillJob(DocumentJob):
         if config.block_size > runs.encoder_block_size(theirs):
             raise ValueError(f"--block_size {config.block_size}: the teacher has seen rows of "
                              f"{runs.encoder_block_size(theirs)}")
-        self.start = None
-        if config.init_from not in ("", "random"):
-            self.start, start_config, ours = runs.load_encoder(config.init_from, "cpu")
-            if runs.tokenizer_digest(ours) != runs.tokenizer_digest(tokenizer):
-                raise ValueError(f"--init_from {config.init_from} and --teacher {config.teacher} read other tokens: "
-                                 "a student learns from a teacher of its own tokenizer")
-            if runs.encoder_shape(start_config) != runs.encoder_shape(config):
-                raise ValueError(f"--init_from {config.init_from} has (n_layer, n_head, n_embd) "
-                                 f"{runs.encoder_shape(start_config)}, the student {runs.encoder_shape(config)}")
         self.identity["teacher"] = config.world
-
-    def fit(self, model):
-        """Where init_from names a run, the student starts from its encoder."""
-        if self.start is not None:
-            model.student.load_state_dict(self.start.state_dict())
 
     def batch(self, index: int, device) -> dict:
         return self.taught(self.batches(index, device))

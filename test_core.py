@@ -3162,17 +3162,13 @@ def test_a_thought_of_a_long_text_is_the_mean_over_its_tokens(thinkers):
     (dict(text="HERE/short"), "two sentences"), (dict(text="no/such/folder"), "no/such/folder"),
     (dict(kind=cfg.AnswerConfig, init_from="HERE/nano"), "not of T-JEPA"),
     (dict(kind=cfg.AnswerConfig, init_from="THINKERS/tjepa", block_size=16), "block_size"),
-    (dict(kind=cfg.DistillConfig, teacher="THINKERS/tjepa", init_from="HERE/other", n_embd=16), "other tokens"),
-    (dict(kind=cfg.DistillConfig, teacher="THINKERS/tjepa", block_size=256), "block_size"),
-    (dict(kind=cfg.DistillConfig, teacher="THINKERS/tjepa", init_from="THINKERS/tjepa", n_embd=16), "n_embd")])
+    (dict(kind=cfg.DistillConfig, teacher="THINKERS/tjepa", init_from="THINKERS/tjepa"), "fresh weights"),
+    (dict(kind=cfg.DistillConfig, teacher="THINKERS/tjepa", block_size=256), "block_size")])
 def test_bad_input_to_tjepa(thinkers, tmp_path, what, message):
     for name, texts in (("empty", [b"One. Two.", b" \n"]), ("latin", [b"caf\xe9"]), ("short", [b"One sentence."] * 40)):
         (tmp_path / name).mkdir()
         for i, text in enumerate(texts):
             (tmp_path / name / f"{i}.txt").write_bytes(text)
-    if message == "other tokens":
-        train.train("tjepa-small", text_config(vocab_size=280, n_embd=16, predictor_n_embd=8, max_steps=1,
-                                               out_dir=str(tmp_path / "other")))
     if message == "not of T-JEPA":
         run(tmp_path / "nano", max_steps=1)
     fields = {k: v.replace("THINKERS", str(thinkers)).replace("HERE", str(tmp_path)) if isinstance(v, str) else v
