@@ -5,16 +5,9 @@
     python main.py --run out/my-rjepa --llm out/my-llm  # another run, in the tabs that its kind fits
     python main.py --host 0.0.0.0 --auth ann:secret     # any other address asks for a name and a password
 
-Everything here is a shell over infer.py and memory.py. Every button is also a function of the API; each returns what
-the page shows, a line with device and seconds, and the result as JSON:
-
-    from gradio_client import Client
-    demo = Client("http://127.0.0.1:7860")
-    *_, result = demo.predict("pretrained/rjepa-student", "Tom has 3 pens and buys 4. How many pens does he have?",
-                              "Tom has 3+4=8 pens.\\n#### 8", api_name="/score")
-    print(result["suspect"], [step["coherence"] for step in result["steps"]])
-
-The server checks every length and range itself (LIMITS), runs one model at a time, and shows all texts as text.
+Everything here is a shell over infer.py and memory.py. Every button is also a function of the API (README has an
+example); each returns what the page shows, a line with device and seconds, and the result as JSON. The server checks
+every length and range itself (LIMITS), runs one model at a time, and shows all texts as text.
 """
 
 import contextlib
