@@ -37,7 +37,7 @@ from evaluate_accuracy import majority
 from llm import generate, written_steps
 from memory import Memory, checked
 from model import answer_row, attn_allowed
-from pictures import COSINE, CSS, RANGE, arithmetic, bars, changed, chip, curve, figures, legend, listed, scatter, tag
+from pictures import CSS, RANGE, arithmetic, bars, changed, chip, curve, figures, legend, listed, scatter, tag
 from runs import encoder_block_size, is_run, load_config, load_run, load_tokenizer, pick_device
 
 WORLDS = {  # R-JEPA runs that the page offers, and what makes them
@@ -391,8 +391,7 @@ class Demo:
         notes = [chip(f"predicted, put into words by the {'Speaker' if decode == 'speaker' else 'LLM'}", "pick")
                  if i in filled else "" for i in range(1, len(found["steps"]) + 1)]
         near = [part for f in found["filled"] if f["nearest"] for part in (
-            tag("h4", "Verified steps nearest to it"), bars([(n["text"], n["cos"]) for n in f["nearest"]], 0),
-            legend(*COSINE))]  # fmt: skip
+            tag("h4", "Verified steps nearest to it"), bars([(n["text"], n["cos"]) for n in f["nearest"]]))]
         picture = tag(
             "div", tag("p", "A gap is seen ", tag("b", seen), f" (threshold {found['threshold']:.3f}).",
                        f" You asked for a step before step {at}." if at else ""),
@@ -417,8 +416,7 @@ class Demo:
             cos = torch.cosine_similarity(*latents, dim=-1).tolist()
             alignment = [{"name": n, "text": t, "cos": c} for (n, t), c in zip(texts.items(), cos, strict=True)]
             rows = [(f"{a['name']}: {' / '.join(a['text'].splitlines())}", a["cos"]) for a in alignment]
-            chart = [tag("h4", "Cosine of [PRED] with the latents of answers"), bars(rows, int(np.argmax(cos))),
-                     legend(*COSINE)]
+            chart = [tag("h4", "Cosine of [PRED] with the latents of answers"), bars(rows)]
         spoken = tokenizer.encode(next(iter(texts.values()), "#### 0"))
         q, a = [*ids[:8], model.pred_id], answer_row(spoken[:8], model.eos_id)
         allowed = attn_allowed(torch.tensor([[0] * len(q) + [1] * len(a)]))[0]
@@ -449,7 +447,7 @@ class Demo:
         thought = infer.think(encoder, tokenizer, block_size, [question])[0]
         found = infer.nearest_texts(thought, stored, texts, nearest)
         yield tag("div", tag("h4", f"Nearest of {len(texts)} {origin} questions to the thought vector"),
-                  bars([(n["text"], n["cos"]) for n in found], 0), legend(*COSINE)), {
+                  bars([(n["text"], n["cos"]) for n in found])), {
             "run": run, "question": question, "steps": [], "nearest": found,
             "thought": [round(x, 5) for x in thought.tolist()]}  # fmt: skip
 

@@ -126,19 +126,16 @@ def curve(title: str, values: list[float], quantiles: list[float], threshold: fl
 RANGE = [("band", "5 to 95 % of verified steps (dashed: their middle)"), ("good", "within"), ("bad", "above")]
 
 
-def bars(rows: list[tuple[str, float]], best: int) -> Safe:
-    """Values in [-1, 1] with their texts; the highest is hatched."""
-    found = []
-    for i, (label, value) in enumerate(rows):
+def bars(rows: list[tuple[str, float]]) -> Safe:
+    """Cosines with their texts; the highest is hatched."""
+    found, best = [], max(value for _, value in rows)
+    for label, value in rows:
         width, start = 50 * abs(value), 50 if value >= 0 else 50 - 50 * abs(value)
         place = f"margin-left:{start:.1f}%;width:{width:.1f}%"
-        bar = tag("div", class_="bar best" if i == best else "bar", style=place)
+        bar = tag("div", class_="bar best" if value == best else "bar", style=place)
         name = tag("div", label if len(label) <= 240 else f"{label[:240]} …", class_="label")
         found.append(tag("div", name, tag("div", bar, class_="axis"), tag("b", f"{value:+.3f}"), class_="barrow"))
-    return tag("div", *found, class_="bars")
-
-
-COSINE = [("bar", "cosine, from −1 to 1"), ("best", "the highest")]
+    return tag("div", *found, legend(("bar", "cosine, from −1 to 1"), ("best", "the highest")))
 
 
 def mask_picture(names: list[str], allowed: torch.Tensor) -> Safe:

@@ -64,7 +64,7 @@ def last(generator):
 
 def test_every_text_is_escaped():
     for evil in EVIL:
-        whole = "".join((pictures.listed([evil]), pictures.bars([(evil, 0.5)], 0), pictures.chip(evil, evil),
+        whole = "".join((pictures.listed([evil]), pictures.bars([(evil, 0.5)]), pictures.chip(evil, evil),
                          pictures.figures(x=evil),
                          pictures.scatter([(0, 0, "good", evil), (1, 1, "bad", evil)]), pictures.changed([], [evil]),
                          pictures.mask_picture([evil], torch.ones(1, 1, dtype=torch.bool))))  # fmt: skip
