@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,11 +80,6 @@ def parts_of(name: str, text, split, empty: bool = False) -> list[str]:
     return parts
 
 
-def steps_of(text) -> list[str]:
-    """The steps in a text, one a line."""
-    return parts_of("step", text, str.splitlines)
-
-
 def number(name: str, value, whole: bool = True):
     """A number within LIMITS[name]. Raises ValueError for anything else."""
     low, high = LIMITS[name]
@@ -96,7 +91,8 @@ def number(name: str, value, whole: bool = True):
 
 
 CHECKED = {  # a handler's arguments of these names have been through here
-    "question": lambda text: text_of("question", text, LIMITS["question"]), "steps": steps_of,
+    "question": lambda text: text_of("question", text, LIMITS["question"]),
+    "steps": lambda text: parts_of("step", text, str.splitlines),
     "n": functools.partial(number, "chains"),
     **{name: functools.partial(number, name) for name in ("k", "tokens", "seed", "at", "nearest")},
     **{name: functools.partial(number, name, whole=False) for name in ("temperature", "top_p")},
@@ -104,10 +100,6 @@ CHECKED = {  # a handler's arguments of these names have been through here
 
 
 # ----------------------------------------------------------------------------- writing, seen while it happens
-
-
-class Stopped(Exception):
-    pass
 
 
 class Watch:
@@ -127,7 +119,7 @@ class Watch:
 
     def move(self, final, h, active):
         if self.stop.is_set():
-            raise Stopped
+            raise CancelledError
         return self.nudge.move(final, h, active) if self.nudge else None
 
     def blend(self, active):

@@ -80,9 +80,9 @@ def test_questions_are_checked(bad):
 
 
 def test_steps_and_numbers_are_checked():
-    assert main.steps_of(" a \n\n b\r\nc") == ["a", "b", "c"]
+    assert main.CHECKED["steps"](" a \n\n b\r\nc") == ["a", "b", "c"]
     for bad in ("\n".join("a" * 13), "a" * 501, 3, ["a"]):
-        refused(ValueError, "step", main.steps_of, bad)
+        refused(ValueError, "step", main.CHECKED["steps"], bad)
     assert main.number("k", 8) == 8 and main.number("top_p", 1, False) == 1.0
     for bad in (0, 9, 2.5, float("nan"), float("inf"), -1, "3", None, True, [1], 10**400):
         refused(ValueError, "k: must be", main.number, "k", bad)
