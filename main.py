@@ -640,10 +640,8 @@ class Args:
     auth: str = ""  # USER:PASSWORD that the page asks for
     memory: str = "out/memory.duckdb"  # memory.py's file: PLAN's verified steps, and the feedback of those who agree
     device: str = "auto"
-    threads: int = 0  # of the CPU; 0: as torch chooses
 
     def __post_init__(self):
-        check(self, "threads", self.threads >= 0, "must not be negative")
         check(self, "port", 0 < self.port < 2**16, "must lie in [1, 65535]")
         if self.auth and not all(self.auth.partition(":")[::2]):
             raise ValueError("--auth: write it as USER:PASSWORD")
@@ -655,8 +653,6 @@ class Args:
 def main(argv=None):
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     args = tyro.cli(Args, args=argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     page = build(Demo(args))
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     print(f"http://{args.host}:{args.port}  (Ctrl-C ends it)", file=sys.stderr)
