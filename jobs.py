@@ -1,9 +1,5 @@
 """What train.py's one loop needs to know of each kind of model: a job brings the data, the batches, the evaluation.
 
-    TextJob      NanoJEPA on problems
-    LatentJob    RJEPA on the latents of verified chains;  GuideJob, SpeakJob  what is trained on top of one
-    DocumentJob  TJEPA on packed documents;  DistillJob  a student of one;  AnswerJob  a Speaker on an encoder
-
 A job has `train` and `batches` (with `per_epoch` and `unit`, what they hold), `ahead` (whether batches may be made
 while the last one is trained on: those that a frozen model makes are too large), `identity` (what a resumed run
 shares), `batch(index, device)`, `fit(model)` before the first step, `evaluate(model, device, autocast)`, whose figures
@@ -106,7 +102,7 @@ class Job:
 
 
 class TextJob(Job):
-    """What the loop needs to train NanoJEPA: its data, its batches, its evaluation."""
+    """To train NanoJEPA on problems."""
 
     def __init__(self, config, out: Path):
         self.config, asked_vocab_size = config, config.vocab_size
@@ -142,7 +138,7 @@ class TextJob(Job):
 
 
 class LatentJob(Job):
-    """What the loop needs to train RJEPA: verified chains' latents, extracted first where they are missing.
+    """To train RJEPA: verified chains' latents, extracted first where they are missing.
 
     Sets config's llm, layer, pooling, prompt, dim and dataset to what the latents say.
     """
@@ -226,7 +222,7 @@ class WorldJob(Job):
 
 
 class GuideJob(WorldJob):
-    """What the loop needs to train NUDGE's Guidance: the LLM reads verified chains, R-JEPA predicts every next step."""
+    """To train NUDGE's Guidance: the LLM reads verified chains, R-JEPA predicts every next step."""
 
     def __init__(self, config, out: Path):
         super().__init__(config, out)
@@ -276,7 +272,7 @@ class GuideJob(WorldJob):
 
 
 class SpeakJob(WorldJob):
-    """What the loop needs to train a Speaker on an R-JEPA's latents: one hidden step of each chain, put into words.
+    """To train a Speaker on an R-JEPA's latents: one hidden step of each chain, put into words.
 
     The LLM reads every chain of two steps and more once without that step, as PLAN finds it: the states of later steps
     would tell of it.
@@ -348,7 +344,7 @@ def spoken(texts: list[list[int]], eos: int, device, reads: list[list[int]] | No
 
 
 class DocumentJob(Job):
-    """What the loop needs to train TJEPA: packed documents with masked spans."""
+    """To train TJEPA: packed documents with masked spans."""
 
     def __init__(self, config, out: Path, tokenizer=None):
         self.config, asked_vocab_size = config, config.vocab_size
@@ -424,7 +420,7 @@ def nearest_visible(is_target, segment):
 
 
 class DistillJob(DocumentJob):
-    """What the loop needs to train DistilledEncoder: the documents, and what the teacher makes of them."""
+    """To train DistilledEncoder: the documents, and what the teacher makes of them."""
 
     ahead = False
 
@@ -459,7 +455,7 @@ class DistillJob(DocumentJob):
 
 
 class AnswerJob(Job):
-    """What the loop needs to train SpeakingTJEPA: questions, responses, and the encoder to start from."""
+    """To train SpeakingTJEPA: questions, responses, and the encoder to start from."""
 
     def __init__(self, config, out: Path):
         self.config, asked_vocab_size, self.start = config, config.vocab_size, None
