@@ -204,50 +204,40 @@ class Demo:
         run, command = next(iter(self.worlds.items())) if kind == "world" else self.others[kind]
         return "" if is_run(run) else f"{run} is missing. This makes it: {command}"
 
-    def get(self, key, load):
-        if key not in self.loaded:
-            self.loaded[key] = load()
-        return self.loaded[key]
-
     def world(self, run: str):
         """(R-JEPA, LLM, config) of a run that the page offers."""
         if not isinstance(run, str) or run not in self.worlds:
             raise ValueError(f"world: {str(run)[:80]!r} is none of {', '.join(self.worlds)}")
         if not is_run(run):
             raise ValueError(f"{run} is missing. This makes it: {self.worlds[run]}")
-
-        def load():
+        if run not in self.loaded:
             model, config = infer.load_world_model(run, self.device)
-            return model, infer.llm_of(config, self.llm.get(run, ""), self.device), config
-
-        return self.get(run, load)
+            self.loaded[run] = model, infer.llm_of(config, self.llm.get(run, ""), self.device), config
+        return self.loaded[run]
 
     def other(self, kind: str):
         """(run, model, config, tokenizer) of the nanoJEPA or T-JEPA tab."""
         run, _ = self.others[kind]
         if problem := self.missing(kind):
             raise ValueError(problem)
-
-        def load():
+        if kind not in self.loaded:
             shown = {"nano": NanoJEPAConfig, "tjepa": AnswerConfig}[kind]
             model, config = load_run(run, self.device, shown, "another kind than this tab shows")
-            return run, model, config, load_tokenizer(run, config)
-
-        return self.get(run, load)
+            self.loaded[kind] = run, model, config, load_tokenizer(run, config)
+        return self.loaded[kind]
 
     def verified(self, run: str):
         """(latents, texts) of verified steps for an R-JEPA run: from --memory, else of a few synthetic chains."""
-        model, llm, config = self.world(run)
-
-        def load():
-            # unless there is no memory, one that holds ratings alone, or one of another LLM
-            with contextlib.suppress(ValueError, FileNotFoundError):
-                return infer.load_memory(config, self.args.memory)
-            chains = [c for p, c in synthetic_chains(40, "train", 11) if verify.validate(p, c).is_valid]
-            h = llm.read_chains([(c["question"], c["steps"]) for c in chains])
-            return torch.cat([x[1:] for x in h]), [s for c in chains for s in c["steps"]]
-
-        return self.get((run, "verified"), load)
+        _, llm, config = self.world(run)
+        if (run, "verified") not in self.loaded:
+            try:
+                found = infer.load_memory(config, self.args.memory)
+            except (ValueError, FileNotFoundError):  # there is no memory, or it holds ratings alone, or another LLM's
+                chains = [c for p, c in synthetic_chains(40, "train", 11) if verify.validate(p, c).is_valid]
+                h = llm.read_chains([(c["question"], c["steps"]) for c in chains])
+                found = torch.cat([x[1:] for x in h]), [s for c in chains for s in c["steps"]]
+            self.loaded[run, "verified"] = found
+        return self.loaded[run, "verified"]
 
     def example(self, name):
         return self.examples[name][:3] if isinstance(name, str) and name in self.examples else ("", "", "")
@@ -425,17 +415,16 @@ class Demo:
     @answers
     def think(self, question, nearest):
         run, *_ = self.other("tjepa")
-
-        def load():
+        if "thoughts" not in self.loaded:
             encoder, config, tokenizer = infer.load_encoder(run, self.device)
             local = config.dataset == "synthetic" or (config.data_dir and Path(config.data_dir).is_dir())
             source = (config.dataset, "train", config.data_dir) if local else ("synthetic", "train", "")
             problems = data.load_problems(*source, 200, config.seed, config.max_problem_steps)
             texts, block_size = [p["question"] for p in problems], encoder_block_size(config)
             stored = infer.think(encoder, tokenizer, block_size, texts)
-            return encoder, tokenizer, block_size, texts, stored, "training" if local else "synthetic"
-
-        encoder, tokenizer, block_size, texts, stored, origin = self.get((run, "thoughts"), load)
+            origin = "training" if local else "synthetic"
+            self.loaded["thoughts"] = encoder, tokenizer, block_size, texts, stored, origin
+        encoder, tokenizer, block_size, texts, stored, origin = self.loaded["thoughts"]
         thought = infer.think(encoder, tokenizer, block_size, [question])[0]
         found = infer.nearest_texts(thought, stored, texts, nearest)
         yield tag("div", tag("h4", f"Nearest of {len(texts)} {origin} questions to the thought vector"),
