@@ -11,11 +11,11 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
 
-import benchmarks
 import config as cfg
 import data
 import latents
@@ -154,7 +154,8 @@ class LatentJob(Job):
         for name in latents.SAME_LLM:
             setattr(config, name, manifest[name])
         config.llm_weights = manifest.get("weights", "")
-        if manifest["dataset"] in {*benchmarks.WITH_NUMBERS, "synthetic"} - {config.dataset}:
+        known = get_args(cfg.RunConfig.__annotations__["dataset"])  # what a config can name
+        if manifest["dataset"] in known and manifest["dataset"] != config.dataset:
             runs.say(f"{folder} is of --dataset {manifest['dataset']}")
             config.dataset = manifest["dataset"]
         self.train, self.val = chains_to_train_on(config, rows, manifest, folder, config)

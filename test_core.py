@@ -1444,7 +1444,7 @@ def write_latents(folder, chains, **about):
     return folder
 
 
-def latents_folder(folder, n=60, split="train", dim=12, name=""):
+def latents_folder(folder, n=60, split="train", dim=12, name="", **about):
     """A folder of made-up latents; every 5th chain is of `val`.
 
     name: before every id and question, for a folder of other problems.
@@ -1456,7 +1456,7 @@ def latents_folder(folder, n=60, split="train", dim=12, name=""):
                     "steps": chain["steps"], "is_valid": step is None}
             where = {"train": "val" if int(chain["id"]) % 5 == 0 else "train"}.get(split, split)
             chains.append((latents.record(part, name + chain["id"], where, step), z))
-    return write_latents(folder, chains, dim=dim, split=split)
+    return write_latents(folder, chains, dim=dim, split=split, **about)
 
 
 def train_rjepa(out, folder, preset="rjepa-small", **fields):
@@ -1470,6 +1470,11 @@ def small_rjepa(tmp_path_factory):
     base = tmp_path_factory.mktemp("rjepa")
     folder = latents_folder(base / "latents")
     return str(base / "run"), folder, train_rjepa(base / "run", folder)
+
+
+def test_a_run_on_latents_of_a_data_set_that_it_cannot_name_is_loaded(tmp_path):
+    train_rjepa(tmp_path / "run", latents_folder(tmp_path / "latents", dataset="svamp"))
+    assert runs.load_run(tmp_path / "run", "cpu")[1].dataset == "gsm8k"
 
 
 @pytest.mark.parametrize("fields", [{}, {"mask": "random"}, {"suffix_share": 1.0, "single_share": 0.0}])
