@@ -391,7 +391,7 @@ def refuse_foreign(folder: Path, overwrite: bool):
                          f"Choose another --out_dir, or --overwrite to write into it")
 
 
-def open_run(folder: Path, preset: str, config) -> dict | None:
+def open_run(folder: Path, config) -> dict | None:
     """Looks at a run folder: None to start in it, or the training state to continue from. Changes nothing.
 
     Raises SystemExit for a finished run, another run's folder or a damaged state. --overwrite starts again: it replaces

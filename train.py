@@ -71,7 +71,7 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
     if runs.add_up(runs.is_restart()):
         config.overwrite = False  # what this very job has written it goes on with
     runs.inherit(config)
-    state = runs.open_run(out, preset, config)
+    state = runs.open_run(out, config)
     job = JOBS[type(config)](config, out)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in runs.FREE_ON_RESUME}
     micro_steps = config.grad_accum * world
