@@ -576,16 +576,16 @@ class Batches:
         """Which examples make a batch."""
         epoch, i = divmod(index, self.per_epoch)
         if epoch != self.epoch:
-            self.epoch, self.order = epoch, self.shuffle(epoch)
+            rng = np.random.default_rng([self.seed, epoch])
+            kept = rng.permutation(len(self.examples))[: self.per_epoch * self.batch_size]
+            self.epoch, self.order = epoch, self.shuffle(kept, rng)
         return self.order[i]
 
     def __call__(self, index: int) -> list[dict]:
         return [self.examples[j] for j in self.indices(index)]
 
-    def shuffle(self, epoch: int) -> np.ndarray:
-        """int [per_epoch, batch_size]: which examples make each batch."""
-        rng = np.random.default_rng([self.seed, epoch])
-        kept = rng.permutation(len(self.examples))[: self.per_epoch * self.batch_size]
+    def shuffle(self, kept: np.ndarray, rng) -> np.ndarray:
+        """The examples of an epoch, in random order -> int [per_epoch, batch_size]: which make each batch."""
         noisy = self.lengths[kept] * rng.uniform(0.97, 1.03, self.lengths[kept].shape)  # other neighbours every epoch
         order = np.argsort(noisy[:, 0])
         strip = self.batch_size * max(1, round(self.per_epoch**0.5))
@@ -858,6 +858,5 @@ class Documents(Batches):
         rng = np.random.default_rng([self.seed, 1, index]) if self.masks else None
         return collate_documents(super().__call__(index), self.config, rng, device)
 
-    def shuffle(self, epoch: int) -> np.ndarray:
-        kept = np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
-        return kept[: self.per_epoch * self.batch_size].reshape(self.per_epoch, self.batch_size)
+    def shuffle(self, kept: np.ndarray, rng) -> np.ndarray:
+        return kept.reshape(self.per_epoch, self.batch_size)

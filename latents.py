@@ -428,9 +428,7 @@ class Batches(data.Batches):
         joined = self.table, self.starts[self.indices(index)]
         return collate(chains, self.config, rng, device, self.with_wrong, joined)
 
-    def shuffle(self, epoch: int) -> np.ndarray:
-        rng = np.random.default_rng([self.seed, epoch])
-        kept = rng.permutation(len(self.examples))[: self.per_epoch * self.batch_size]
+    def shuffle(self, kept: np.ndarray, rng) -> np.ndarray:
         order = kept[np.argsort(self.lengths[kept] + rng.uniform(0, 2, len(kept)))]
         return order.reshape(self.per_epoch, self.batch_size)[rng.permutation(self.per_epoch)]
 
