@@ -85,14 +85,6 @@ def records(found) -> list[dict]:
     return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
 
 
-def latent_table(chains: list[str], positions: list[int], z: np.ndarray):
-    """Arrow's table of latents z [N, D], and of which chain and position each is."""
-    import pyarrow as pa
-
-    return pa.table({"chain": chains, "position": pa.array(positions, pa.int32()),
-                     "z": pa.FixedSizeListArray.from_arrays(pa.array(z.reshape(-1)), z.shape[1])})
-
-
 class Memory:
     """One DuckDB file of verified chains, their latents, and logged interactions. Made by the first write.
 
@@ -198,8 +190,10 @@ class Memory:
             verdicts.append(verdict)
         if not rows:
             return verdicts
-        places = [(key, i) for key, h in found.items() for i in range(len(h))]
-        vectors = latent_table(*zip(*places, strict=True), np.concatenate(list(found.values())))
+        values = pa.array(np.concatenate(list(found.values())).reshape(-1))
+        vectors = pa.table({"chain": [key for key, h in found.items() for _ in h],
+                            "position": pa.array([i for h in found.values() for i in range(len(h))], pa.int32()),
+                            "z": pa.FixedSizeListArray.from_arrays(values, self.origin["dim"])})
         with self.open(write=True, create=True) as (connection, meta):
             if meta["dim"] is None:
                 connection.execute("UPDATE meta SET llm = ?, layer = ?, pooling = ?, prompt = ?, dim = ?",
@@ -263,14 +257,13 @@ class Memory:
         """Parquet of chain id, position and latent, without any text; the prompt of the LLM is there as its hash."""
         import pyarrow.parquet as pq
 
-        z, rows = self.vectors(positions="all")
-        with self.open() as (_, meta):
-            origin = json.dumps(meta | {"prompt": meta["prompt"] and digest(meta["prompt"])})
-        if not rows:
+        with self.open() as (connection, meta):
+            table = () if meta["dim"] is None else connection.sql("FROM latents ORDER BY rowid").to_arrow_table()
+        if not len(table):
             raise ValueError(f"{self.path} holds no latents")
-        table = latent_table(*([row[key] for row in rows] for key in ("chain_id", "position")), z.numpy())
+        origin = json.dumps(meta | {"prompt": meta["prompt"] and digest(meta["prompt"])})
         write_atomic(Path(out), lambda path: pq.write_table(table.replace_schema_metadata({"origin": origin}), path))
-        return len(rows)
+        return len(table)
 
     def forget(self, id: str = "", problem_id: str = "", domain: str = "", everything: bool = False) -> int:
         """Deletes the chains that fit all filters, also from the log, or the interaction of that id -> how many.
