@@ -9,6 +9,7 @@ and never counts. Latents taken while writing (`generate`) equal those of readin
 import copy
 import hashlib
 import inspect
+import itertools
 import os
 from pathlib import Path
 
@@ -506,14 +507,12 @@ class RunLLM(LLM):
     def encode(self, question, steps):
         text, units = chain_text(question, steps)
         q, a = self.tokenizer.encode(question), self.tokenizer.encode("\n".join(steps))
-        raw, n_question = text.encode(), len(question.encode())
-        pieces, at = [], 0
-        for token in self.tokenizer.bpe.decode_tokens_bytes(q + a):
-            if at == n_question and len(pieces) == len(q):
-                at += 1  # the line end between question and steps is [PRED]'s place
-            pieces.append((at, at := at + len(token)))
-        spans = unit_spans(pieces, raw, [(len(text[:b].encode()), len(text[:e].encode())) for b, e in units])
-        spans = [(spans[0][0], len(q) + 1)] + [(b + 1, e + 1) for b, e in spans[1:]]  # [PRED] closes the question
+        in_bytes = self.tokenizer.bpe.decode_tokens_bytes
+        tokens = [*in_bytes(q), b"\n", *in_bytes(a)]  # [PRED] has the place of the line end
+        ends = [*itertools.accumulate(map(len, tokens))]
+        units = [(len(text[:begin].encode()), len(text[:end].encode())) for begin, end in units]
+        spans = unit_spans(list(zip([0, *ends], ends, strict=False)), text.encode(), units)
+        spans[0] = spans[0][0], len(q) + 1  # [PRED] closes the question
         return [*q, self.model.pred_id, *a], spans
 
     def set_prompt(self, prompt: str):
