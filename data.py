@@ -29,9 +29,8 @@ from model import Rows, answer_row, pad_rows, pool_weights, to_device
 def load_problems(dataset: str, split: str, data_dir: str = "", limit: int = 0, seed: int = 1, max_steps: int = 8):
     """Problems of a split (`train`, `val`, `test`) as dicts id, question, answer.
 
-    data_dir: a folder with SPLIT.jsonl or SPLIT.parquet, or DATASET/SPLIT.*; empty: the hub. limit: N of them, of
-    every subject the first ones; for `synthetic` the number to make (required), seed and max_steps say which. Raises
-    FileNotFoundError or ValueError that names the file, row or field.
+    data_dir, and what is raised: see benchmarks.load. limit: N of them, of every subject the first ones; for
+    `synthetic` the number to make (required), seed and max_steps say which.
     """
     if dataset == "synthetic":
         if data_dir:
@@ -106,10 +105,10 @@ def split_sentences(line: str) -> list[str]:
     return [s for s in sentences + [line[start:].strip()] if s]
 
 
-def make_chain(problem: dict, source: str = "gold") -> dict:
+def make_chain(problem: dict) -> dict:
     """The chain of a problem's own solution."""
     return {"id": problem["id"], "question": problem["question"], "steps": split_steps(problem["answer"]),
-            "answer": problem["answer"].rsplit("####", 1)[-1].strip(), "is_valid": True, "source": source}
+            "answer": problem["answer"].rsplit("####", 1)[-1].strip(), "is_valid": True, "source": "gold"}
 
 
 def read_around(config, tokenizer, question: str, before: list[str], after: list[str]) -> list[int]:

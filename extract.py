@@ -8,13 +8,9 @@
     python extract.py --generate 4 --endpoint http://localhost:8000/v1 --llm qwen3-8b --out out/teacher    # no latents
     torchrun --standalone --nproc_per_node 8 extract.py ...                                     # a process a GPU
 
-Row 0 of a chain is its question, rows 1 … S its steps; llm.py says what a row is. With --generate the chains are those
-that the LLM writes itself, with the gate's verdict; --prompt stands around every question. Several --layer or
---pooling come from one pass, a folder each.
-
-A folder holds shard-00000.safetensors (h [N, D] bf16, offsets int64, logprobs), index.parquet and, last of all,
-manifest.json. The same command on an unfinished folder makes the shards that are missing, to the same bytes, with
-however many processes.
+llm.py says what a latent is, latents.py what a folder of them holds. With --generate the chains are those that the LLM
+writes itself, with the gate's verdict. Several --layer or --pooling come from one pass, a folder each. The same command
+on an unfinished folder makes the shards that are missing, to the same bytes, with however many processes.
 """
 
 import contextlib
