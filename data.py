@@ -560,16 +560,16 @@ class Batches:
             raise ValueError(f"{len(examples)} {self.unit} do not fill one batch: lower --batch_size "
                              f"{config.batch_size}")
         self.examples, self.config, self.batch_size, self.seed = examples, config, config.batch_size, config.seed
-        self.lengths = self.measure(config)
+        self.lengths = self.measure()
         self.per_epoch = len(examples) // self.batch_size
         self.epoch, self.order = -1, None
 
-    def measure(self, config) -> np.ndarray:
+    def measure(self) -> np.ndarray:
         """The lengths [n, 2] by which examples are grouped."""
         q, a, t = np.array([[len(e.get(k, ())) for k in ("question", "answer", "target")] for e in self.examples],
                            dtype=float).T
         # with `question` one row, and the target's; without one (lambda_jepa = 0) the batches stay the same
-        return np.stack([q + a, t] if getattr(config, "answer_context", "") == "question" else [q, a], axis=1)
+        return np.stack([q + a, t] if getattr(self.config, "answer_context", "") == "question" else [q, a], axis=1)
 
     def indices(self, index: int) -> np.ndarray:
         """Which examples make a batch."""
@@ -850,7 +850,7 @@ class Documents(Batches):
         self.masks, rows = masks, pack([len(d["tokens"]) for d in documents], config.block_size)
         super().__init__([[documents[i] for i in row] for row in rows], config)
 
-    def measure(self, config):
+    def measure(self):
         return None
 
     def __call__(self, index: int, device=None) -> dict:

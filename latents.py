@@ -409,7 +409,7 @@ class Batches(data.Batches):
 
     unit, table = "chains", None
 
-    def measure(self, config) -> np.ndarray:
+    def measure(self) -> np.ndarray:
         self.with_wrong = any("wrong_h" in c for c in self.examples)
         return np.array([len(c["h"]) for c in self.examples])
 
