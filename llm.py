@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import itertools
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -385,8 +386,7 @@ class HuggingFaceLLM(LLM):
         """
         if prompt == "few_shot":
             prompt = few_shot(self.tokenizer)
-        elif prompt and "{question}" not in prompt and os.path.isfile(prompt):  # unlike Path, of any length
-            prompt = Path(prompt).read_text()
+        prompt = runs.prompt_text(prompt)
         before, found, after = (prompt or "{question}\n").partition("{question}")
         if not found or not after:
             raise ValueError(f"--prompt {prompt[:60]!r}: needs {{question}} where the question goes, and a line end or "
@@ -666,7 +666,9 @@ def convert_gguf(path: Path) -> str:
         try:
             os.replace(temporary, folder)
         except OSError:  # another process was faster
-            say(f"{folder} is there already")
+            shutil.rmtree(temporary)
+            if not (folder / "config.json").is_file():
+                raise
     return str(folder)
 
 

@@ -104,6 +104,8 @@ class Memory:
     def open(self, write: bool = False, create: bool = False):
         """(connection, meta as a dict); with `write` one transaction, which is undone where the block raises."""
         duckdb = need("duckdb", "duckdb")
+        if self.path.is_dir():
+            raise ValueError(f"{self.path} is a folder: name a file in it")
         if create and not self.path.is_file():
             self.path.parent.mkdir(parents=True, exist_ok=True)
         elif not self.path.is_file():
@@ -293,17 +295,18 @@ class Memory:
         """Writes all but what the table `gone` names to a new file."""
         for stale in (path, Path(f"{path}.wal")):
             stale.unlink(missing_ok=True)
-        connection.execute("ATTACH ? AS fresh", [str(path)])
-        connection.execute(TABLES.format("fresh."))
+        new = '"new/"'  # DuckDB calls the old file by its name, which has no slash
+        connection.execute(f"ATTACH ? AS {new}", [str(path)])
+        connection.execute(TABLES.format(f"{new}."))
         rest = {"meta": "true", "texts": "id NOT IN (FROM gone)", "latents": "chain NOT IN (FROM gone)",
                 "interactions": "coalesce(of, id) NOT IN (FROM gone)"}
         if meta["dim"] is None:
             del rest["latents"]
         else:
-            connection.execute(LATENTS.format("fresh.", meta["dim"]))
+            connection.execute(LATENTS.format(f"{new}.", meta["dim"]))
         for table, stays in rest.items():
-            connection.execute(f"INSERT INTO fresh.{table} SELECT * FROM {table} WHERE {stays} ORDER BY rowid")
-        connection.execute("DETACH fresh")
+            connection.execute(f"INSERT INTO {new}.{table} SELECT * FROM {table} WHERE {stays} ORDER BY rowid")
+        connection.execute(f"DETACH {new}")
 
     # ------------------------------------------------------------------------- feedback
 
@@ -335,8 +338,6 @@ class Memory:
             raise ValueError("rate needs the --id of an interaction, as `log` printed it")
         if rating is None and truth is None:
             raise ValueError("rate needs a rating, or the truth")
-        if truth is not None and verify.answer_value(truth) is None:
-            raise ValueError(f"--truth {truth:.40}: holds no number")
         row, count = redact_row({"truth": truth})
         row |= {"id": uuid.uuid4().hex, "of": id, "rating": rating, "redactions": count}
         first = next((r for r in self.interactions(id) if r["of"] is None), None)
@@ -430,6 +431,8 @@ def redact_row(row: dict) -> tuple[dict, int]:
 def judge(steps: list[str], truth: str | None, answer: str | None) -> verify.Verdict:
     """The gate's verdict. Without the truth never valid: "unverified", or what is wrong with a step's arithmetic."""
     if truth is not None:
+        if verify.answer_value(truth) is None:
+            raise ValueError(f"--truth {truth:.40}: holds no number")
         return verify.validate({"answer": truth}, {"steps": steps, "answer": answer})
     verdict = verify.check_steps(steps)
     return verify.Verdict(False, "unverified" if steps else "no_steps") if verdict.is_valid else verdict

@@ -234,6 +234,12 @@ def is_run(folder) -> bool:
     return path.is_file() and '"job"' in path.read_text()
 
 
+def prompt_text(prompt: str) -> str:
+    """--prompt itself, or what the file of that name holds."""
+    is_file = "{question}" not in prompt and os.path.isfile(prompt)  # unlike Path, of any length
+    return Path(prompt).read_text() if is_file else prompt
+
+
 def llm_label(config, folder: str = "") -> str:
     """What a cache made with an R-JEPA's LLM is called after: its name, prompt and, where it is here, present weights.
 
@@ -243,7 +249,7 @@ def llm_label(config, folder: str = "") -> str:
     files = [Path(folder)] if Path(folder).is_file() else sorted(Path(folder).glob("*.safetensors"))
     of_files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]  # a fine-tune may have its base's name
     weights = weights_digest(folder) if is_run(folder) else digest(str(of_files)) if files else ""
-    more = [x for x in (config.prompt, weights) if x]
+    more = [x for x in (prompt_text(config.prompt), weights) if x]
     return f"{name}-{digest(json.dumps(more))[:6]}" if more else name
 
 

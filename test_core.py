@@ -2305,6 +2305,7 @@ def test_chains_of_files(tmp_path):
     assert record["split"] == "train" and read("chains", split="val")[0]["split"] == "val"
     assert read("chains", steps=["a", "A: 1/2"])[0]["steps"] == ["a", "#### 1/2"]
     assert verify.check_answer("#### 1/2", "0.5") and not verify.check_answer("#### 1/2", "1")
+    assert read("chains", problem_id=None)[0]["problem_id"] == "p"
     assert read("chains", split="test")[0]["split"] == read("chains", id="gsm8k-test-3")[0]["split"] == "test"
     both = [{"steps": ["a"], "is_correct": True, "source": "x"}, {"steps": ["b"], "is_correct": False}]
     first, second = read("candidates", id="gsm8k-train-3", candidates=both)
@@ -2738,7 +2739,9 @@ def test_what_an_llm_that_was_trained_again_has_made_is_not_taken_for_the_new_on
         (tmp_path / "model.safetensors").write_text(text * 9)
         names.add(runs.llm_label(cfg.RJEPAConfig(llm="base"), str(tmp_path)))
         (tmp_path / "model.safetensors").unlink()
-    assert len(names) == 2 + 4
+        (tmp_path / "prompt").write_text(text)
+        names.add(jobs.default_latents(cfg.RJEPAConfig(prompt=str(tmp_path / "prompt"))))
+    assert len(names) == 2 + 6
 
 
 def test_a_step_is_said_again_until_its_arithmetic_holds():

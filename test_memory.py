@@ -7,6 +7,7 @@ import functools
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -451,5 +452,9 @@ def test_memory_command_line(tmp_path, monkeypatch):
     assert use("forget", "--domain", "toy") == {"forgotten": 3}
     refused(SystemExit, "nothing forgotten", use, "forget", "--domain", "toys")  # misspelt
     assert use("stats")["interactions"] == {"ok": 1}
+    refused(SystemExit, "--truth two: holds no number", use, "log", "--kind", "cli", "--question", "q", "--steps", "2",
+            "--truth", "two")
+    refused(SystemExit, f"{tmp_path} is a folder", use, "stats", memory=tmp_path)
+    assert use("forget", "--everything", memory=shutil.copy(path, tmp_path / "new.duckdb")) == {"forgotten": 1}
     write_jsonl(tmp_path / "no.duckdb", [{"a": 1}] * 999)
     refused(SystemExit, "no.duckdb is no memory", use, "stats", memory=tmp_path / "no.duckdb")
