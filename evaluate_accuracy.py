@@ -267,27 +267,29 @@ def evaluate_candidates(run: str, args) -> dict:
     right, h = np.array([r["is_valid"] for r in rows]), [r["h"] for r in rows]
     members = [np.flatnonzero(question == q) for q in range(len(ids))]
 
+    usable = np.array([bool(r["steps"]) for r in rows])  # a chain without steps ranks below all others
+
     def energy_scores(world_model):
         found = infer.energies(world_model, h)
-        by_mode = {mode: np.array([-float(e[mode].mean()) if len(e[mode]) else -np.inf for e in found])
-                   for mode in world_model.ENERGIES}
-        last = np.array([-float(e["leave_one_out"][-1]) if len(e["leave_one_out"]) else -np.inf for e in found])
-        return by_mode | {"last": last}, found
+        by_mode = {mode: -np.array([float(e[mode].mean()) for e in found]) for mode in world_model.ENERGIES}
+        return by_mode | {"last": -np.array([float(e["leave_one_out"][-1:].mean()) for e in found])}, found
 
-    usable = np.array([bool(r["steps"]) for r in rows])  # a chain without steps ranks below all others
+    def fitted(x, C):
+        scores = np.zeros(len(rows))
+        if usable.any():
+            scores[usable] = infer.cross_validated(x[usable], right[usable], question[usable], args.folds, args.seed, C)
+        return scores
+
     ours, found = energy_scores(model)
     logprob = np.array([infer.mean_logprob(r) for r in rows])
-    shortest = np.where(usable, [-float(sum(r["n_tokens"][1:])) for r in rows], -np.inf)
     features = np.stack([chain_features(z) for z in h])
-    fitted = functools.partial(infer.cross_validated, right=right, question=question, folds=args.folds, seed=args.seed,
-                               usable=usable)
-    scores = {"shortest": shortest, "logprob": logprob, "energy": ours["leave_one_out"],
-              "energy_next_step": ours["next_step"], "energy_last": ours["last"],
+    scores = {"shortest": -np.array([float(sum(r["n_tokens"][1:])) for r in rows]), "logprob": logprob,
+              "energy": ours["leave_one_out"], "energy_next_step": ours["next_step"], "energy_last": ours["last"],
               "combined": fitted(np.stack((logprob, ours["leave_one_out"]), 1), C=1.0),
               "combined_last": fitted(np.stack((logprob, ours["last"]), 1), C=1.0),
               "probe": fitted(features, C=1e-3)}
     if (contrast := contrast_scores(config, features)) is not None:
-        scores["contrast"] = np.where(usable, contrast, -np.inf)
+        scores["contrast"] = contrast
     torch.manual_seed(args.seed)
     untrained = runs.build_model(config).to(model.h_mean.device).eval()
     untrained.fit_standardize(torch.cat(h))
@@ -303,6 +305,7 @@ def evaluate_candidates(run: str, args) -> dict:
     if args.ensemble and args.also:
         scores["ensemble"] = sum(s / s[usable].std() for s in together)
         scores["combined_ensemble"] = fitted(np.stack((logprob, scores["ensemble"]), 1), C=1.0)
+    scores = {name: np.where(usable, values, -np.inf) for name, values in scores.items()}
 
     answers = [r["steps"][-1] if r["steps"] else "" for r in rows]
     holds = np.array([holds_together(r["steps"]) for r in rows])
@@ -315,8 +318,7 @@ def evaluate_candidates(run: str, args) -> dict:
                  for s in {r["source"] for r in rows}}
     random, oracle = float(np.mean([t.mean() for t in truth])), float(np.mean([t.any() for t in truth]))
     picks = {name: np.array([m[s[m].argmax()] for m in members]) for name, s in scores.items()}
-    coherence = np.array([float(model.coherence(e["leave_one_out"].to(model.quantiles.device)).mean())
-                          if len(e["leave_one_out"]) else 0.0 for e in found])
+    coherence = np.array([float(model.coherence(e["leave_one_out"].to(model.quantiles.device)).mean()) for e in found])
     votes = {"majority": np.ones(len(rows)), "majority_logprob": np.exp(logprob), "majority_energy": coherence + 1e-6,
              "majority_combined": 1 / (1 + np.exp(-scores["combined"]))}
     for prefix, groups in (("", members), ("gate_", left)):

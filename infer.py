@@ -102,25 +102,16 @@ def centred(x: np.ndarray, question: np.ndarray) -> np.ndarray:
     return out
 
 
-def cross_validated(x: np.ndarray, right: np.ndarray, question: np.ndarray, folds: int, seed: int, C: float,
-                    usable: np.ndarray | None = None):
-    """Scores [n] of a logistic regression on x [n, F], centred within questions, always fitted on other questions.
-
-    Rows that are not usable [n] (chains without steps, whose features say nothing) score below all others.
-    """
-    if usable is not None and not usable.all():
-        scores = np.full(len(x), -np.inf)
-        if usable.any():
-            _, numbered = np.unique(question[usable], return_inverse=True)
-            scores[usable] = cross_validated(x[usable], right[usable], numbered, folds, seed, C)
-        return scores
+def cross_validated(x: np.ndarray, right: np.ndarray, question: np.ndarray, folds: int, seed: int, C: float):
+    """Scores [n] of a logistic regression on x [n, F], centred within questions, always fitted on other questions."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
-    x, scores, folds = centred(x, question), np.zeros(len(x)), min(folds, int(question.max()) + 1)
+    names, question = np.unique(question, return_inverse=True)
+    x, scores, folds = centred(x, question), np.zeros(len(x)), min(folds, len(names))
     if folds < 2:
         raise ValueError("candidates of at least two questions are needed: raise --limit")
-    fold_of = np.random.default_rng(seed).permutation(question.max() + 1) % folds
+    fold_of = np.random.default_rng(seed).permutation(len(names)) % folds
     for fold in range(folds):
         held_out = fold_of[question] == fold
         if right[~held_out].all() or not right[~held_out].any():
