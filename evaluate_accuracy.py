@@ -258,15 +258,10 @@ def evaluate_candidates(run: str, args) -> dict:
         rows = [r for r in rows if next(number[r["problem_id"]]) < args.k]
         if (most := max(next(n) for n in number.values())) < args.k:
             raise ValueError(f"--k {args.k}: {folder} holds {most} candidates a question at most")
-    # a tie goes to the first of a question's candidates: their order in the file must not decide
-    rows = [rows[i] for i in np.random.default_rng(args.seed).permutation(len(rows))]
+    rows, question, members = infer.by_question(rows, args.seed)
     if any(r["logprobs"] is None for r in rows):
         raise ValueError(f"{folder} holds no logprobs: extract with --logprobs")
-    ids = {name: i for i, name in enumerate(dict.fromkeys(r["problem_id"] for r in rows))}
-    question = np.array([ids[r["problem_id"]] for r in rows])
     right, h = np.array([r["is_valid"] for r in rows]), [r["h"] for r in rows]
-    members = [np.flatnonzero(question == q) for q in range(len(ids))]
-
     usable = np.array([bool(r["steps"]) for r in rows])  # a chain without steps ranks below all others
 
     def energy_scores(world_model):
@@ -333,7 +328,7 @@ def evaluate_candidates(run: str, args) -> dict:
         methods[name] = figures(right[picked], pairs=pairs) | {"by_source_alone": alone} | {
             f"p_{other}": paired_p(right[picked], right[picks[other]]) for other in ("logprob", "majority")}
     methods["oracle"] = figures([t.any() for t in truth])
-    return {"n": len(ids), "k": max(map(len, members)), "random": random, "oracle": oracle, "methods": methods}
+    return {"n": len(members), "k": max(map(len, members)), "random": random, "oracle": oracle, "methods": methods}
 
 
 def evaluate_nudge(run: str, args) -> dict:

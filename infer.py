@@ -94,6 +94,17 @@ def score(model, llm: LLM, question: str, steps: list[str]) -> dict:
 # ----------------------------------------------------------------------------- RERANK
 
 
+def by_question(rows: list[dict], seed: int) -> tuple[list[dict], np.ndarray, list[np.ndarray]]:
+    """Labelled candidates -> (the same in random order, the number of each one's question [n], each question's rows).
+
+    A tie goes to the first of a question's candidates: their order in the file must not decide.
+    """
+    rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
+    ids = {name: i for i, name in enumerate(dict.fromkeys(r["problem_id"] for r in rows))}
+    question = np.array([ids[r["problem_id"]] for r in rows])
+    return rows, question, [np.flatnonzero(question == q) for q in range(len(ids))]
+
+
 def centred(x: np.ndarray, question: np.ndarray) -> np.ndarray:
     """x [n, F] less its mean over the candidates of a question [n]."""
     out = x.astype(float)
@@ -102,11 +113,18 @@ def centred(x: np.ndarray, question: np.ndarray) -> np.ndarray:
     return out
 
 
-def cross_validated(x: np.ndarray, right: np.ndarray, question: np.ndarray, folds: int, seed: int, C: float):
-    """Scores [n] of a logistic regression on x [n, F], centred within questions, always fitted on other questions."""
+def regression(x: np.ndarray, right: np.ndarray, C: float, least: float) -> tuple[np.ndarray, float]:
+    """(weights [F], none below `least`; intercept) of a logistic regression of right [n] on centred x [n, F]."""
     from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import StandardScaler
 
+    scale = x.std(0) + 1e-12
+    fitted = LogisticRegression(C=C, max_iter=500).fit(x / scale, right)
+    return (fitted.coef_[0] / scale).clip(least), fitted.intercept_[0]
+
+
+def cross_validated(x: np.ndarray, right: np.ndarray, question: np.ndarray, folds: int, seed: int, C: float,
+                    least: float = -np.inf):
+    """Scores [n] of a `regression` on x [n, F], centred within questions [n], always fitted on other questions."""
     names, question = np.unique(question, return_inverse=True)
     x, scores, folds = centred(x, question), np.zeros(len(x)), min(folds, len(names))
     if folds < 2:
@@ -116,9 +134,8 @@ def cross_validated(x: np.ndarray, right: np.ndarray, question: np.ndarray, fold
         held_out = fold_of[question] == fold
         if right[~held_out].all() or not right[~held_out].any():
             continue  # one label alone: nothing to fit, all scores stay equal
-        scale = StandardScaler().fit(x[~held_out])
-        fitted = LogisticRegression(C=C, max_iter=500).fit(scale.transform(x[~held_out]), right[~held_out])
-        scores[held_out] = fitted.decision_function(scale.transform(x[held_out]))
+        weights, intercept = regression(x[~held_out], right[~held_out], C, least)
+        scores[held_out] = x[held_out] @ weights + intercept
     return scores
 
 
@@ -136,49 +153,29 @@ def chain_energy(found: dict[str, torch.Tensor]) -> float:
     return float(found["leave_one_out"].mean()) if len(found["leave_one_out"]) else float("inf")
 
 
-def fit_weights(model, rows: list[dict], seed: int = 1, folds: int = 5) -> dict:
+def fit_weights(model, rows: list[dict], seed: int = 1) -> dict:
     """alpha and beta of RERANK from labelled candidates (rows of latents.load_latents with logprobs).
 
-    Logistic regression of right on logprob and -energy, both centred within their question; no weight is below 0, where
-    it would rank by what misleads. -> {"alpha", "beta", "n" (questions), "accuracy", "random", "logprob", "energy"}:
-    accuracies of picking, for such weights by cross-validation, and by one of the two alone.
+    By `regression` on logprob and -energy; no weight is below 0, where it would rank by what misleads. -> {"alpha",
+    "beta", "n" (questions), "accuracy", "random", "logprob", "energy"}: accuracies of picking, for such weights by
+    cross-validation, and by one of the two alone.
     """
-    from sklearn.linear_model import LogisticRegression
-
-    rng = np.random.default_rng(seed)
-    rows = [r for r in rows if r["steps"]]
-    rows = [rows[i] for i in rng.permutation(len(rows))]  # a tie goes to the first: not to the first in the file
-    ids = {name: i for i, name in enumerate(dict.fromkeys(r["problem_id"] for r in rows))}
-    question, right = np.array([ids[r["problem_id"]] for r in rows]), np.array([r["is_valid"] for r in rows])
-    logprob = np.array([mean_logprob(r) for r in rows])
+    rows, question, members = by_question([r for r in rows if r["steps"]], seed)
+    right, logprob = np.array([r["is_valid"] for r in rows]), np.array([mean_logprob(r) for r in rows])
     if np.isnan(logprob).any():
         raise ValueError("the candidates' latents hold no logprobs: extract with --logprobs")
     if right.all() or not right.any():
         raise ValueError("right and wrong candidates are needed, these are all of one kind")
-    if len(ids) < 2:
-        raise ValueError("candidates of at least two questions are needed")
     x = np.stack((logprob, [-chain_energy(e) for e in energies(model, [r["h"] for r in rows])]), 1)
-
-    def weights(at):
-        """Of the rows `at` [n], a mask."""
-        if right[at].all() or not right[at].any():
-            return np.array([1.0, 0.0])
-        inside = centred(x[at], question[at])
-        scale = inside.std(0) + 1e-12
-        return (LogisticRegression().fit(inside / scale, right[at]).coef_[0] / scale).clip(0)
-
-    fold_of, scores = rng.permutation(len(ids)) % folds, np.zeros(len(rows))
-    for held_out in (fold_of[question] == fold for fold in range(folds)):
-        scores[held_out] = x[held_out] @ weights(~held_out)
-    members = [np.flatnonzero(question == q) for q in ids.values()]
 
     def accuracy(score):
         return float(np.mean([right[m[score[m].argmax()]] for m in members]))
 
-    alpha, beta = map(float, weights(np.full(len(rows), True)))
-    return {"alpha": alpha, "beta": beta, "n": len(ids), "accuracy": accuracy(scores),
-            "random": float(np.mean([right[m].mean() for m in members])), "logprob": accuracy(logprob),
-            "energy": accuracy(x[:, 1])}
+    accuracies = {"accuracy": accuracy(cross_validated(x, right, question, 5, seed, C=1.0, least=0.0)),
+                  "random": float(np.mean([right[m].mean() for m in members])), "logprob": accuracy(logprob),
+                  "energy": accuracy(x[:, 1])}
+    (alpha, beta), _ = regression(centred(x, question), right, C=1.0, least=0.0)
+    return {"alpha": float(alpha), "beta": float(beta), "n": len(members), **accuracies}
 
 
 def rerank(model, chains: list[dict], alpha: float, beta: float, gate: bool = False) -> list[dict]:
