@@ -276,7 +276,7 @@ def evaluate_plan(run: str, args) -> dict:
     ahead = model.predict_next(*latents.pad_latents([z[:k] for z, k in zip(gapped, holes, strict=True)],
                                                     model.h_mean.device))
     folder = args.latents or config.latents
-    seen = [r["h"] for r in latents.load_latents(folder)[0] if r["is_valid"] and r["split"] == "train"]
+    seen = [r["h"] for r in infer.load_chains(run, config, folder) if r["is_valid"] and r["split"] == "train"]
     if not seen:
         raise ValueError(f"{folder} holds no verified chain of a training split")
     mean_of = {k: space(torch.stack([z[min(k, len(z) - 1)] for z in seen]).float()).mean(0) for k in set(holes)}
@@ -376,8 +376,7 @@ def evaluate_rjepa(run: str, args) -> dict:
     own = not (args.latents or args.dataset or args.split != "test") and (config.held_out or config.latents)
     folder = args.latents or own or extract.gold_for(config, held_out(args, config), args.dataset or config.dataset,
                                                      args.split, args)
-    rows, manifest = latents.load_latents(folder)
-    latents.check_same_llm(config, manifest, f"{run} and {folder}")
+    rows = infer.load_chains(run, config, folder)
     rows = [r for r in rows if r["steps"] and (not own or r["split"] == "val")]
     rows = latents.first_problems(rows, args.limit)
     if len(rows) < 2:
@@ -442,11 +441,8 @@ def evaluate_step_errors(run: str, args) -> dict:
     model, config = infer.load_world_model(run, args.device)
     folder = args.latents or extract.latents_of_file(config, "step_errors", args.step_errors, device=args.device,
                                                      limit=args.limit, llm=args.llm)
-    rows, manifest = latents.load_latents(folder)
-    rows = [r for r in latents.first_problems(rows, args.limit) if r["wrong_step"] is not None]
-    if any(r["logprobs"] is None for r in rows):
-        raise ValueError(f"{folder} holds no logprobs: extract with --logprobs")
-    latents.check_same_llm(config, manifest, f"{run} and {folder}")
+    rows = infer.load_chains(run, config, folder, args.limit, logprobs=True)
+    rows = [r for r in rows if r["wrong_step"] is not None]
     if not rows:
         raise ValueError(f"{args.step_errors}: no chain with a first wrong step")
     torch.manual_seed(args.seed)

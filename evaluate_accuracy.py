@@ -250,17 +250,13 @@ def evaluate_candidates(run: str, args) -> dict:
                                 llm=args.llm) if args.candidates else
         extract.written_for(config, eval_alignment.held_out(args, config), args.dataset or config.dataset, args.split,
                             args))
-    rows, manifest = latents.load_latents(folder)
-    latents.check_same_llm(config, manifest, f"{run} and {folder}")
-    rows = latents.first_problems(rows, args.limit)
+    rows = infer.load_chains(run, config, folder, args.limit, logprobs=True)
     if args.k > 1:
         number = collections.defaultdict(itertools.count)
         rows = [r for r in rows if next(number[r["problem_id"]]) < args.k]
         if (most := max(next(n) for n in number.values())) < args.k:
             raise ValueError(f"--k {args.k}: {folder} holds {most} candidates a question at most")
     rows, question, members = infer.by_question(rows, args.seed)
-    if any(r["logprobs"] is None for r in rows):
-        raise ValueError(f"{folder} holds no logprobs: extract with --logprobs")
     right, h = np.array([r["is_valid"] for r in rows]), [r["h"] for r in rows]
     usable = np.array([bool(r["steps"]) for r in rows])  # a chain without steps ranks below all others
 
@@ -292,7 +288,7 @@ def evaluate_candidates(run: str, args) -> dict:
     together = [ours["leave_one_out"]]
     for other in args.also:
         theirs, their_config = infer.load_world_model(other, args.device)
-        latents.check_same_llm(their_config, manifest, other)
+        latents.check_same_llm(their_config, latents.read_manifest(folder), other)
         theirs, _ = energy_scores(theirs)
         together.append(theirs["leave_one_out"])
         for name, mode in (("energy", "leave_one_out"), ("energy_next_step", "next_step"), ("energy_last", "last")):

@@ -43,6 +43,18 @@ def load_world_model(run: str, device: str = "auto"):
     return load_run(run, device, cfg.RJEPAConfig, "not of R-JEPA (train.py rjepa-small)")
 
 
+def load_chains(run: str, config, folder, limit: int = 0, logprobs: bool = False) -> list[dict]:
+    """Rows of latents.load_latents, of the first `limit` problems (0: all), for a run and its config.
+
+    Raises ValueError where they are of another LLM, layer or pooling, or have no logprobs and should.
+    """
+    rows, manifest = latents.load_latents(folder)
+    latents.check_same_llm(config, manifest, f"{run} and {folder}")
+    if logprobs and any(r["logprobs"] is None for r in rows):
+        raise ValueError(f"{folder} holds no logprobs: extract with --logprobs")
+    return latents.first_problems(rows, limit)
+
+
 @torch.no_grad()
 def energies(model, chains: list[torch.Tensor], batch_size: int = 64) -> list[dict[str, torch.Tensor]]:
     """Latents [1 + S, D] of chains -> for each {"leave_one_out": [S], "next_step": [S]}, fp32 on the CPU.
@@ -154,7 +166,7 @@ def chain_energy(found: dict[str, torch.Tensor]) -> float:
 
 
 def fit_weights(model, rows: list[dict], seed: int = 1) -> dict:
-    """alpha and beta of RERANK from labelled candidates (rows of latents.load_latents with logprobs).
+    """alpha and beta of RERANK from labelled candidates (rows of `load_chains` with logprobs).
 
     By `regression` on logprob and -energy; no weight is below 0, where it would rank by what misleads. -> {"alpha",
     "beta", "n" (questions), "accuracy", "random", "logprob", "energy"}: accuracies of picking, for such weights by
@@ -162,8 +174,6 @@ def fit_weights(model, rows: list[dict], seed: int = 1) -> dict:
     """
     rows, question, members = by_question([r for r in rows if r["steps"]], seed)
     right, logprob = np.array([r["is_valid"] for r in rows]), np.array([mean_logprob(r) for r in rows])
-    if np.isnan(logprob).any():
-        raise ValueError("the candidates' latents hold no logprobs: extract with --logprobs")
     if right.all() or not right.any():
         raise ValueError("right and wrong candidates are needed, these are all of one kind")
     x = np.stack((logprob, [-chain_energy(e) for e in energies(model, [r["h"] for r in rows])]), 1)
@@ -551,8 +561,7 @@ def run_rerank(args: Rerank) -> dict:
         folder = Path(args.fit)
         if not folder.is_dir():
             folder = extract.latents_of_file(config, "candidates", args.fit, device=args.device, llm=args.llm)
-        rows, manifest = latents.load_latents(folder)
-        latents.check_same_llm(config, manifest, f"{args.run} and {folder}")
+        rows = load_chains(args.run, config, folder, logprobs=True)
         fitted = {"world": weights_digest(args.run), **fit_weights(model, rows, args.seed)}
         if fitted["n"] < 50:
             print(f"{fitted['n']} questions are few: the weights may be far off")
