@@ -356,7 +356,7 @@ def evaluate_nudge(run: str, args) -> dict:
                 written += [row[0] for row in chains]
             found = infer.energies(model, [c["h"] for c in written])
             runs.write_jsonl(path, [{"id": p["id"], "steps": c["steps"], "logprob": c["logprob"],
-                                     "energy": infer.chain_energy(e) if c["steps"] else None}
+                                     "energy": infer.chain_energy(e)}
                                     for p, c, e in zip(problems, written, found, strict=True)])
         rows = verify.read_jsonl(path)
         answers[name] = right = np.array([bool(r["steps"]) and verify.check_answer(r["steps"][-1], t)

@@ -160,9 +160,9 @@ def mean_logprob(row: dict) -> float:
     return float(np.average(row["logprobs"][1:], weights=row["n_tokens"][1:]))
 
 
-def chain_energy(found: dict[str, torch.Tensor]) -> float:
-    """Mean leave-one-out energy of a chain, as `energies` gives it; infinite without steps."""
-    return float(found["leave_one_out"].mean()) if len(found["leave_one_out"]) else float("inf")
+def chain_energy(found: dict[str, torch.Tensor]) -> float | None:
+    """Mean leave-one-out energy of a chain, as `energies` gives it; None without steps."""
+    return float(found["leave_one_out"].mean()) if len(found["leave_one_out"]) else None
 
 
 def fit_weights(model, rows: list[dict], seed: int = 1) -> dict:
@@ -197,7 +197,7 @@ def rerank(model, chains: list[dict], alpha: float, beta: float, gate: bool = Fa
     """
     ranked = []
     for i, (chain, found) in enumerate(zip(chains, energies(model, [c["h"] for c in chains]), strict=True), 1):
-        energy = chain_energy(found) if chain["steps"] else None
+        energy = chain_energy(found)
         verdict = verify.check_steps(chain["steps"])
         answer = verify.extract_answer(chain["steps"][-1]) if chain["steps"] else None
         ranked.append({"candidate": i, "steps": chain["steps"], "answer": answer, "logprob": chain["logprob"],
@@ -289,7 +289,7 @@ def nudge(model, llm: LLM, question: str, alpha: float, guide=None, temperature:
     for name, strength in (("own", 0.0), ("nudged", alpha)):
         chain = generate(llm, [question], 1, temperature, top_p, seed, max_new_tokens,
                          nudge=Nudge(model, llm, strength, guide))[0][0]
-        energy = chain_energy(energies(model, [chain["h"]])[0]) if chain["steps"] else None
+        energy = chain_energy(energies(model, [chain["h"]])[0])
         result[name] = {"steps": chain["steps"], "logprob": chain["logprob"], "energy": energy}
     return result
 
