@@ -382,13 +382,9 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 
 def grade(problem: dict, text: str, allow_unsafe_code: bool = False) -> bool:
     """Is a written answer right, as its kind of problem is judged?"""
-    if problem["kind"] == "code":
-        return verify.check_program(problem, text, allow_unsafe=allow_unsafe_code).is_valid
-    if problem["kind"] == "math":
-        return verify.check_math(text, problem["answer"])
-    if problem["kind"] == "exact":
-        return verify.validate(problem, {"steps": [text]}).is_valid if text.strip() else False
-    return verify.check_answer(text, data.answer_text(problem, "final"))
+    if problem["kind"] == "number":  # by the answer alone: validate also judges the arithmetic
+        return verify.check_answer(text, data.answer_text(problem, "final"))
+    return bool(text.strip()) and verify.validate(problem, {"steps": [text]}, allow_unsafe_code).is_valid
 
 
 def by_subject(bench, problems: list[dict], correct: np.ndarray) -> dict:
