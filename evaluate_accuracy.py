@@ -236,13 +236,10 @@ def chain_features(z: torch.Tensor) -> np.ndarray:
 def evaluate_candidates(run: str, args) -> dict:
     """Ways of picking one of a question's labelled candidates -> {"n", "k", "random", "oracle", "methods"}.
 
-    `energy` is the mean leave-one-out energy, `energy_last` that of the last step alone, which with nothing after it
-    is its next-step energy too; `combined` adds the first to the mean logprob. Votes of `majority_logprob` weigh as
-    much as a token's mean probability, of `majority_energy` as the chain's coherence, of `majority_combined` as it is
-    likely to be right. p_logprob, p_majority: see `paired_p`. The probe and the
-    weights of `combined` are fitted on the labels of other questions; `contrast` sees no label. `ensemble` adds up the
-    energies of the runs given. `gate` is any candidate whose equations hold, `gate_X` is X among those (among all,
-    where none is left): the gate does not know the answer.
+    README has the names. `energy_last`, of a step with nothing after it, is its next-step energy too. Votes of
+    `majority_logprob` weigh as much as a token's mean probability, of `majority_energy` as the chain's coherence, of
+    `majority_combined` as it is likely to be right. `ensemble` adds up the energies of the runs given. `gate_X` is X
+    among all where no candidate's equations hold. p_logprob, p_majority: see `paired_p`.
     """
     model, config = infer.load_world_model(run, args.device)
     folder = args.latents or (
