@@ -1302,6 +1302,7 @@ def test_validate():
     assert reason(steps, answer="25") == "wrong_answer"
     assert reason([GSM8K_STEP, "#### 25"], answer="24") == "wrong_answer"  # the steps say something else
     assert reason(["I do not know."]) == "no_answer"
+    assert verify.validate({"answer": "1/2"}, {"steps": ["2 / 4 = 1/2"]}).reason == "ok"
     assert reason([]) == "no_steps"
     verdict = verify.validate(problem, {"steps": ["5 + 5 = 10", "48/2 = 23", "#### 24"]})
     assert verdict.reason == "arithmetic" and verdict.detail == "step 2: 48 / 2 = 23"

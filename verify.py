@@ -476,13 +476,12 @@ def _validate_number(problem, steps, stated):
         raise ValueError(f"problem {problem.get('id', '')!r}: field 'answer' holds no number: {truth!r:.60}")
     last = steps[-1]
     declared = extract_answer(last) if STRICT.search(last) or DECLARED.search(last) else None
-    answers = [answer for answer in (stated, declared) if answer is not None] or [
-        extract_answer(last.rpartition("=")[2] if "=" in last else last, "flexible")]  # of its last equation
-    for answer in answers:
-        if answer is None or answer_value(answer) is None:
-            return Verdict(False, "no_answer", f"no number in {answer or steps[-1]!r}")
+    otherwise = last.rpartition("=")[2]  # of its last equation
+    for answer in [text for text in (stated, declared) if text is not None] or [otherwise]:
+        if answer_value(answer) is None:
+            return Verdict(False, "no_answer", f"no number in {answer!r:.60}")
         if not check_answer(answer, truth):
-            return Verdict(False, "wrong_answer", f"{answer} instead of {extract_answer(truth) or truth}")
+            return Verdict(False, "wrong_answer", f"{answer.strip():.60} instead of {extract_answer(truth) or truth}")
     return check_steps(steps)
 
 
