@@ -21,8 +21,10 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -112,9 +114,10 @@ def changed(*args):
     return path
 
 
-FORKS = """
-import os, signal, sys, time
-import filelock, matplotlib.figure, pyarrow.parquet, safetensors.torch, extract, train, test_core as t
+WARM = """
+import gc, json, os, runpy, signal, sys, time
+import duckdb, filelock, matplotlib.figure, pyarrow.parquet, safetensors.torch, torch.distributed.fsdp
+import extract, infer, memory, train, test_core as t
 def life(kill, go, *args):
     real, calls = os.replace, []
     def replace(a, b):
@@ -132,16 +135,59 @@ def life(kill, go, *args):
         os.replace = replace; go(*args); os._exit(0)
     except BaseException as error:
         print(repr(error), file=sys.stderr, flush=True); os._exit(1)
+gc.collect(), gc.freeze()
+for line in sys.stdin:
+    asked, ends = json.loads(line), {}
+    for rank in range(asked["n"]):
+        if pid := os.fork():
+            ends[pid] = None
+            continue
+        for fd, path in enumerate((os.devnull, *asked["said"])):
+            os.dup2(os.open(path, os.O_RDWR | os.O_APPEND), fd)
+        os.environ |= asked["env"] | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if asked["n"] > 1 else {})
+        sys.argv = asked["argv"]
+        exec(asked["code"]) if asked["code"] else runpy.run_path(sys.argv[0], run_name="__main__")
+        sys.exit()
+    end = time.monotonic() + asked["timeout"]
+    while None in ends.values():
+        time.sleep(0.005)
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid: ends[pid] = os.waitstatus_to_exitcode(status)
+        for other in ends if ends.get(pid) or time.monotonic() > end else ():  # as torchrun does
+            if ends[other] is None: os.kill(other, signal.SIGTERM if pid else signal.SIGKILL)
+    print(json.dumps(list(ends.values())), flush=True)
 """
 
 
+@functools.cache
+def warm(*box):
+    """A process that has imported everything and forks others, which then start at once; box: what it is started by."""
+    return subprocess.Popen([*box, sys.executable, "-c", WARM], cwd=ROOT, stdin=subprocess.PIPE, text=True,
+                            stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def fork(*argv, n=1, code="", box=(), timeout=240):
+    """Runs a script, or code, in n processes with the environment that torchrun gives -> (exit codes, stdout, stderr).
+
+    Code may call life(kill, go): how go() ends in a fork, killed (or None: not) before or after it puts its nth file in
+    place, kill = (n, "before" or "after"), or after so many seconds.
+    """
+    with socket.socket() as s, tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+        s.bind(("127.0.0.1", 0))
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": str(n)}
+        s.close()
+        asked = dict(argv=[*map(str, argv)], n=n, code=code, timeout=timeout, said=[out.name, err.name], env=env)
+        process = warm(*map(str, box))
+        process.stdin.write(json.dumps(asked) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline()), out.read(), err.read()
+
+
 def forked(code, *argv, timeout=240):
-    """What a program prints last in which life(kill, go) is how go() ends in a fork, killed (or None: not) before or
-    after it puts its nth file in place, kill = (n, "before" or "after"), or after so many seconds."""
-    done = subprocess.run([sys.executable, "-c", FORKS + code, *argv], cwd=ROOT, capture_output=True, text=True,
-                          timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    """What code prints last; see `fork`."""
+    [end], out, err = fork("-c", *argv, code=code, timeout=timeout)
+    assert end == 0, err[-2000:]
+    return json.loads(out.splitlines()[-1])
 
 
 def tiny(**fields):
@@ -2213,13 +2259,12 @@ def test_processes_write_the_bytes_of_one_even_if_one_is_killed(tmp_path, run_ll
     argv = ["--llm", run_llm.name, "--dataset", "synthetic", "--max_problem_steps", "3", "--device", "cpu", "--threads",
             "1", *what.split(), "--out", str(tmp_path / "two")]
     for script in (dying, ROOT / "extract.py"):
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                               str(script), *argv], capture_output=True, text=True, timeout=240)
+        ends, out, err = fork(script, *argv, n=2)
         names = set(contents(tmp_path / "two"))
         lives = script.name == "extract.py"
-        assert (done.returncode == 0) == ("manifest.json" in names) == lives, done.stderr[-2000:]
+        assert (ends == [0, 0]) == ("manifest.json" in names) == lives, err[-2000:]
         assert "shard-00001.safetensors" in names  # what the one that dies had done stays
-    found = json.loads(done.stdout)
+    found = json.loads(out)
     assert found["tokens_per_s"] > 0 and found["chains"] == len(latents.load_latents(tmp_path / "two")[0])
     extract.main([*argv[:-1], str(tmp_path / "one")])
     assert contents(tmp_path / "two") == contents(tmp_path / "one")

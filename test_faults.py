@@ -4,6 +4,7 @@
     SOAK=100 pytest -q test_faults.py -k soak        # as many rounds of start, SIGKILL at a random moment, resume
 """
 
+import functools
 import os
 import random
 import signal
@@ -22,7 +23,7 @@ import latents
 import runs
 import train
 import verify
-from test_core import ROOT, driver, forked, refused, result_of, weights, write_jsonl
+from test_core import ROOT, driver, fork, forked, refused, result_of, weights, write_jsonl
 from test_gate import boxed
 
 SOAK = int(os.environ.get("SOAK", 3))
@@ -34,14 +35,16 @@ STUDENT = ["--llm", "pretrained/student", "--dataset", "synthetic", "--max_probl
 EXTRACT = [*STUDENT, "--limit", "12", "--shard_size", "2", "--threads", "1"]
 
 
-def script(*argv, n=1, code=0, restarts=0):
-    """Runs a script of this folder, as one process or as n of torchrun -> its output; `code`: how it must end."""
-    start = [] if n == 1 else ["-m", "torch.distributed.run", "--standalone", "--max-restarts", str(restarts),
-                               "--nproc_per_node", str(n)]  # fmt: skip
-    done = subprocess.run([sys.executable, *start, *map(str, argv)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=300, env=ENV)
-    assert (done.returncode == 0) == (code == 0), done.stderr[-3000:]
-    return done.stdout if code == 0 else done.stderr
+def script(*argv, n=1, code=0):
+    """What a script of this folder says in n processes; `code`: how it must end."""
+    ends, out, err = fork(*argv, n=n)
+    assert any(ends) == (code != 0), err[-3000:]
+    return out if code == 0 else err
+
+
+def torchrun(*argv):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([*start, *map(str, argv)], cwd=ROOT, check=True, timeout=300, env=ENV)
 
 
 def train_here(folder, *more):
@@ -80,8 +83,8 @@ def alone(tmp_path_factory):
 def pair(tmp_path_factory):
     """The same run by two processes, of which none may shut Python down: gloo's threads can abort it there."""
     folder = tmp_path_factory.mktemp("pair") / "run"
-    script(driver(folder.parent, "train", "train.main", "import atexit; atexit.register(os.abort)"), *QUICKSTART,
-           "--out_dir", folder, n=2)
+    torchrun(driver(folder.parent, "train", "train.main", "import atexit; atexit.register(os.abort)"), *QUICKSTART,
+             "--out_dir", folder)
     return folder
 
 
@@ -154,13 +157,12 @@ def test_another_global_batch_is_refused_and_a_damaged_part_is_named(tmp_path, a
 
 def test_a_worker_that_dies_is_started_again(tmp_path, pair):
     """By the same command, or by torchrun --max-restarts, whatever it was told to overwrite: to the same bits."""
-    when = 'os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and len(calls) == 6'
+    when = 'os.environ["RANK"] == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" and len(calls) == 6'
     dying = driver(tmp_path, "train", "train.torch.nn.utils.clip_grad_norm_", f"if {when}: die()")
     command = [dying, *QUICKSTART, "--out_dir"]
-    said = script(*command, tmp_path / "again", n=2, code=1)
-    assert "Signal 9 (SIGKILL)" in said
+    assert fork(*command, tmp_path / "again", n=2)[0] == [-signal.SIGTERM, -signal.SIGKILL]
     script("train.py", *QUICKSTART, "--out_dir", tmp_path / "again", n=2)
-    script(*command, tmp_path / "restarted", "--overwrite", n=2, restarts=1)
+    torchrun("--max-restarts", "1", *command, tmp_path / "restarted", "--overwrite")
     for name in ("again", "restarted"):
         assert weights(tmp_path / name) == weights(pair)
         same_curves(tmp_path / name, pair, tolerance=0)
@@ -187,49 +189,57 @@ with runs.lock(pathlib.Path(sys.argv[1]), "--out"):
     train_here(tmp_path, "--max_steps", "1")
 
 
-def boxed_in(folder, shell: str, *options) -> str:
-    """What a shell says in which the folder is what the options of bubblewrap make of it, and all else as it is."""
-    command = ["bwrap", "--dev-bind", "/", "/", *map(str, options), "--chdir", str(ROOT), "sh", "-c", shell]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, env=ENV)
-    return done.stdout
+ROOM = {  # a disk's bytes, and how many of them something else has at first
+    "train": (4_000_000, 3_300_000), "shards": (4_000_000, 3_300_000), "extract": (400_000, 330_000),
+    "memory": (4_000_000, 3_990_000)}
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory):
+    """(a folder, the start of a command that finds in it these small disks and `read_only`, where it may not write)."""
+    folder, command = tmp_path_factory.mktemp("box"), ["bwrap", "--dev-bind", "/", "/"]
+    for name in (*ROOM, "read_only"):
+        (folder / name).mkdir()
+        command += ["--size", ROOM[name][0], "--tmpfs"] if name in ROOM else ["--ro-bind", folder / name]
+        command.append(folder / name)
+    return folder, command
 
 
 @boxed
-@pytest.mark.parametrize("kind", ["train", "shards", "extract", "memory"])
-def test_a_full_disk_is_an_error_and_then_the_command_goes_on(tmp_path, kind):
-    """On a file system of little room, most of which something else takes and then gives back."""
-    disk, whole = tmp_path / "disk", tmp_path / "whole"
-    disk.mkdir()
-    two = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2"
-    command, size, taken = {
-        "train": (f"{sys.executable} train.py {' '.join(QUICKSTART)} --out_dir", 4_000_000, 3_300_000),
-        "shards": (f"{two} train.py {' '.join(QUICKSTART)} --shard --out_dir", 4_000_000, 3_300_000),
-        "extract": (f"{sys.executable} extract.py {' '.join(EXTRACT)} --layer 1 2 3 4 --out", 400_000, 330_000),
-        "memory": (f"{sys.executable} infer.py score pretrained/rjepa-student --question 'Ann has 3 pens and buys 4. "
-                   "How many pens has she?' --steps 'She has 3 + 4 = 7.' '#### 7' --truth 7 --log", 4_000_000,
-                   3_990_000),
-    }[kind]
+@pytest.mark.parametrize("kind", ROOM)
+def test_a_full_disk_is_an_error_and_then_the_command_goes_on(tmp_path, box, kind):
+    disk, whole = box[0] / kind, tmp_path / "whole"
     target = disk / ("m.duckdb" if kind == "memory" else "run")
-    shell = (f"head -c {taken} /dev/zero > {disk}/filler; {command} {target} && echo WENT; ls {disk}/run; "
-             f"rm {disk}/filler; echo SECOND; {command} {target} && cp -r {target} {whole}")
-    said = boxed_in(disk, shell, "--size", size, "--tmpfs", disk)
-    first, _, second = said.partition("SECOND")
-    assert "WENT" not in first and ("Traceback" not in first or kind == "shards"), first  # torchrun has one of its own
-    assert ("could not be written (" if kind != "memory" else "No space left") in first, first
-    assert ".tmp" not in first.rpartition("error")[2], first
-    assert whole.exists(), second
+    command = {
+        "train": ["train.py", *QUICKSTART, "--out_dir", target],
+        "shards": ["train.py", *QUICKSTART, "--shard", "--out_dir", target],
+        "extract": ["extract.py", *EXTRACT, "--layer", "1", "2", "3", "4", "--out", target],
+        "memory": ["infer.py", "score", "pretrained/rjepa-student", "--question", "Ann has 3 pens and buys 4. How many "
+                   "pens has she?", "--steps", "She has 3 + 4 = 7.", "#### 7", "--truth", "7", "--log", target],
+    }[kind]
+    inside, n = functools.partial(fork, box=box[1]), 1 + (kind == "shards")
+    inside(code=f"open('{disk}/filler', 'wb').write(bytes({ROOM[kind][1]}))")
+    ends, _, said = inside(*command, n=n)
+    assert any(ends) and "Traceback" not in said, said
+    assert ("could not be written (" if kind != "memory" else "No space left") in said, said
+    left = inside(code=f"print(*t.Path('{disk}').rglob('*')); os.remove('{disk}/filler')")[1]
+    assert ".tmp" not in said.rpartition("error")[2] + left, said + left
+    ends, _, said = inside(*command, n=n)
+    assert not any(ends), said
+    inside(code=f"import shutil; shutil.{'copy' if kind == 'memory' else 'copytree'}('{target}', '{whole}')")
+    assert whole.exists()
     if kind == "train":
         train_here(tmp_path / "calm")
         assert weights(whole) == weights(tmp_path / "calm")
 
 
 @boxed
-def test_a_read_only_folder_is_named(tmp_path):
-    for command in (f"train.py {' '.join(QUICKSTART)} --out_dir {tmp_path}/run",
-                    f"extract.py {' '.join(EXTRACT)} --out {tmp_path}/run"):
-        said = boxed_in(tmp_path, f"{sys.executable} {command}", "--ro-bind", tmp_path, tmp_path)
-        assert f"{tmp_path}/run cannot be written to (Read-only file system)" in said and "Traceback" not in said
-    assert not list(tmp_path.iterdir())
+def test_a_read_only_folder_is_named(box):
+    folder = box[0] / "read_only"
+    for command in (["train.py", *QUICKSTART, "--out_dir"], ["extract.py", *EXTRACT, "--out"]):
+        _, _, said = fork(*command, folder / "run", box=box[1])
+        assert f"{folder}/run cannot be written to (Read-only file system)" in said and "Traceback" not in said
+    assert not list(folder.iterdir())
 
 
 def test_the_clock_may_be_set_back(tmp_path, alone, monkeypatch):
@@ -246,6 +256,7 @@ def test_the_clock_may_be_set_back(tmp_path, alone, monkeypatch):
 
 LIVES = """
 import random
+t.runs.save_plots = t.save_plots  # a kill may come while they are drawn
 def main():
     try: MAIN()
     except SystemExit as end:
