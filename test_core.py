@@ -3266,6 +3266,8 @@ def test_bench_reports_ours_plain_and_ratio(monkeypatch, tmp_path):
     llm.model.config.max_position_embeddings = 2048
     llm.model.save_pretrained(tmp_path / "llm"), llm.tokenizer.save_pretrained(tmp_path / "llm")
     monkeypatch.setattr(bench, "load_llm", lambda name, *args: llms.load_llm(str(tmp_path / "llm"), *args))
+    problems = data.synthetic_problems(500, "train", 1)  # not 8,000, as often as there are comparisons
+    monkeypatch.setattr(data, "load_problems", lambda *_: problems)
     for name in ("rjepa_step", "nanojepa_gpt", "attention", "extract", "shared_prefill"):
         result = measure(name)["bench"][name]
         assert {"ours", "plain", "ratio", "unit", "aim"} <= set(result)
