@@ -401,12 +401,12 @@ def test_html_is_shown_as_text(url):
         assert page.locator("img[src=x], svg[onload], a[href^=javascript]").count() == 0 and not wrong
 
 
-def test_a_full_queue_says_so(models, tmp_path):
-    with serving(tmp_path / "memory.duckdb") as url:
-        values = [WORLD, "Mia has 3 red apples. Tom has twice as many. How many?", 8, 1, 1, 1, 256, 0, 0]
-        replies = [httpx.post(f"{url}/gradio_api/call/rerank", json={"data": values}) for _ in range(48)]
-        assert {r.status_code for r in replies} == {200, 503} and all(r.status_code == 200 for r in replies[:16])
-        assert "Queue is full" in next(r.text for r in replies if r.status_code == 503)
+def test_a_full_queue_says_so(url):
+    """The last test: the server is ended with what waits."""
+    values = [WORLD, "Mia has 3 red apples. Tom has twice as many. How many?", 8, 1, 1, 1, 256, 0, 0]
+    replies = [httpx.post(f"{url}/gradio_api/call/rerank", json={"data": values}) for _ in range(48)]
+    assert {r.status_code for r in replies} == {200, 503} and all(r.status_code == 200 for r in replies[:16])
+    assert "Queue is full" in next(r.text for r in replies if r.status_code == 503)
 
 
 # ----------------------------------------------------------------------------- pictures for README
