@@ -23,7 +23,7 @@ import torch
 import latents
 import memory as mem
 import verify
-from test_core import ROOT, refused, result_of, shared_data, write_jsonl, write_latents
+from test_core import fork, refused, result_of, shared_data, write_jsonl, write_latents
 
 ORIGIN = {"llm": "toy", "layer": 2, "pooling": "last", "prompt": "", "dim": 8}
 
@@ -198,9 +198,9 @@ def test_adversarial_texts_come_back_unchanged_or_are_refused(tmp_path):
     assert memory.forget(domain="' OR 1=1") == 0 and memory.stats()["chains"] == len(kept)
 
 
-# what one process of the test below does, n times
+# what one process of the tests below does, n times
 READER = """
-import sys, memory as mem, torch
+import memory as mem, torch
 memory = mem.Memory(sys.argv[1], wait_s=60)
 for i in range(int(sys.argv[2])):
     found = memory.recall(torch.ones(8), 3)
@@ -208,35 +208,33 @@ for i in range(int(sys.argv[2])):
 print(memory.stats()["chains"])
 """
 WRITER = """
-import sys, itertools, test_memory as t, memory as mem
-memory = mem.Memory(sys.argv[1], t.ORIGIN, wait_s=60)
-for i in itertools.count(1000) if sys.argv[2] == "ever" else range(1000, 1000 + int(sys.argv[2])):
+import threading, memory as mem, test_memory as t
+memory, (n, first, kill_after) = mem.Memory(sys.argv[1], t.ORIGIN, wait_s=60), map(float, sys.argv[2:])
+for i in range(int(first), int(first + n)):
     problem, chain, h = t.a_chain(i)
     assert memory.remember(problem, chain, h).is_valid
     if i % 5 == 0:
         assert memory.forget(problem_id=problem["id"]) == 1
     print(i, flush=True)
+    if kill_after and i == first + 1:
+        threading.Timer(kill_after, os.kill, (os.getpid(), signal.SIGKILL)).start()
 """
-
-
-def start(program, *argv):
-    return subprocess.Popen([sys.executable, "-c", program, *map(str, argv)], stdout=subprocess.PIPE, text=True,
-                            stderr=subprocess.PIPE, stdin=subprocess.PIPE, cwd=ROOT)
 
 
 def test_readers_and_a_writer_at_once(tmp_path):
     memory = a_memory(tmp_path, n=3, wait_s=0.2)
-    processes = [start(READER, memory.path, 20) for _ in range(2)] + [start(WRITER, memory.path, 15)]
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert all(process.returncode == 0 for process in processes), [error for _, error in outputs]
-    assert memory.stats()["chains"] == 3 + 12
+    code = f"exec({WRITER!r} if os.environ['RANK'] == '0' else {READER!r})"
+    ends, _, error = fork("-c", memory.path, 20, 1000, 0, n=3, code=code)
+    assert not any(ends), error
+    assert memory.stats()["chains"] == 3 + 16
 
 
 def test_a_file_in_use_is_named_with_the_process(tmp_path):
     memory = a_memory(tmp_path, n=1, wait_s=0.1)
     holder = "import duckdb, sys; c = duckdb.connect(sys.argv[1], read_only=sys.argv[2] == 'r'); print(1, flush=True);"
     for how in "rw":
-        process = start(holder + "sys.stdin.read()", memory.path, how)
+        process = subprocess.Popen([sys.executable, "-c", holder + "sys.stdin.read()", memory.path, how],
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         process.stdout.readline()
         if how == "r":
             assert memory.stats()["chains"] == 1
@@ -250,12 +248,10 @@ def test_a_file_in_use_is_named_with_the_process(tmp_path):
 def test_a_kill_in_mid_write_leaves_whole_chains(tmp_path):
     rng = random.Random(time.time())
     memory, done = a_memory(tmp_path), []
-    for _ in range(2):
-        process = start(WRITER.replace("1000)", f"{1000 * (1 + len(done))})"), memory.path, "ever")
-        done += [process.stdout.readline() for _ in range(2)]
-        time.sleep(rng.uniform(0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        done += process.communicate()[0].splitlines()
+    for first in (1000, 2000):
+        [end], said, _ = fork("-c", memory.path, 999, first, rng.uniform(1e-3, 0.3), code=WRITER)
+        assert end == -signal.SIGKILL
+        done += said.splitlines()
     stored = {row["text"] for row in memory.vectors(positions="questions")[1]}
     assert len(done) > 3
     for i in map(int, done):
