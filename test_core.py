@@ -3268,7 +3268,9 @@ def test_bench_reports_ours_plain_and_ratio(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "load_llm", lambda name, *args: llms.load_llm(str(tmp_path / "llm"), *args))
     problems = data.synthetic_problems(500, "train", 1)  # not 8,000, as often as there are comparisons
     monkeypatch.setattr(data, "load_problems", lambda *_: problems)
-    for name in ("rjepa_step", "nanojepa_gpt", "attention", "extract", "shared_prefill"):
+    for name in ("nanojepa-small", "rjepa-small"):
+        monkeypatch.setitem(cfg.PRESETS, name, dataclasses.replace(cfg.PRESETS[name], n_layer=1, n_embd=64))
+    for name in ("rjepa_step", "nanojepa_step", "nanojepa_gpt", "attention", "extract", "shared_prefill"):
         result = measure(name)["bench"][name]
         assert {"ours", "plain", "ratio", "unit", "aim"} <= set(result)
         assert result["ratio"] == pytest.approx(result["ours"] / result["plain"], rel=0.05)
