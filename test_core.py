@@ -60,7 +60,7 @@ import verify
 
 ROOT = Path(__file__).resolve().parent
 MODULES = sorted(path.stem for path in ROOT.glob("*.py") if not path.stem.startswith("test_"))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # the latter for the processes that are started
 # Two thirds of a training of a few steps went into the search for garbage in all that the tests have loaded, and plots.
 train.gc, save_plots, runs.save_plots = Mock(), runs.save_plots, Mock()
 
@@ -163,7 +163,7 @@ for line in sys.stdin:
 def warm(*box):
     """A process that has imported everything and forks others, which then start at once; box: what it is started by."""
     return subprocess.Popen([*box, sys.executable, "-c", WARM], cwd=ROOT, stdin=subprocess.PIPE, text=True,
-                            stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                            stdout=subprocess.PIPE)
 
 
 def fork(*argv, n=1, code="", box=(), timeout=240):
@@ -183,9 +183,9 @@ def fork(*argv, n=1, code="", box=(), timeout=240):
         return json.loads(process.stdout.readline()), out.read(), err.read()
 
 
-def forked(code, *argv, timeout=240):
+def forked(code, timeout=240):
     """What code prints last; see `fork`."""
-    [end], out, err = fork("-c", *argv, code=code, timeout=timeout)
+    [end], out, err = fork(code=code, timeout=timeout)
     assert end == 0, err[-2000:]
     return json.loads(out.splitlines()[-1])
 
@@ -893,14 +893,10 @@ def test_a_stopped_run_resumes_to_the_same_weights(tmp_path, fields, monkeypatch
 
 
 def test_sigkill_at_any_write_loses_nothing(tmp_path, finished):
-    fields = {f.name: getattr(tiny(), f.name) for f in dataclasses.fields(cfg.NanoJEPAConfig)}
-    base = dataclasses.asdict(cfg.pick_preset("quickstart"))
-    argv = ["quickstart", "--out_dir", str(tmp_path / "run")]
-    argv += [str(x) for k, v in fields.items() if v != base[k] and k != "overwrite" for x in (f"--{k}", v)]
     # a start replaces tokenizer, config, then a state every 2 steps, the weights before the last one
     kills = [(1, "before"), (1, "after"), (2, "before"), (3, "before"), (3, "after"), (5, "before"), (5, "after"),
              (6, "after")]
-    ends = forked(f"print([life(kill, train.main) for kill in {[*kills, None]}])", *argv)
+    ends = forked(f"print([life(kill, t.run, {str(tmp_path / 'run')!r}) for kill in {[*kills, None]}])")
     assert ends == [signal.SIGKILL] * len(kills) + [0]
     assert weights(tmp_path / "run") == weights(finished[0])
 

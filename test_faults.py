@@ -27,7 +27,6 @@ from test_core import ROOT, driver, fork, forked, refused, result_of, weights, w
 from test_gate import boxed
 
 SOAK = int(os.environ.get("SOAK", 3))
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 QUICKSTART = """quickstart --n_synthetic 120 --max_problem_steps 2 --n_layer 2 --n_head 2 --n_embd 32 --batch_size 8
     --val_problems 8 --vocab_size 300 --dropout 0.1 --target_encoder ema --answer_context latent --max_steps 12
     --log_every 1 --eval_every 6 --save_every 2 --dtype fp32 --device cpu --threads 1""".split()
@@ -44,7 +43,7 @@ def script(*argv, n=1, code=0):
 
 def torchrun(*argv):
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*start, *map(str, argv)], cwd=ROOT, check=True, timeout=300, env=ENV)
+    subprocess.run([*start, *map(str, argv)], cwd=ROOT, check=True, timeout=300)
 
 
 def train_here(folder, *more):
@@ -273,7 +272,7 @@ def test_whoever_reads_no_further_ends_a_script_quietly():
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run([sys.executable, "verify.py", "--expression", "1 = 1"], cwd=ROOT, stdout=writing,
-                          stderr=subprocess.PIPE, env=ENV)
+                          stderr=subprocess.PIPE)
     os.close(writing)
     assert done.returncode == 1 and done.stderr == b""
 
