@@ -11,6 +11,7 @@ import functools
 import math
 import os
 import platform
+import selectors
 import shutil
 import signal
 import struct
@@ -95,10 +96,37 @@ def _bwrap(program_fd, filter_fd):
     return nobody + box if os.geteuid() == 0 else box
 
 
+def _collect(process, deadline):
+    """(stdout, stderr, None | "timeout" | "output_limit"). Ends with the process, whoever still holds its pipes."""
+    output = {process.stdout: b"", process.stderr: b""}
+    with selectors.DefaultSelector() as selector:
+        for pipe in output:
+            selector.register(pipe, selectors.EVENT_READ)
+        while selector.get_map():
+            has_ended = process.poll() is not None  # asked before the pipes: what it wrote is in them
+            ready = selector.select(0 if has_ended else min(0.05, max(0, deadline - time.monotonic())))
+            for key, _ in ready:
+                data = os.read(key.fd, 1 << 16)
+                output[key.fileobj] += data
+                if not data:
+                    selector.unregister(key.fileobj)
+            if sum(map(len, output.values())) > MAX_OUTPUT:
+                return *output.values(), "output_limit"
+            if time.monotonic() > deadline:
+                return *output.values(), "timeout"
+            if has_ended and not ready:
+                break
+    try:
+        process.wait(max(0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return *output.values(), "timeout"
+    return *output.values(), None
+
+
 def _run(source, timeout_s, memory_mb, is_boxed):
     limits = {"as": memory_mb << 20, "cpu": math.ceil(timeout_s) + 1, "fsize": DISK_MB << 20, "core": 0, "nofile": 64}
     with (tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as program,
-          tempfile.TemporaryFile() as seccomp, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err):
+          tempfile.TemporaryFile() as seccomp):
         for file, content in ((program, source.encode("utf-8", "backslashreplace")), (seccomp, _seccomp())):
             file.write(content)
             file.seek(0)
@@ -111,21 +139,15 @@ def _run(source, timeout_s, memory_mb, is_boxed):
             command += [f"--{name}={value}" for name, value in limits.items()]
         process = subprocess.Popen(
             [*command, sys.executable, "-I", main], cwd=folder, env={"PATH": os.environ.get("PATH", os.defpath)},
-            stdin=subprocess.DEVNULL, stdout=out, stderr=err, pass_fds=fds, start_new_session=True)
-        deadline = time.monotonic() + timeout_s
-
-        def is_too_much():  # files, not pipes: whoever outlives the process may hold them
-            return os.fstat(out.fileno()).st_size + os.fstat(err.fileno()).st_size > MAX_OUTPUT
-
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=fds,
+            start_new_session=True)
         with process:
             try:
-                while process.poll() is None and time.monotonic() < deadline and not is_too_much():
-                    time.sleep(0.01)
-                reason = "output_limit" if is_too_much() else "timeout" if process.returncode is None else None
+                stdout, stderr, reason = _collect(process, time.monotonic() + timeout_s)
             finally:
                 with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended
                     os.killpg(process.pid, signal.SIGKILL)
-        stdout, stderr = (os.pread(file.fileno(), MAX_OUTPUT, 0).decode("utf-8", "replace") for file in (out, err))
+    stdout, stderr = (text.decode("utf-8", "replace") for text in (stdout, stderr))
     detail = stderr.strip()[-500:] or f"exit code {process.returncode}"
     if reason:
         detail = {"timeout": f"after {timeout_s} s", "output_limit": f"more than {MAX_OUTPUT} bytes"}[reason]
