@@ -301,7 +301,6 @@ class DistillConfig(DocumentConfig):
     def __post_init__(self):
         super().__post_init__()
         check(self, "teacher", bool(self.teacher), "give the teacher's run folder")
-        check(self, "init_from", self.init_from in ("", "random"), "a student starts from fresh weights: leave it out")
 
 
 @dataclass

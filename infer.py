@@ -106,7 +106,7 @@ def score(model, llm: LLM, question: str, steps: list[str]) -> dict:
 # ----------------------------------------------------------------------------- RERANK
 
 
-def by_question(rows: list[dict], seed: int) -> tuple[list[dict], np.ndarray, list[np.ndarray]]:
+def by_question(rows: list[dict], seed) -> tuple[list[dict], np.ndarray, list[np.ndarray]]:
     """Labelled candidates -> (the same in random order, the number of each one's question [n], each question's rows).
 
     A tie goes to the first of a question's candidates: their order in the file must not decide.
@@ -134,13 +134,13 @@ def regression(x: np.ndarray, right: np.ndarray, C: float, least: float) -> tupl
     return (fitted.coef_[0] / scale).clip(least), fitted.intercept_[0]
 
 
-def cross_validated(x: np.ndarray, right: np.ndarray, question: np.ndarray, folds: int, seed: int, C: float,
+def cross_validated(x: np.ndarray, right: np.ndarray, question: np.ndarray, folds: int, seed, C: float,
                     least: float = -np.inf):
     """Scores [n] of a `regression` on x [n, F], centred within questions [n], always fitted on other questions."""
     names, question = np.unique(question, return_inverse=True)
     x, scores, folds = centred(x, question), np.zeros(len(x)), min(folds, len(names))
     if folds < 2:
-        raise ValueError("candidates of at least two questions are needed: raise --limit")
+        raise ValueError("candidates of at least two questions are needed")
     fold_of = np.random.default_rng(seed).permutation(len(names)) % folds
     for fold in range(folds):
         held_out = fold_of[question] == fold
@@ -172,7 +172,8 @@ def fit_weights(model, rows: list[dict], seed: int = 1) -> dict:
     "beta", "n" (questions), "accuracy", "random", "logprob", "energy"}: accuracies of picking, for such weights by
     cross-validation, and by one of the two alone.
     """
-    rows, question, members = by_question([r for r in rows if r["steps"]], seed)
+    rng = np.random.default_rng(seed)
+    rows, question, members = by_question([r for r in rows if r["steps"]], rng)
     right, logprob = np.array([r["is_valid"] for r in rows]), np.array([mean_logprob(r) for r in rows])
     if right.all() or not right.any():
         raise ValueError("right and wrong candidates are needed, these are all of one kind")
@@ -181,7 +182,7 @@ def fit_weights(model, rows: list[dict], seed: int = 1) -> dict:
     def accuracy(score):
         return float(np.mean([right[m[score[m].argmax()]] for m in members]))
 
-    accuracies = {"accuracy": accuracy(cross_validated(x, right, question, 5, seed, C=1.0, least=0.0)),
+    accuracies = {"accuracy": accuracy(cross_validated(x, right, question, 5, rng, C=1.0, least=0.0)),
                   "random": float(np.mean([right[m].mean() for m in members])), "logprob": accuracy(logprob),
                   "energy": accuracy(x[:, 1])}
     (alpha, beta), _ = regression(centred(x, question), right, C=1.0, least=0.0)
@@ -417,7 +418,7 @@ def plan(model, llm: LLM, question: str, steps: list[str], decode: str = "speake
         h = llm.step_latents(question, steps)
         e = energies(model, [h])[0]
         found, threshold = find_gap(model, e["next_step"], quantile)
-        if before is None:
+        if not filled:
             before, gap, first = chain_energy(e), found, e["next_step"].tolist()
         position = at + len(filled) if at else found
         if position is None:

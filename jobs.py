@@ -16,6 +16,7 @@ from typing import get_args
 import numpy as np
 import torch
 
+import benchmarks
 import config as cfg
 import data
 import latents
@@ -154,10 +155,10 @@ class LatentJob(Job):
         for name in latents.SAME_LLM:
             setattr(config, name, manifest[name])
         config.llm_weights = manifest.get("weights", "")
-        known = get_args(cfg.RunConfig.__annotations__["dataset"])  # what a config can name
-        if manifest["dataset"] in known and manifest["dataset"] != config.dataset:
-            runs.say(f"{folder} is of --dataset {manifest['dataset']}")
-            config.dataset = manifest["dataset"]
+        if (dataset := manifest["dataset"]) in {*benchmarks.WITH_NUMBERS, "synthetic"} - {config.dataset}:
+            known = dataset in get_args(cfg.RunConfig.__annotations__["dataset"])
+            config.dataset = dataset if known else config.dataset
+            runs.say(f"{folder} is of --dataset {dataset}" + ("" if known else ": say so when the run is evaluated"))
         self.train, self.val = chains_to_train_on(config, rows, manifest, folder, config)
         latents.join(self.val)  # as copies: whole shards can go once the training chains are in a table, too
         self.batches = latents.Batches(self.train, config)
@@ -432,6 +433,8 @@ class DistillJob(DocumentJob):
         if config.block_size > runs.encoder_block_size(theirs):
             raise ValueError(f"--block_size {config.block_size}: the teacher has seen rows of "
                              f"{runs.encoder_block_size(theirs)}")
+        if config.init_from not in ("", "random"):
+            raise ValueError(f"--init_from {config.init_from}: a student starts from fresh weights, leave it out")
         self.identity["teacher"] = config.world
 
     def batch(self, index: int, device) -> dict:

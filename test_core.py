@@ -869,6 +869,7 @@ def test_a_run_folder_and_its_figures(finished, small_rjepa, thinkers, world):
     folder, result = finished
     for run, names in ((folder, "jepa_loss_curve rank_curve token_loss_curve"), (small_rjepa[0], "l1_curve rank_curve"),
                        (thinkers / "tjepa", "mse_curve rank_curve"), (world.rjepa + "-guide", "ce_curve")):
+        runs.save_plots.assert_any_call(Path(run))  # by train.py
         save_plots(Path(run))
         assert " ".join(sorted(p.stem for p in Path(run).glob("*_curve.png"))) == names
     assert {p.name for p in folder.iterdir()} == {".lock", *runs.RUN_FILES} - {
@@ -2543,6 +2544,8 @@ def test_plan_and_rerank_commands(world, tmp_path):
     said = infer.plan(world.model, world.llm, QUESTION, steps, "speaker", says, tokenizer, at=2, slots=2)
     assert said["steps"] == [steps[0], "Mia has 2 + 2 = 5.", "Mia has 2 + 2 = 5.", steps[1]]
     assert [(f["step"], f["valid"]) for f in said["filled"]] == [(2, False), (3, False)]
+    said = infer.plan(world.model, world.llm, QUESTION, [], "speaker", says, tokenizer, at=1, slots=2)
+    assert said["energy_before"] is None and said["next_step_energies"] == [] and len(said["filled"]) == 2
     for wrong in (dict(at=4), dict(slots=0), dict(quantile=2.0), dict(decode="x")):
         refused(ValueError, "one of them cannot be", infer.plan, world.model, world.llm, QUESTION, steps,
                 **dict(decode="llm") | wrong)

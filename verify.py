@@ -477,11 +477,12 @@ def _validate_number(problem, steps, stated):
     last = steps[-1]
     declared = extract_answer(last) if STRICT.search(last) or DECLARED.search(last) else None
     otherwise = last.rpartition("=")[2]  # of its last equation
+    right = truth if parse_number(truth) is not None else extract_answer(truth)
     for answer in [text for text in (stated, declared) if text is not None] or [otherwise]:
         if answer_value(answer) is None:
             return Verdict(False, "no_answer", f"no number in {answer!r:.60}")
         if not check_answer(answer, truth):
-            return Verdict(False, "wrong_answer", f"{answer.strip():.60} instead of {extract_answer(truth) or truth}")
+            return Verdict(False, "wrong_answer", f"{answer.strip():.60} instead of {right}")
     return check_steps(steps)
 
 
