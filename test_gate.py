@@ -88,6 +88,13 @@ for folder in ("/box", "/dev/shm"):
         for n in range(50): open(f"{folder}/{n}", "wb").write(bytes(8 << 20))
     except OSError: pass
     if n > 8: print("LEAK", folder, n)
+### disk_through_its_output: ok:
+import ctypes
+if libc.fallocate(1, 1, ctypes.c_long(0), ctypes.c_long(1 << 30)) == 0: print("LEAK")
+### odd_flags_on_its_output: ok:
+import fcntl
+print("x", flush=True)
+fcntl.fcntl(1, fcntl.F_SETFL, os.O_DIRECT)
 ### endless_loop: timeout: while True: pass
 ### deaf_sleep: timeout:
 import signal
