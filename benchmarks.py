@@ -185,6 +185,8 @@ def as_problem(bench: Benchmark, row: dict, where: str) -> dict:
 
 def read_local(name: str, config: str | None, official: str, split: str, data_dir: str) -> tuple[list[dict], str]:
     folder, stems = Path(data_dir), list(dict.fromkeys((split, official)))
+    if folder.is_file():
+        raise ValueError(f"--data_dir {data_dir} is a file: name the folder in which it lies")
     several = len(BENCHMARKS[name].configs) > 1
     bases = [folder / config, folder / name / config] if several else [folder, folder / name]
     tried = [base / f"{stem}{ext}" for base in bases for stem in stems for ext in (".jsonl", ".jsonl.gz", ".parquet")]

@@ -373,7 +373,7 @@ PRESETS = {
     "quickstart": NanoJEPAConfig(
         dataset="synthetic", n_synthetic=6000, max_problem_steps=4, tokenizer="bpe", vocab_size=768,
         n_layer=3, n_head=4, n_embd=128, dropout=0.0, answer_context="question", epochs=2.5, lr=2e-3,
-        eval_every=100, save_every=200,
+        eval_every=100, save_every=50,
     ),
     # the published shape on GSM8K: about 45 M parameters, for a GPU
     "nanojepa": NanoJEPAConfig(lr=6e-4),

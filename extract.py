@@ -368,6 +368,7 @@ def latents_of_file(config, kind: str, path: str, device: str = "auto", limit: i
 
     Extracted where it is not there yet, into out/latents.
     """
+    verify.check_file(path)
     data_hash = runs.digest_file(path)[:8]
     name = f"{kind}-{data_hash}-{limit}-{runs.llm_label(config, llm)}-layer{config.layer}-{config.pooling}"
     folder = Path("out/latents") / name

@@ -925,6 +925,8 @@ def test_bad_input_changes_nothing(finished, tmp_path):
     assert not (tmp_path / "new").exists()
     (tmp_path / "file").write_text("")
     refused(SystemExit, "is a file", run, tmp_path / "file")
+    refused(ValueError, "is a file: name the folder", data.load_problems, "gsm8k", "train", str(tmp_path / "file"))
+    refused(FileNotFoundError, "is a folder: name a file", verify.read_jsonl, tmp_path)
 
 
 @pytest.mark.parametrize("main, argv, message", [

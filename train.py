@@ -260,4 +260,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on from the last checkpoint")
+        sys.exit("interrupted: the same command goes on from the last checkpoint, before the first (--save_every) anew")

@@ -537,13 +537,18 @@ def _validate_choice(problem, steps, stated):
     return Verdict(True, "ok")
 
 
+def check_file(path):
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is a folder: name a file in it" if Path(path).is_dir() else
+                                f"{path}: no such file")
+
+
 def read_jsonl(path, fields=(), limit=0):
     """The objects of a .jsonl or .jsonl.gz file as dicts, each with all `fields`; blank lines are passed over.
 
     Raises FileNotFoundError, or ValueError naming file, line and field.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    check_file(path)
     rows = []
     with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
         try:
