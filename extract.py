@@ -300,7 +300,7 @@ def inspect_folder(folder: Path, header: dict, rank: int = 0, world: int = 1) ->
     if is_finished and header != {k: v for k, v in latents.read_manifest(folder).items() if k in header}:
         raise SystemExit(f"{folder} is finished, by another command. Choose another --out, or --overwrite")
     shards = sorted(folder.glob("shard-*.safetensors"))
-    if not shards and any(p.suffix != ".tmp" and p.name != ".lock" and not p.is_dir() for p in folder.iterdir()):
+    if not shards and any(runs.is_foreign(p.name) and not p.is_dir() for p in folder.iterdir()):
         raise SystemExit(f"{folder} holds other files: choose another --out, or --overwrite (which leaves them there)")
     for path in shards if is_finished else shards[rank::world]:
         _, there = latents.read_shard(path)

@@ -387,12 +387,18 @@ FREE_ON_RESUME = set("""out_dir overwrite device threads log_every save_every da
                         z_dim h_dim context_dim teacher_dim world""".split())
 
 
+def is_foreign(name: str) -> bool:
+    """Whether a file is none of those that every kind of folder may hold: its lock, and what a kill left half-written
+    (by us NAME.tmp, by safetensors .tmpNAME)."""
+    return name != ".lock" and not name.endswith(".tmp") and not name.startswith(".tmp")
+
+
 def refuse_foreign(folder: Path, overwrite: bool):
     """SystemExit for a folder that holds other files than a run's, or is none."""
     if folder.exists() and not folder.is_dir():
         raise SystemExit(f"--out_dir {folder} is a file: choose a folder")
     here = {p.name.removesuffix(".tmp") for p in folder.iterdir()} if folder.is_dir() else set()
-    if not overwrite and "config.json" not in here and here - {*RUN_FILES, ".lock"}:
+    if not overwrite and "config.json" not in here and any(map(is_foreign, here - {*RUN_FILES})):
         raise SystemExit(f"{folder} holds files but no config.json: not a run of train.py. "
                          f"Choose another --out_dir, or --overwrite to write into it")
 

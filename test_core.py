@@ -912,6 +912,8 @@ def test_finished_foreign_and_changed_runs_are_refused(finished, tmp_path):
     refused(SystemExit, "not a run of train.py", run, tmp_path)
     run(tmp_path, overwrite=True, max_steps=1)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+    (tmp_path / "killed").mkdir(), (tmp_path / "killed" / ".tmpA1").touch()  # while safetensors wrote
+    run(tmp_path / "killed", max_steps=1)
 
 
 def test_bad_input_changes_nothing(finished, tmp_path):
@@ -2143,6 +2145,7 @@ def contents(folder):
 
 
 def test_extraction_round_trip(tmp_path):
+    (tmp_path / "a").mkdir(), (tmp_path / "a" / ".tmpA1").touch()  # killed while safetensors wrote
     llm, chains = tiny_llm(), extract_to(tmp_path / "a")
     rows, manifest = latents.load_latents(tmp_path / "a")
     assert manifest["chains"] == len(rows) == len(chains) and manifest["layer"] == 2
