@@ -109,7 +109,7 @@ def score(model, llm: LLM, question: str, steps: list[str]) -> dict:
 def by_question(rows: list[dict], seed) -> tuple[list[dict], np.ndarray, list[np.ndarray]]:
     """Labelled candidates -> (the same in random order, the number of each one's question [n], each question's rows).
 
-    A tie goes to the first of a question's candidates: their order in the file must not decide.
+    A tie goes to the first of a question's candidates: their order in the file must not decide. seed: or a generator.
     """
     rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
     ids = {name: i for i, name in enumerate(dict.fromkeys(r["problem_id"] for r in rows))}

@@ -933,7 +933,7 @@ class RJEPA(Model):
         bool [B, S]: of counterfactuals, whose masks are h's, the steps from the wrong one on (of 2 to 6 % of them the
         text is h's, the state is not); right_counts, wrong_counts bool [B, S]: the targets that the margin compares.
         """
-        cfg, is_real, is_target, h = (self.config, *(batch[k] for k in ("is_real", "is_target", "h")))
+        cfg, h, is_real, is_target = self.config, batch["h"], batch["is_real"], batch["is_target"]
         online = cfg.target_encoder == "online" and torch.is_grad_enabled()  # ablation: no stop-gradient
         hard, margin = ("wrong_h" in batch and wanted for wanted in (cfg.hard_negatives, cfg.lambda_margin > 0))
         B, device, is_step = len(h), h.device, is_real.clone()

@@ -171,12 +171,14 @@ def test_a_worker_that_dies_is_started_again(tmp_path, pair):
 
 
 def test_a_second_process_in_a_folder_is_refused(tmp_path):
-    """What a killed one held is free: see the soak."""
+    """Until the first one is done, or killed."""
     for command in (["train.py", *QUICKSTART, "--out_dir"], ["extract.py", *EXTRACT, "--out"]):
         with runs.lock(tmp_path, "--out"):
             [end], _, said = fork(*command, tmp_path)
             assert end == 1 and "another process is writing" in said
             assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+    holding = "with t.runs.lock(t.Path(sys.argv[1]), '--out'): os.kill(os.getpid(), signal.SIGKILL)"
+    assert fork("-c", tmp_path, code=holding)[0] == [-signal.SIGKILL]
     train_here(tmp_path, "--max_steps", "1")
 
 
