@@ -390,8 +390,7 @@ def collate(chains: list[dict], config, rng, device=None, with_wrong: bool | Non
     both = {"is_real": is_real, "is_visible": is_real & ~is_hidden, "is_target": is_target}
     both = {k: torch.from_numpy(v) for k, v in both.items()}
     rows = torch.from_numpy(starts.T.reshape(-1)[: len(lengths), None] + order)
-    h = to_device(table[to_device(rows, table.device)], device)
-    both["h"] = h.masked_fill_(~to_device(both["is_real"], h.device)[..., None], 0.0)
+    both["h"] = to_device(table[to_device(rows, table.device)], device)
     batch = {k: v[:B] for k, v in both.items()}
     if pairs:
         batch |= {f"wrong_{k}": v[B:] for k, v in both.items()}

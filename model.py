@@ -911,14 +911,16 @@ class RJEPA(Model):
         parts = {"l1": (z_pred - z_target).abs().mean()}
         parts["variance"] = F.relu(1 - z_pred.var(0, correction=0).add(1e-4).sqrt()).mean()
         p, t = F.normalize(z_pred, dim=-1), F.normalize(z_target, dim=-1)
+        column = torch.arange(-(-(len(p) + 1) // 8) * 8, device=p.device)  # odd sizes are slow, most of all in TF32
         with torch.autocast(p.device.type, enabled=False):  # over tau a rounding to bf16 would be up to 0.08
-            logits = p @ t.T / tau  # (N, N)
+            logits = p @ F.pad(t, (0, 0, 0, len(column) - len(t))).T / tau  # (N, N and more)
             own = (F.normalize(z_all, dim=-1)[chain] @ p[:, :, None])[..., 0] / tau  # (N, S)
-        if wrong is not None:
+        logits = logits.masked_fill(column >= len(p), float("-inf"))
+        if wrong is not None:  # of the counterfactuals, in the first free column
             z_wrong, has_wrong = wrong
             own_wrong = (p * F.normalize(pick(z_wrong, at), dim=-1)).sum(-1, keepdim=True) / tau
-            own_wrong = own_wrong.masked_fill(~has_wrong.flatten()[at, None], float("-inf"))
-            logits = torch.cat((logits, own_wrong), dim=1)
+            has_wrong = has_wrong.flatten()[at, None] & (column == len(p))
+            logits = torch.where(has_wrong, own_wrong, logits)
         parts["infonce"] = F.cross_entropy(logits, torch.arange(len(p), device=p.device))
         parts["own"] = F.cross_entropy(own.masked_fill(~is_step[chain], float("-inf")), step)
         parts["reconstruction"] = (self.w_out(z_pred) - self.standardize(pick(h, at))).abs().mean()

@@ -1062,9 +1062,24 @@ def test_damaged_checkpoints_are_refused_by_name(tmp_path):
     refused(FileNotFoundError, "config.json does not exist", runs.load_run, tmp_path / "nothing")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(m.NanoJEPA, "token_loss", lambda self, h, at, targets: h.sum() * math.inf)
-    refused(SystemExit, "at step 0: stopped.*state.pt", run, tmp_path)
+@pytest.mark.parametrize("bad, kept", [(0, "none yet"), (5, "step 4")])
+def test_a_loss_that_is_not_finite_stops_the_run(bad, kept, tmp_path, monkeypatch):
+    """Nothing of the bad step or of later ones is logged, evaluated or saved; from the last good state it goes on."""
+    token_loss, steps = m.NanoJEPA.token_loss, []
+
+    def broken(self, h, at, targets):
+        steps.append(0) if self.training else None
+        return token_loss(self, h, at, targets) * (math.inf if self.training and len(steps) == bad + 1 else 1.0)
+
+    fields = dict(log_every=4, save_every=4, eval_every=20)
+    with monkeypatch.context() as patch:
+        patch.setattr(m.NanoJEPA, "token_loss", broken)
+        refused(SystemExit, f"at step {bad}: stopped.*state.pt .{kept}", run, tmp_path / "run", **fields)
+    logged = (tmp_path / "run/log.jsonl").read_text().splitlines() if bad else []
+    assert [json.loads(line)["step"] for line in logged] == [4][:bad]
+    run(tmp_path / "run", **fields)
+    run(tmp_path / "whole", **fields)
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 
 
 def test_evaluation_scripts_report_what_the_contract_names(finished):
@@ -1455,7 +1470,9 @@ def test_a_batch_holds_the_latents_of_its_chains_and_of_their_wrong_ones():
         batch, part = batches(index), [chains[i] for i in batches.indices(index)]
         for row, c in enumerate(part):
             for key, h in (("h", c["h"]), ("wrong_h", c.get("wrong_h", c["h"]))):
-                assert torch.equal(batch[key][row, : len(h)], h.float()) and not batch[key][row, len(h) :].any()
+                assert torch.equal(batch[key][row, : len(h)], h.float())
+                is_real = batch["is_real" if key == "h" else "wrong_is_real"][row]
+                assert is_real.tolist() == [i < len(h) for i in range(len(is_real))]
         alone = latents.collate(part, config, np.random.default_rng([config.seed, 1, index]), None, True)
         assert all(torch.equal(torch.as_tensor(alone[k]), torch.as_tensor(v)) for k, v in batch.items())
     assert len(batches.table) == 7 + sum(len(c["h"]) * (2 if "wrong_step" in c else 1) for c in chains)
@@ -1644,6 +1661,8 @@ def test_rjepa_losses_equal_hand_values():
     unread[0] = False
     assert unread.any()
     wrong_h[unread] = float("nan")  # wrong chains of which nothing is asked for are left out
+    h[~batch["is_real"]] = 9.0  # what stands at padding is of no consequence
+    wrong_h[~batch["wrong_is_real"]] = 9.0
     for k, v in model(batch).items():
         assert torch.isclose(v, losses[k]), k
 

@@ -151,7 +151,7 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
     model.train()
     figures, val = {}, {}
     started, busy, tokens, filled, slots = time.monotonic(), 0.0, 0, 0, 0
-    window, window_tokens, upcoming, saved = time.monotonic(), 0, None, first
+    window, window_tokens, upcoming, saved, health = time.monotonic(), 0, None, first, None
     for step in range(first, n_steps):
         t0 = time.monotonic()
         lr = learning_rate(step, n_steps, config)
@@ -174,17 +174,24 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
             if job.ahead and index + world < n_steps * micro_steps:  # made while a GPU is still busy
                 upcoming = job.batch(index + world, device)
         grad_norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
-        if not torch.isfinite(sums["loss"] + grad_norm):
-            raise SystemExit(f"loss {float(sums['loss'])}, gradient norm {float(grad_norm)} at step {step}: stopped. "
-                             f"Last good checkpoint: {out / 'state.pt'} ({f'step {saved}' if saved else 'none yet'}). "
-                             "It would come to the same: start again, with a lower --lr and --overwrite")
+        now = torch.stack((torch.full_like(grad_norm, step), sums["loss"], grad_norm))
+        health = now if health is None else torch.where(health.isfinite().all(), now, health)  # the first bad step's
+        done = step + 1
+        is_last = done == n_steps
+        is_due = [is_last or done % n == 0 for n in (config.log_every, config.eval_every, config.save_every)]
+        if any(is_due):  # not at every step: a GPU would stand still until it is told what comes next
+            bad, loss, norm = health.tolist()
+            if not math.isfinite(loss + norm):
+                raise SystemExit(
+                    f"loss {loss}, gradient norm {norm} at step {int(bad)}: stopped. Last good checkpoint: "
+                    f"{out / 'state.pt'} ({f'step {saved}' if saved else 'none yet'}). It would come to the same: "
+                    "start again, with a lower --lr and --overwrite")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         model.update_target(config.ema_start + (config.ema_end - config.ema_start) * step / max(1, n_steps - 1))
         busy += time.monotonic() - t0
 
-        done = step + 1
-        if done % config.log_every == 0 or done == n_steps:
+        if is_due[0]:
             values = torch.stack([v.float() for v in sums.values()])
             if world > 1:
                 dist.all_reduce(values)
@@ -198,13 +205,13 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
             progress.set_postfix({k: f"{v:.3f}" for k, v in figures.items() if k != "loss"})
             progress.update(done - progress.n)
             window, window_tokens = time.monotonic(), 0
-        if done % config.eval_every == 0 or done == n_steps:
+        if is_due[1]:
             if rank == 0 or config.shard:  # a sharded model is there where all are
                 with gathered(run_model):
                     val = job.evaluate(model, device, in_dtype)
                 log({"step": done, "split": "val", **val})
                 runs.say(f"step {done}/{n_steps}: train {short(figures)} | val {short(val)}")
-                if before is not None and done == n_steps:
+                if before is not None and is_last:
                     after = relative_l1(val)
                     is_accepted = after <= before
                     runs.say(f"error on {config.held_out}, in units of predict-the-mean's: {before:.4f} of "
@@ -214,7 +221,7 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
                         copy_tensors(model.state_dict(), kept)
                         val = old_val
             window, window_tokens = time.monotonic(), 0
-        if done % config.save_every == 0 or done == n_steps:
+        if is_due[2]:
             save(done)
             saved = done
     progress.close()
