@@ -66,8 +66,8 @@ def autocast(device: str, dtype: torch.dtype):
 def pick_compile(choice: str, device: str) -> bool:
     """Whether to torch.compile; says why."""
     use = choice == "on" or (choice == "auto" and device.startswith("cuda"))
-    why = "asked for" if choice != "auto" else "always pays on CUDA" if use else f"on {device} eager is as fast"
-    say(f"compile {'on' if use else 'off'}: {why}")
+    why = "asked for" if choice != "auto" else "pays on CUDA" if use else f"on {device} eager is as fast"
+    say(f"compile {'on, the first steps take a minute or more' if use else 'off'}: {why}")
     return use
 
 
