@@ -266,6 +266,19 @@ def tour(device):
 SMALL = dict(max_steps=3, log_every=1, eval_every=3, save_every=2, val_problems=8, threads=1, dtype="fp32")
 
 
+def test_training_waits_for_a_gpu_where_it_logs_evaluates_or_saves_alone(gpu, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(t.tiny(val_problems=8), device="meta", log_every=50, eval_every=50, save_every=50)
+    waits = {}
+    with gpu():
+        for steps, every in ((3, 50), (6, 50), (6, 3)):
+            Elsewhere.waits.clear()
+            train.train("quickstart", dataclasses.replace(config, max_steps=steps, log_every=every,
+                                                          out_dir=f"{steps}-{every}"))
+            waits[steps, every] = len(Elsewhere.waits)
+    assert 0 < waits[3, 50] == waits[6, 50] < waits[6, 3], waits
+
+
 def figures(found, path=""):
     """The numbers of a nested result, each with its path; not those of a time."""
     if isinstance(found, (dict, list)):
