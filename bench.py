@@ -226,6 +226,8 @@ class Bench:
         """
         for work in works.values():
             work()
+        if self.on_gpu:
+            torch.cuda.synchronize()
         if self.args.profile:
             return self.trace(works)
         rates = {name: [] for name in works}

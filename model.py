@@ -929,8 +929,8 @@ class RJEPA(Model):
     def forward(self, batch: dict) -> dict:
         """A batch of latents.collate -> {"loss" and its named parts}: means, scalars.
 
-        h [B, S, D] as extracted; is_real, is_visible, is_target bool [B, S] (neither visible nor target: hidden, not
-        asked for). Masks may lie on the CPU (see `to_device`).
+        h [B, S, D] as extracted, at padding any finite numbers; is_real, is_visible, is_target bool [B, S] (neither
+        visible nor target: hidden, not asked for). Masks may lie on the CPU (see `to_device`).
         With wrong chains for some of them: wrong_h and the same three masks with wrong_ before their names; is_wrong
         bool [B, S]: of counterfactuals, whose masks are h's, the steps from the wrong one on (of 2 to 6 % of them the
         text is h's, the state is not); right_counts, wrong_counts bool [B, S]: the targets that the margin compares.

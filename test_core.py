@@ -1062,23 +1062,31 @@ def test_damaged_checkpoints_are_refused_by_name(tmp_path):
     refused(FileNotFoundError, "config.json does not exist", runs.load_run, tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("bad, kept", [(0, "none yet"), (5, "step 4")])
-def test_a_loss_that_is_not_finite_stops_the_run(bad, kept, tmp_path, monkeypatch):
+@pytest.mark.parametrize("what, bad, due, kept, logged", [
+    ("both", 0, (4, 20, 4), "none yet", []), ("both", 5, (4, 20, 4), "step 4", [4]),
+    ("loss", 5, (50, 50, 4), "step 4", []), ("gradient", 5, (50, 4, 50), "none yet", [4])])
+def test_a_loss_that_is_not_finite_stops_the_run(what, bad, due, kept, logged, tmp_path, monkeypatch):
     """Nothing of the bad step or of later ones is logged, evaluated or saved; from the last good state it goes on."""
     token_loss, steps = m.NanoJEPA.token_loss, []
 
     def broken(self, h, at, targets):
+        loss = token_loss(self, h, at, targets)
+        if self.training and len(steps) == bad:
+            loss.register_hook(lambda grad: grad * (1.0 if what == "loss" else math.inf))
+            loss = loss + (0.0 if what == "gradient" else math.inf)
         steps.append(0) if self.training else None
-        return token_loss(self, h, at, targets) * (math.inf if self.training and len(steps) == bad + 1 else 1.0)
+        return loss
 
-    fields = dict(log_every=4, save_every=4, eval_every=20)
+    fields = dict(zip(("log_every", "eval_every", "save_every"), due, strict=True))
     with monkeypatch.context() as patch:
         patch.setattr(m.NanoJEPA, "token_loss", broken)
         refused(SystemExit, f"at step {bad}: stopped.*state.pt .{kept}", run, tmp_path / "run", **fields)
-    logged = (tmp_path / "run/log.jsonl").read_text().splitlines() if bad else []
-    assert [json.loads(line)["step"] for line in logged] == [4][:bad]
-    run(tmp_path / "run", **fields)
-    run(tmp_path / "whole", **fields)
+    log = tmp_path / "run/log.jsonl"
+    assert [json.loads(line)["step"] for line in (log.read_text() if log.is_file() else "").splitlines()] == logged
+    state = tmp_path / "run/state.pt"
+    assert (torch.load(state)["step"] == 4) if state.is_file() else kept == "none yet"
+    for name in ("run", "whole"):
+        run(tmp_path / name, **fields)
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 
 
@@ -1661,10 +1669,28 @@ def test_rjepa_losses_equal_hand_values():
     unread[0] = False
     assert unread.any()
     wrong_h[unread] = float("nan")  # wrong chains of which nothing is asked for are left out
-    h[~batch["is_real"]] = 9.0  # what stands at padding is of no consequence
-    wrong_h[~batch["wrong_is_real"]] = 9.0
     for k, v in model(batch).items():
         assert torch.isclose(v, losses[k]), k
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])  # packed or not
+@pytest.mark.parametrize("kind", ["ema", "online"])
+def test_what_stands_at_padding_is_of_no_consequence(mode, kind):
+    model, chains = rjepa_model(lambda_margin=0.5, target_encoder=kind), latent_chains(12)
+    batch = latents.collate(chains, model.config, np.random.default_rng(5))
+    model.train(mode == "train")
+    found = []
+    for value in (None, 0.0, 1e4):
+        given = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        for of in ("", "wrong_") if value is not None else ():
+            given[of + "h"][~given[of + "is_real"]] = value
+        model.zero_grad()
+        losses = model(given)
+        losses["loss"].backward()
+        found.append([*losses.values(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_the_margin_takes_wrong_chains_of_any_length():

@@ -7,6 +7,7 @@
 import functools
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -165,6 +166,16 @@ def test_a_worker_that_dies_is_started_again(tmp_path, pair):
     for name in ("again", "restarted"):
         assert weights(tmp_path / name) == weights(pair)
         same_curves(tmp_path / name, pair, tolerance=0)
+
+
+def test_a_bad_loss_of_one_process_stops_all_before_more_is_saved(tmp_path):
+    """Its gradient is finite: no other process would notice."""
+    bad = 'if os.environ["RANK"] == "1" and len(calls) == 11: result = result + float("inf")'  # two calls a step
+    broken = driver(tmp_path, "train", 'sys.modules["model"].NanoJEPA.token_loss', after=bad)
+    said = script(broken, *QUICKSTART, "--log_every", "12", "--eval_every", "12", "--save_every", "4", "--out_dir",
+                  tmp_path / "run", n=2, code=1)
+    assert re.search(r"loss (inf, .* at step 5|.* here, not finite in another process): stopped.*\(step 4\)", said)
+    assert torch.load(tmp_path / "run/state.pt")["step"] == 4
 
 
 # ----------------------------------------------------------------------------- two at once, no room, no rights

@@ -266,15 +266,22 @@ def tour(device):
 SMALL = dict(max_steps=3, log_every=1, eval_every=3, save_every=2, val_problems=8, threads=1, dtype="fp32")
 
 
-def test_training_waits_for_a_gpu_where_it_logs_evaluates_or_saves_alone(gpu, tmp_path, monkeypatch):
+@pytest.mark.parametrize("preset", ["quickstart", "rjepa-small", "tjepa-document"])
+def test_training_waits_for_a_gpu_where_it_logs_evaluates_or_saves_alone(preset, gpu, tmp_path, monkeypatch):
+    """Not so rjepa-guide and rjepa-speak, for whose batches a frozen network is asked."""
     monkeypatch.chdir(tmp_path)
-    config = dataclasses.replace(t.tiny(val_problems=8), device="meta", log_every=50, eval_every=50, save_every=50)
+    t.latents_folder(tmp_path / "latents")
+    fields = dict(n_layer=2, n_head=2, n_embd=16, batch_size=8, val_problems=8, threads=1, dtype="fp32", device="meta")
+    fields |= dict(predictor_n_embd=8, batch_size=4) if preset != "quickstart" else {}
+    fields |= dict(latents="latents") if preset == "rjepa-small" else dict(
+        dataset="synthetic", n_synthetic=48, max_problem_steps=3, tokenizer="bpe", vocab_size=300)
     waits = {}
     with gpu():
         for steps, every in ((3, 50), (6, 50), (6, 3)):
             Elsewhere.waits.clear()
-            train.train("quickstart", dataclasses.replace(config, max_steps=steps, log_every=every,
-                                                          out_dir=f"{steps}-{every}"))
+            train.train(preset, dataclasses.replace(
+                cfg.pick_preset(preset), **fields, max_steps=steps, log_every=every, eval_every=50, save_every=50,
+                out_dir=f"{steps}-{every}"))
             waits[steps, every] = len(Elsewhere.waits)
     assert 0 < waits[3, 50] == waits[6, 50] < waits[6, 3], waits
 

@@ -181,11 +181,13 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
         is_due = [is_last or done % n == 0 for n in (config.log_every, config.eval_every, config.save_every)]
         if any(is_due):  # not at every step: a GPU would stand still until it is told what comes next
             bad, loss, norm = health.tolist()
-            if not math.isfinite(loss + norm):
+            is_bad = not math.isfinite(loss + norm)
+            if runs.add_up(is_bad):  # of any process: no other must save what came after
+                at = f"at step {int(bad)}" if is_bad else "here, not finite in another process"
                 raise SystemExit(
-                    f"loss {loss}, gradient norm {norm} at step {int(bad)}: stopped. Last good checkpoint: "
-                    f"{out / 'state.pt'} ({f'step {saved}' if saved else 'none yet'}). It would come to the same: "
-                    "start again, with a lower --lr and --overwrite")
+                    f"loss {loss}, gradient norm {norm} {at}: stopped. Last good checkpoint: {out / 'state.pt'} "
+                    f"({f'step {saved}' if saved else 'none yet'}). It would come to the same: start again, with a "
+                    "lower --lr and --overwrite")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         model.update_target(config.ema_start + (config.ema_end - config.ema_start) * step / max(1, n_steps - 1))
