@@ -237,9 +237,9 @@ class Bench:
                 name = min(spent, key=spent.get)
                 start = time.perf_counter()
                 done[name] += works[name]()
-                while self.on_gpu and time.perf_counter() < start + 0.5:
-                    done[name] += works[name]()
                 if self.on_gpu:
+                    while time.perf_counter() < start + 0.5:
+                        done[name] += works[name]()
                     torch.cuda.synchronize()
                 spent[name] += time.perf_counter() - start
             for name in works:

@@ -911,7 +911,7 @@ class RJEPA(Model):
         parts = {"l1": (z_pred - z_target).abs().mean()}
         parts["variance"] = F.relu(1 - z_pred.var(0, correction=0).add(1e-4).sqrt()).mean()
         p, t = F.normalize(z_pred, dim=-1), F.normalize(z_target, dim=-1)
-        column = torch.arange(-(-(len(p) + 1) // 8) * 8, device=p.device)  # odd sizes are slow, most of all in TF32
+        column = torch.arange(-(-(len(p) + 1) // 8) * 8, device=p.device)  # other sizes are slow on a GPU
         with torch.autocast(p.device.type, enabled=False):  # over tau a rounding to bf16 would be up to 0.08
             logits = p @ F.pad(t, (0, 0, 0, len(column) - len(t))).T / tau  # (N, N and more)
             own = (F.normalize(z_all, dim=-1)[chain] @ p[:, :, None])[..., 0] / tau  # (N, S)

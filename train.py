@@ -178,8 +178,9 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
         health = now if health is None else torch.where(health.isfinite().all(), now, health)  # the first bad step's
         done = step + 1
         is_last = done == n_steps
-        is_due = [is_last or done % n == 0 for n in (config.log_every, config.eval_every, config.save_every)]
-        if any(is_due):  # not at every step: a GPU would stand still until it is told what comes next
+        logs, evaluates, saves = (
+            is_last or done % n == 0 for n in (config.log_every, config.eval_every, config.save_every))
+        if logs or evaluates or saves:  # not at every step: a GPU would stand still until it is told what comes next
             bad, loss, norm = health.tolist()
             is_bad = not math.isfinite(loss + norm)
             if runs.add_up(is_bad):  # of any process: no other must save what came after
@@ -193,7 +194,7 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
         model.update_target(config.ema_start + (config.ema_end - config.ema_start) * step / max(1, n_steps - 1))
         busy += time.monotonic() - t0
 
-        if is_due[0]:
+        if logs:
             values = torch.stack([v.float() for v in sums.values()])
             if world > 1:
                 dist.all_reduce(values)
@@ -207,7 +208,7 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
             progress.set_postfix({k: f"{v:.3f}" for k, v in figures.items() if k != "loss"})
             progress.update(done - progress.n)
             window, window_tokens = time.monotonic(), 0
-        if is_due[1]:
+        if evaluates:
             if rank == 0 or config.shard:  # a sharded model is there where all are
                 with gathered(run_model):
                     val = job.evaluate(model, device, in_dtype)
@@ -223,7 +224,7 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
                         copy_tensors(model.state_dict(), kept)
                         val = old_val
             window, window_tokens = time.monotonic(), 0
-        if is_due[2]:
+        if saves:
             save(done)
             saved = done
     progress.close()
