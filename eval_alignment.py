@@ -519,7 +519,9 @@ def teacher_alignment(encoder, teacher, train_rows: list[list[int]], rows: list[
         x = outputs(encoder, some)
         return torch.cat((x, torch.ones(len(x), 1)), dim=1)
 
-    weights = torch.linalg.lstsq(inputs(train_rows), outputs(teacher, train_rows)).solution
+    # LayerNorm's outputs sum to 0, so the columns are dependent. PyTorch's default driver takes memory that it has not
+    # set for pivots then (its issue 187411), and now and again leaves the constant out.
+    weights = torch.linalg.lstsq(inputs(train_rows), outputs(teacher, train_rows), rcond=1e-5, driver="gelsd").solution
     target = outputs(teacher, rows)
     return {"cos": float(F.cosine_similarity(inputs(rows) @ weights, target, dim=-1).mean()),
             "best_constant": float(F.cosine_similarity(target.mean(0)[None], target, dim=-1).mean()), "n": len(target)}

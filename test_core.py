@@ -3257,6 +3257,16 @@ def test_tjepa_commands(thinkers):
     assert set(found) == {"question", "response", "answer"}
 
 
+def test_the_alignment_to_a_teacher_does_not_depend_on_what_memory_held(thinkers):
+    encoder, teacher = (runs.load_encoder(thinkers / name, "cpu")[0] for name in ("student", "tjepa"))
+    rows = torch.randint(256, (60, 20), generator=torch.Generator().manual_seed(0)).tolist()
+    cosines = set()
+    for i in range(50):
+        _ = [torch.full((17,), i + 1, dtype=torch.int32) for _ in range(50)]  # as many as pivots
+        cosines.add(eval_alignment.teacher_alignment(encoder, teacher, rows[:40], rows[40:])["cos"])
+    assert max(cosines) - min(cosines) < 1e-5, cosines
+
+
 def test_a_thought_of_a_long_text_is_the_mean_over_its_tokens(thinkers):
     encoder, config, tokenizer = runs.load_encoder(thinkers / "tjepa", "cpu")
     text = "Ann has 3 pens. " * 20
