@@ -396,7 +396,7 @@ PRESETS = {
         n_head=6, n_embd=192, dropout=0.0, lambda_jepa=0.0, answer_context="question", epochs=1.0, batch_size=48,
         lr=2e-3,
     ),
-    # the world model over an LLM's hidden states: 4096-d latents, about 678 M parameters with the EMA copy, one GPU.
+    # the world model over an LLM's hidden states: 4096-d latents, about 684 M parameters with the EMA copy, one GPU.
     # Layer, pooling and EMA as they worked on SmolLM2 (22 of 30 layers); not trained to an end yet.
     # Without the energy margin, which makes a step dearer: --lambda_margin 1 --lambda_variance 0.1 --dropout 0.2
     "rjepa": RJEPAConfig(
