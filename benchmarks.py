@@ -15,6 +15,7 @@ HumanEval is completed as in Chen et al. 2021 and, as a chat, put as in EvalPlus
 
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
@@ -139,17 +140,25 @@ def load(name: str, split: str, data_dir: str = "") -> list[dict]:
     official = bench.splits.get(split, split)
     if split in OFFICIAL and split not in bench.splits:
         raise ValueError(f"--split {split}: {name} has only {', '.join(bench.splits)}")
-    problems = []
+    problems, ids = [], set()
     for config in bench.configs:
         rows, where = read_local(name, config, official, split, data_dir) if data_dir else (
             read_hub(name, config, official), f"{bench.hub} {config or ''} {official}")
         for i, row in enumerate(rows):
-            problem = as_problem(bench, row, f"{where}, row {i}")
-            if "id" in problem:
+            problem = as_problem(bench, row, f"{where}, row {i + 1}")
+            if problem.get("id") is None:
+                problem.pop("id", None)
+            else:
                 problem["id"] = str(problem["id"])
-            subject = problem.get("subject") or (config if len(bench.configs) > 1 else "")
+            subject = str(problem.get("subject") or (config if len(bench.configs) > 1 else ""))
             prefix = f"{name}-{config}" if len(bench.configs) > 1 else name
             problems.append({"id": f"{prefix}-{official}-{i}", **problem, "kind": bench.kind, "subject": subject})
+            if (name_of := problems[-1]["id"]) in ids:
+                raise ValueError(f"{where}, row {i + 1}: the id {name_of!r} is there twice")
+            ids.add(name_of)
+    if name == "gsm8k" and (n := sum("####" not in p["answer"] for p in problems)):
+        lack = f"{n} of {len(problems)} answers have no line '#### 42'"
+        print(f"{where}: {lack}; their last number is read", file=sys.stderr)
     if bench.splits.get("val") == "train" and split in ("train", "val"):
         problems = [p for i, p in enumerate(problems) if (i % VAL_EVERY == 0) == (split == "val")]
     return problems
@@ -178,7 +187,7 @@ def as_problem(bench: Benchmark, row: dict, where: str) -> dict:
     for key in ("question", "answer"):
         if not isinstance(problem[key], str) or not problem[key].strip():
             raise ValueError(f"{where}: field '{key}' must be a text that is not empty")
-    if "choices" in problem and not 0 <= problem["label"] < len(problem["choices"]):
+    if bench.kind == "choice" and not 0 <= problem["label"] < len(problem["choices"]):
         raise ValueError(f"{where}: the right answer is none of the {len(problem['choices'])} choices")
     return problem
 

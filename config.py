@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args, get_origin
 
 PICK = Literal["auto", "on", "off"]
+POOLING = Literal["mean", "last", "both"]  # of a step's tokens
 
 
 @dataclass
@@ -74,6 +75,7 @@ class RunConfig:
                       f"must be of type {field.type.__name__}")
         positive(self, "epochs batch_size grad_accum lr grad_clip log_every eval_every save_every max_problem_steps")
         not_negative(self, "seed limit n_synthetic max_steps threads weight_decay")
+        not_negative(self, " ".join(f.name for f in dataclasses.fields(self) if f.name.startswith("lambda_")))
         check(self, "seed", self.seed < 10**9, "must be below 1,000,000,000")
         shares(self, "min_lr_ratio warmup_ratio beta2 ema_start ema_end")
         check(self, "val_problems", self.val_problems >= 2, "must be at least 2 (a pair is needed to mismatch)")
@@ -115,7 +117,6 @@ class NanoJEPAConfig(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         check_language_model(self)
-        not_negative(self, "lambda_jepa")
         if self.lambda_jepa > 0 and self.standardize_target:
             check(self, "batch_size", self.batch_size >= 8, "must be at least 8: the batch standardises the latents")
 
@@ -136,7 +137,7 @@ class RJEPAConfig(RunConfig):
     where: str = ""  # only chains for which this SQL condition holds ("n_steps >= 4"; needs DuckDB)
     llm: str = "smollm2"  # as in extract.py; the run stores what the latents say
     layer: int = -2  # index into hidden_states; the run stores it without a sign
-    pooling: Literal["mean", "last", "both"] = "mean"  # a step's latent: mean over its tokens, its last one, or both
+    pooling: POOLING = "mean"  # a step's latent: mean over its tokens, its last one, or both
     prompt: str = ""  # around every question, as in extract.py; the run stores the text
     dim: int = 0  # width of the latents; the run stores it
     llm_weights: str = ""  # hash of the LLM's weights, where it is a run of this project; the run stores it
@@ -173,7 +174,7 @@ class RJEPAConfig(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         positive(self, "tau margin")
-        not_negative(self, "lambda_variance lambda_infonce lambda_own lambda_reconstruction lambda_margin dim")
+        not_negative(self, "dim")
         check(self, "mask_min", 0 <= self.mask_min <= self.mask_max <= 1, "needs 0 <= mask_min <= mask_max <= 1")
         shares(self, "suffix_share single_share")
         check(self, "suffix_share", self.suffix_share + self.single_share <= 1, "and single_share make more than 1")
@@ -197,7 +198,6 @@ class GuideConfig(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         positive(self, "n_hidden")
-        not_negative(self, "lambda_bias")
 
 
 @dataclass
@@ -286,7 +286,6 @@ class TJEPAConfig(DocumentConfig):
         positive(self, "span_max")
         check(self, "mask_min", 0 < self.mask_min <= self.mask_max < 1, "needs 0 < mask_min <= mask_max < 1")
         shares(self, "paragraph_share document_share")
-        not_negative(self, "lambda_variance lambda_covariance lambda_document lambda_decorrelation")
 
 
 @dataclass

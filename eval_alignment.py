@@ -45,16 +45,18 @@ class Problems:
 
     run: Annotated[str, tyro.conf.Positional]  # a run folder of train.py
     dataset: Literal[("", *benchmarks.WITH_NUMBERS, "synthetic")] = ""  # empty: the run's own
-    split: Literal["train", "val", "test"] = "test"
+    split: Literal["", "train", "val", "test"] = ""  # empty: test; of an R-JEPA see `latents`
     data_dir: str = ""  # as in train.py; empty: the run's own
     limit: int = 0  # number of problems (T-JEPA's probes learn from five times as many); 0: all, 256 synthetic ones
     seed: int = 1  # which synthetic problems, which counterfactuals, which distractors
-    latents: str = ""  # R-JEPA: a folder of extract.py; empty: the run's own, its held-out chains
+    latents: str = ""  # R-JEPA: a folder of extract.py; empty: its own held-out chains, where no problems are named
     llm: str = ""  # where the run's LLM lies, if not under the name it was trained with
     device: str = "auto"
 
     def __post_init__(self):
         cfg.not_negative(self, "limit seed")
+        self.names_none = not (self.latents or self.dataset or self.data_dir or self.split)
+        self.split = self.split or "test"
 
 
 @dataclass
@@ -369,11 +371,11 @@ def evaluate_plan(run: str, args) -> dict:
 def evaluate_rjepa(run: str, args) -> dict:
     """Error, collapse, and where the latents hold right and wrong chains, energy against correctness.
 
-    Of the run's own held-out chains; of --latents; or, with --dataset or --split, and where the run names no latents,
-    of problems' own solutions and their counterfactuals.
+    Of the run's own held-out chains; of --latents; or, with --dataset, --split or --data_dir, and where the run names
+    no latents, of problems' own solutions and their counterfactuals.
     """
     model, config = infer.load_world_model(run, args.device)
-    own = not (args.latents or args.dataset or args.split != "test") and (config.held_out or config.latents)
+    own = args.names_none and (config.held_out or config.latents)
     folder = args.latents or own or extract.gold_for(config, held_out(args, config), args.dataset or config.dataset,
                                                      args.split, args)
     rows = infer.load_chains(run, config, folder)
@@ -381,6 +383,7 @@ def evaluate_rjepa(run: str, args) -> dict:
     rows = latents.first_problems(rows, args.limit)
     if len(rows) < 2:
         raise ValueError(f"{folder}: {len(rows)} chain to look at")
+    print(f"{len(rows):,} chains of {folder}" + (", which its training held out" if own else ""))
     found = infer.energies(model, [r["h"] for r in rows])
     z_pred, z_target, z_copy = [], [], []
     valid = [r for r in rows if r["is_valid"]]  # what training evaluates on, too

@@ -35,7 +35,7 @@ import data
 import latents
 import runs
 import verify
-from config import check, need, not_negative, plain_errors, positive
+from config import POOLING, check, need, not_negative, plain_errors, positive
 from llm import LLM, generate, llm_of, load_llm, shot_messages
 
 # ----------------------------------------------------------------------------- the folder
@@ -325,7 +325,7 @@ class Args:
     candidates: str = ""  # a jsonl file of labelled candidates instead
     step_errors: str = ""  # a jsonl file of chains with the first wrong step known instead
     layer: tuple[int, ...] = (-2,)  # index into hidden_states; several: one folder each
-    pooling: tuple[Literal["mean", "last", "both"], ...] = ("mean",)  # over a step's tokens; several: one folder each
+    pooling: tuple[POOLING, ...] = ("mean",)  # over a step's tokens; several: one folder each
     prompt: str = ""  # around every question: few_shot, a file or a text with {question} in it; empty: nothing
     generate: int = 0  # write this many chains for each problem instead of reading its own solution; with logprobs
     endpoint: str = ""  # --generate: URL of a server with OpenAI's chat API that is asked for --llm; no latents
@@ -376,6 +376,8 @@ def latents_of_file(config, kind: str, path: str, device: str = "auto", limit: i
         main(["--" + kind, path, "--llm", llm or config.llm, "--name", config.llm, "--layer", str(config.layer),
               "--pooling", config.pooling, "--prompt", config.prompt, "--logprobs", "--limit", str(limit),
               "--device", device, "--out", str(folder)])
+    else:
+        runs.say(f"{folder}: as it was made before")
     return folder
 
 
@@ -391,6 +393,8 @@ def written_for(config, problems: list[dict], dataset: str, split: str, args) ->
         runs.say(f"{args.k} chains for {len(problems):,} problems -> {folder}")
         extract_written(llm, [(split, problems)], folder, dataset, args.k, args.temperature, args.top_p, args.seed,
                         args.max_new_tokens)
+    else:
+        runs.say(f"{folder}: as it was made before")
     return folder
 
 
@@ -408,6 +412,8 @@ def gold_for(config, problems: list[dict], dataset: str, split: str, args) -> Pa
         extract(llm, latents.gold_chains(problems, split, True, args.seed), folder,
                 {"dataset": dataset, "split": split, "seed": args.seed}, [(llm.layer, llm.pooling)], True, 512,
                 llm.token_budget)
+    else:
+        runs.say(f"{folder}: as it was made before")
     return folder
 
 

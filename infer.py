@@ -219,7 +219,7 @@ def fitted_weights(run: str) -> dict | None:
 # ----------------------------------------------------------------------------- NUDGE
 
 
-def load_beside(run: str, folder: str, kind: str, device: str):
+def load_beside(run: str, folder: str = "", kind: str = "speak", device: str = "auto"):
     """The Guidance (`guide`) or Speaker (`speak`) of an R-JEPA run: (model, config, folder).
 
     Raises ValueError that says which command makes the one that is missing, or was made for other weights.
@@ -413,6 +413,8 @@ def plan(model, llm: LLM, question: str, steps: list[str], decode: str = "speake
     if decode not in ("speaker", "llm") or not 0 <= at <= len(steps) + 1 or slots < 1 or not 0 <= quantile <= 1:
         raise ValueError(f"decode {decode!r} (speaker, llm), at {at} (0 to {len(steps) + 1}), slots {slots} (1 and "
                          f"more), quantile {quantile} (0 to 1): one of them cannot be")
+    if decode == "speaker" and (speaker is None or tokenizer is None):
+        raise ValueError("plan: decode='speaker' needs speaker and tokenizer (load_beside, runs.load_tokenizer)")
     steps, filled, before, gap = list(steps), [], None, None
     for _ in range(slots):
         h = llm.step_latents(question, steps)

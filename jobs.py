@@ -145,14 +145,16 @@ class LatentJob(Job):
     """
 
     def __init__(self, config, out: Path):
-        self.config, folder = config, Path(config.latents or default_latents(config))
-        if not (folder / "manifest.json").is_file() and not config.latents:
+        self.config, named, folder = config, bool(config.latents), Path(config.latents or default_latents(config))
+        if not (folder / "manifest.json").is_file() and not named:
             if int(os.environ.get("WORLD_SIZE", 1)) > 1:
                 raise ValueError(f"{folder} holds no finished latents: run extract.py, then torchrun with --latents")
             extract_latents(config, folder)
         rows, manifest = latents.load_latents(folder, config.where)
         config.latents = str(folder)
         for name in latents.SAME_LLM:
+            if named and name != "dim" and getattr(config, name) != manifest[name]:
+                runs.say(f"{folder} decides: --{name} {manifest[name]!r}, not {getattr(config, name)!r}")
             setattr(config, name, manifest[name])
         config.llm_weights = manifest.get("weights", "")
         if (dataset := manifest["dataset"]) in {*benchmarks.WITH_NUMBERS, "synthetic"} - {config.dataset}:

@@ -104,7 +104,9 @@ def chains_of_file(path: str, kind: str, limit: int = 0) -> list[dict]:
             chain = {"id": name, "question": row["question"].strip(), "steps": steps, "answer": row.get("answer"),
                      "is_valid": part[label], "source": part.get("source")}
             problem_id = str(row["id"] if row.get("problem_id") is None else row["problem_id"])
-            split = row.get("split")  # of a line that extract.py --endpoint wrote
+            split = row.get("split")  # of a line that extract.py --endpoint wrote, too
+            if split not in (None, "train", "val", "test"):
+                raise ValueError(f"{where}: field 'split' is {split!r}, not train, val or test")
             is_val = split == "val" or int(hashlib.sha256(problem_id.encode()).hexdigest(), 16) % data.VAL_EVERY == 0
             is_test = kind != "chains" or split == "test" or "-test-" in problem_id or "-test-" in str(row["id"])
             split = "test" if is_test else "val" if is_val else "train"

@@ -13,13 +13,14 @@ import itertools
 import os
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 
 import latents
 import runs
-from config import need
+from config import POOLING, need
 from model import pad_rows, to_device
 from runs import digest, digest_file, is_run, load_run, load_tokenizer, pick_device, pick_dtype, say
 
@@ -79,9 +80,9 @@ def pool(h: torch.Tensor, spans, pooling: str) -> torch.Tensor:
     """
     (at, offsets), h = unit_tokens(spans, h.shape[1], h.device), h.flatten(0, 1)
     parts = []
-    if pooling != "last":
+    if pooling in ("mean", "both"):
         parts.append(F.embedding_bag(at, h.float(), offsets, mode="mean", include_last_offset=True))
-    if pooling != "mean":
+    if pooling in ("last", "both"):
         parts.append(h[at[offsets[1:] - 1]].float())
     return torch.cat(parts, 1)
 
@@ -185,8 +186,8 @@ class LLM:
         return self.dim * (2 if pooling == "both" else 1)
 
     def choose(self, layer: int, pooling: str):
-        if pooling not in ("mean", "last", "both"):
-            raise ValueError(f"--pooling {pooling}: must be mean, last or both")
+        if pooling not in get_args(POOLING):
+            raise ValueError(f"--pooling {pooling}: must be one of {', '.join(get_args(POOLING))}")
         self.layer, self.pooling = self.layer_index(layer), pooling
         return self
 

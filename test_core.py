@@ -728,7 +728,7 @@ def write_benchmark(folder, name, split, rows):
 def test_every_benchmark_reads_its_official_schema(name, tmp_path):
     bench, (row, expected) = benchmarks.BENCHMARKS[name], OFFICIAL_ROWS[name]
     split = "val" if name == "hellaswag" else "test"
-    write_benchmark(tmp_path, name, split, [row, row])
+    write_benchmark(tmp_path, name, split, [row, row | ({"task_id": "HumanEval/1"} if "task_id" in row else {})])
     problems = data.load_problems(name, split, str(tmp_path))
     assert len(problems) == 2 * len(bench.configs) and problems[0]["kind"] == bench.kind
     assert {k: problems[0][k] for k in expected} == expected
@@ -737,7 +737,20 @@ def test_every_benchmark_reads_its_official_schema(name, tmp_path):
     first = next(tmp_path.rglob("*.jsonl"))
     for key in bench.fields:
         write_jsonl(first, [{k: v for k, v in row.items() if k != key}])
-        refused(ValueError, f"row 0: .*{key}", data.load_problems, name, split, str(tmp_path))
+        refused(ValueError, f"row 1: .*{key}", data.load_problems, name, split, str(tmp_path))
+
+
+def test_problems_of_ones_own_keep_their_ids_or_get_some(tmp_path, capsys):
+    row = {"question": "Ann has 2 pens.", "answer": "<<2+3=5>>\n#### 5"}
+    write_jsonl(tmp_path / "test.jsonl", [row | {"id": "a", "choices": "ABC"}, row | {"id": None, "subject": ["pens"]}])
+    first, second = data.load_problems("gsm8k", "test", str(tmp_path))
+    assert "no line" not in capsys.readouterr().err
+    assert (first["id"], second["id"], second["subject"]) == ("a", "gsm8k-test-1", "['pens']")
+    write_jsonl(tmp_path / "test.jsonl", [row, {"question": "How many?", "answer": "It is 5."}])
+    data.load_problems("gsm8k", "test", str(tmp_path))
+    assert "1 of 2 answers have no line '#### 42'" in capsys.readouterr().err
+    write_jsonl(tmp_path / "test.jsonl", [row | {"id": "a"}, row | {"id": "a", "question": "Bob has 3."}])
+    refused(ValueError, "row 2: the id 'a' is there twice", data.load_problems, "gsm8k", "test", str(tmp_path))
 
 
 def test_prompts_are_those_of_the_field(tmp_path):
@@ -777,10 +790,10 @@ def test_benchmarks_group_and_refuse(tmp_path):
     assert len({benchmarks.three_sizes(task) for task in benchmarks.BBH}) == 23 and len(benchmarks.BBH) == 27
     refused(ValueError, "humaneval has only test", data.load_problems, "humaneval", "train", str(tmp_path))
     write_jsonl(tmp_path / "test.jsonl", [OFFICIAL_ROWS["hellaswag"][0] | {"label": ""}])
-    with pytest.raises(ValueError, match="row 0.*labels of this split are not public, .* --split val"):
+    with pytest.raises(ValueError, match="row 1.*labels of this split are not public, .* --split val"):
         data.load_problems("hellaswag", "test", str(tmp_path))
     write_jsonl(tmp_path / "test.jsonl", [ARC_ROW | {"answerKey": "E"}])
-    refused(ValueError, "row 0: not a row of allenai/ai2_arc", data.load_problems, "arc_easy", "test", str(tmp_path))
+    refused(ValueError, "row 1: not a row of allenai/ai2_arc", data.load_problems, "arc_easy", "test", str(tmp_path))
     official = {"canary": "x", "examples": [{"input": "1 < 2 is", "target": "True"}]}
     for task in benchmarks.BBH:  # the files of the paper's own repository
         (tmp_path / f"{task}.json").write_text(json.dumps(official))
@@ -793,9 +806,9 @@ def test_benchmarks_group_and_refuse(tmp_path):
 
 def test_missing_and_malformed_data_is_named(tmp_path):
     refused(FileNotFoundError, "--data_dir .*train.jsonl", data.load_problems, "gsm8k", "train", str(tmp_path))
-    for text, message in [("", "train.jsonl: no rows"), ('{"question": "a"}\n', "row 0: field 'answer'"),
+    for text, message in [("", "train.jsonl: no rows"), ('{"question": "a"}\n', "row 1: field 'answer'"),
                           ('{"question": "a", "answer": "b"}\nno json\n', "line 2"),
-                          ('{"question": "a", "answer": 3}\n', "row 0: field 'answer'")]:
+                          ('{"question": "a", "answer": 3}\n', "row 1: field 'answer'")]:
         (tmp_path / "train.jsonl").write_text(text)
         refused(ValueError, message, data.load_problems, "gsm8k", "train", str(tmp_path))
 
@@ -1653,7 +1666,7 @@ def test_rjepa_losses_equal_hand_values():
     assert torch.isclose(losses["infonce"], torch.stack(rows).mean(), atol=1e-4)
     assert torch.isclose(losses["own"], torch.stack(own).mean(), atol=1e-4)
     parts = sum(getattr(model.config, f"lambda_{k}") * losses[k]
-                for k in "variance infonce own reconstruction margin".split())
+                for k in losses.keys() - {"loss", "l1"})
     assert torch.isclose(losses["loss"], losses["l1"] + parts)
     wrong_h, gaps = batch["wrong_h"], {}
     assert torch.equal(batch["wrong_is_target"], t)
@@ -1950,7 +1963,7 @@ def test_a_benchmark_is_scored_as_its_kind(tmp_path, monkeypatch):
     found = run("humaneval", ["right", "wrong", "wrong"], k=3, task_id="HumanEval/1")
     assert found["methods"]["pass@1"]["accuracy"] == pytest.approx(1 / 3)
     assert found["methods"]["pass@3"]["accuracy"] == found["oracle"] == 1.0
-    assert run("humaneval", ["wrong"], k=3)["oracle"] == 1.0  # kept generations, not written again
+    assert run("humaneval", ["wrong"], k=3, task_id="HumanEval/1")["oracle"] == 1.0  # kept, not written again
     found = run("bbh", [" False"], input="1 < 2 is", target="True")
     assert found["methods"]["greedy"]["accuracy"] == 0.5 and found["macro"] == 0.5 and len(found["subjects"]) == 23
     assert found["methods"]["shuffled"]["accuracy"] == 0.5
@@ -2414,7 +2427,8 @@ def test_chains_of_files(tmp_path):
     assert read("step_errors", **errors)[0]["wrong_step"] == 2
     for kind, fields, field in [
             ("chains", {"steps": "a"}, "p: field 'steps'"), ("chains", {"steps": [1]}, "p: field 'steps'"),
-            ("chains", {"is_valid": 1}, "p: field 'is_valid'"), ("chains", {"question": " "}, "p: field 'question'"),
+            ("chains", {"is_valid": 1}, "p: field 'is_valid'"), ("chains", {"split": "valid"}, "p: field 'split'"),
+            ("chains", {"question": " "}, "p: field 'question'"),
             ("candidates", {}, "line 1: field 'candidates'"), ("candidates", {"candidates": None}, "p: field 'cand"),
             ("candidates", {"candidates": [{"steps": ["a"]}]}, "p: field 'is_correct'"),
             ("step_errors", errors | {"first_error_step": "2"}, "p: field 'first_error_step'"),
@@ -2476,6 +2490,23 @@ def test_a_run_is_evaluated_on_a_data_set_by_name(world, tmp_path, monkeypatch):
                                                                                    max_steps=world.config.max_problem_steps)}
     monkeypatch.setattr(extract, "extract", None)  # extracted once
     assert result_of(eval_alignment.main, *asked) == found
+    asked[1:3] = ["--split", "test"]
+    assert result_of(eval_alignment.main, *asked) == found  # not the held-out chains of training
+    assert result_of(eval_alignment.main, world.rjepa, "--limit", 12, "--device", "cpu") != found
+
+
+def test_the_readmes_example_in_python(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    exec(re.search(r"```python\n(import infer.*?)```", (ROOT / "README.md").read_text(), re.S)[1], {})
+    right, wrong, planned = capsys.readouterr().out.strip().split("\n")
+    assert right.startswith("tensor(0.48") and wrong.startswith("tensor(0.61") and "43+57=100" in planned
+
+
+def test_where_settings_and_latents_differ_it_is_said_who_decides(tmp_path, capsys):
+    folder = latents_folder(tmp_path / "latents", n=40)
+    train_rjepa(tmp_path / "run", folder, pooling="both", max_steps=1)
+    assert f"{folder} decides: --pooling 'last', not 'both'" in capsys.readouterr().err
+    assert runs.load_config(tmp_path / "run")[1].pooling == "last"
 
 
 def test_latents_of_refused_chains_alone_are_named_as_such(tmp_path):
@@ -2596,6 +2627,7 @@ def test_plan_and_rerank_commands(world, tmp_path):
     assert [(f["step"], f["valid"]) for f in said["filled"]] == [(2, False), (3, False)]
     said = infer.plan(world.model, world.llm, QUESTION, [], "speaker", says, tokenizer, at=1, slots=2)
     assert said["energy_before"] is None and said["next_step_energies"] == [] and len(said["filled"]) == 2
+    refused(ValueError, "needs speaker", infer.plan, world.model, world.llm, QUESTION, steps)
     for wrong in (dict(at=4), dict(slots=0), dict(quantile=2.0), dict(decode="x")):
         refused(ValueError, "one of them cannot be", infer.plan, world.model, world.llm, QUESTION, steps,
                 **dict(decode="llm") | wrong)

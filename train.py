@@ -73,7 +73,8 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
     runs.inherit(config)
     state = runs.open_run(out, config)
     job = JOBS[type(config)](config, out)
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in runs.FREE_ON_RESUME}
+    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)  # a new field alone is no change
+                if f.name not in runs.FREE_ON_RESUME and getattr(config, f.name) != f.default}
     micro_steps = config.grad_accum * world
     identity = {"config": runs.digest(json.dumps(settings)), "grad_accum x processes": micro_steps, **job.identity}
     if state:

@@ -560,7 +560,7 @@ def read_jsonl(path, fields=(), limit=0):
                 try:
                     row = json.loads(line)
                 except (json.JSONDecodeError, RecursionError) as e:
-                    raise ValueError(f"{path}, line {number}: no JSON: {e}") from None
+                    raise ValueError(f"{path}, line {number}: no JSON: {getattr(e, 'msg', e)}") from None
                 if not isinstance(row, dict):
                     raise ValueError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
                 if missing := [field for field in fields if field not in row]:
