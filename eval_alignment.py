@@ -178,13 +178,15 @@ def ranking_figures(score: np.ndarray, is_valid: np.ndarray, group: list[str]) -
 def add_ranks(ranks: dict, guesses: dict, among: torch.Tensor, own: list[int], k: int):
     """Adds to `ranks` that of among[0], from 1, among [n, C] by cosine to each guess [C]; ties count against it.
 
-    It is step k of a chain, after it come the chain's `own` other steps: baselines may not pick its neighbours.
+    It is step k of a chain, after it come the chain's `own` other steps: baselines may not pick its neighbours. Under
+    NAME_others among other chains' steps alone, which no method has been given.
     """
     near = [i for i, s in enumerate(own, 1) if abs(s - k) == 1]
     for name, guess in guesses.items():
         score = F.cosine_similarity(guess[None], among)
         score[near if name in ("copy", "neighbours") else []] = -2.0
         ranks.setdefault(name, []).append(1 + int((score[1:] >= score[0]).sum()))
+        ranks.setdefault(f"{name}_others", []).append(1 + int((score[1 + len(own) :] >= score[0]).sum()))
 
 
 def rank_figures(ranks: dict[str, list[int]]) -> dict:
@@ -207,7 +209,8 @@ def step_retrieval(model, rows: list[dict], seed: int, n_candidates: int = 100) 
     h, is_real = latents.pad_latents([r["h"] for r in rows], model.h_mean.device)
     chain, step, z_pred, z_all = model.hidden_steps(h, is_real)
     x_all, x_pred = model.standardize(h), model.w_out(z_pred)
-    sums, counts = (z_all * is_real[..., None]).sum(0), is_real.sum(0)  # (S, C), (S,)
+    goes_on = F.pad(is_real[:, 1:], (0, 1))  # of the last steps, "#### 42", no mean is wanted
+    sums, counts = (z_all * goes_on[..., None]).sum(0), goes_on.sum(0)  # (S, C), (S,)
     at = {pair: i for i, pair in enumerate(zip(chain.tolist(), step.tolist(), strict=True))}
     ranks = {}
     for c, row in enumerate(rows):
@@ -244,6 +247,7 @@ def evaluate_plan(run: str, args) -> dict:
     space by cosine, the chain's other steps among them; against the step before (copy), the mean of both neighbours,
     the mean training latent of the position, and the prediction from the steps before alone (next_step). Beside it what
     the LLM itself knows: every candidate's mean logprob after the steps before (llm_logprob, first --logprob_limit).
+    It has just read some of the candidates, and such a line again is likely; with NAME_others none is of this chain.
     p_plan: `paired_p` with the prediction.
     `decoded`: share of texts whose equations hold, whose last number is the true step's, and both. The Speaker says
     the predicted latent (and another chain's, `shuffled`; with what is before the gap alone, `before`, unless it reads
@@ -281,7 +285,9 @@ def evaluate_plan(run: str, args) -> dict:
     seen = [r["h"] for r in infer.load_chains(run, config, folder) if r["is_valid"] and r["split"] == "train"]
     if not seen:
         raise ValueError(f"{folder} holds no verified chain of a training split")
-    mean_of = {k: space(torch.stack([z[min(k, len(z) - 1)] for z in seen]).float()).mean(0) for k in set(holes)}
+    longest = max(seen, key=len)  # of the last steps, "#### 42", no mean is wanted
+    mean_of = {k: space(torch.stack([z[k] for z in seen if len(z) > k + 1] or [longest[-1]]).float()).mean(0)
+               for k in set(holes)}
     x = [space(z) for z in whole]
     if n_weighed := min(args.logprob_limit, len(chains)):
         print(f"{n_weighed} chains, of each 100 candidates for the LLM to weigh (--logprob_limit)", flush=True)
@@ -298,10 +304,12 @@ def evaluate_plan(run: str, args) -> dict:
         if c < args.logprob_limit:
             question, before = chains[c]["question"], chains[c]["steps"][: k - 1]
             means = llm.read_chains([(question, [*before, chains[o]["steps"][s - 1]]) for o, s in where], logprobs=True)
-            ranks.setdefault("llm_logprob", []).append(1 + sum(bool(m[-1] >= means[0][-1]) for m in means[1:]))
+            for name, others in (("llm_logprob", means[1:]), ("llm_logprob_others", means[1 + len(own) :])):
+                ranks.setdefault(name, []).append(1 + sum(bool(m[-1] >= means[0][-1]) for m in others))
     retrieval, hits = rank_figures(ranks), {name: np.array(r) == 1 for name, r in ranks.items()}
     for name, hit in hits.items():
-        retrieval[name]["p_plan"] = paired_p(hit, hits["plan"][: len(hit)])
+        plan = hits["plan_others" if name.endswith("_others") else "plan"]
+        retrieval[name]["p_plan"] = paired_p(hit, plan[: len(hit)])
 
     found = [[infer.find_gap(model, e["next_step"], args.quantile)[0] for e in infer.energies(model, zs)]
              for zs in (gapped, whole)]

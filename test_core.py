@@ -2473,6 +2473,16 @@ def test_a_run_over_latents_has_their_data_set(world):
     assert world.config.dataset == "synthetic" and rjepa_config().dataset == "gsm8k"
 
 
+def test_an_llms_fingerprint_changes_with_any_weight():
+    llm = tiny_llm()
+    weight, seen = next(llm.model.parameters()).data, {llm.fingerprint()}
+    weight[[5, 6]] = weight[[6, 5]]
+    seen.add(llm.fingerprint())
+    weight[7] *= -1
+    seen.add(llm.fingerprint())
+    assert len(seen) == 3 and llm.fingerprint() in seen
+
+
 def test_what_does_not_fit_a_run_of_this_project_is_named(world):
     for steps in (["1+1 = 2"] * 400, ["word " * 900]):  # its 12th token is [PRED], which no text has
         refused(ValueError, "more than the context .* begins 'How many\\?", infer.score, world.model, world.llm,
@@ -2918,10 +2928,12 @@ def test_evaluation_of_plan_and_nudge(world, monkeypatch):
                              "--decode_limit")
     found = plan(5)
     assert plan(0, "--speaker", "nowhere") == {key: found[key] for key in ("n", "retrieval", "gaps")}
-    names = {"plan", "next_step", "copy", "neighbours", "position"}
-    assert found["n"] >= 20 and set(found["retrieval"]) == names | {"llm_logprob"}
+    names = {name + of for name in ("plan", "next_step", "copy", "neighbours", "position") for of in ("", "_others")}
+    by = found["retrieval"]
+    assert found["n"] >= 20 and set(by) == names | {"llm_logprob", "llm_logprob_others"}
+    assert all(by[name]["mrr"] <= by[f"{name}_others"]["mrr"] for name in by if not name.endswith("_others"))
     p = {name: figures["p_plan"] for name, figures in found["retrieval"].items()}
-    assert p["plan"] == 1 and all(0 < value <= 1 for value in p.values())
+    assert p["plan"] == p["plan_others"] == 1 and all(0 < value <= 1 for value in p.values())
     assert set(plan(0, "--logprob_limit", 0)["retrieval"]) == names
     assert {"llm_before", "llm_before_tries", "speaker", "speaker_true", "speaker_shuffled", "speaker_tries",
             "speaker_tries_shuffled", "speaker_alone"} == set(found["decoded"])
