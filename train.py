@@ -76,9 +76,9 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)  # a new field alone is no change
                 if f.name not in runs.FREE_ON_RESUME and getattr(config, f.name) != f.default}
     micro_steps = config.grad_accum * world
-    identity = {"config": runs.digest(json.dumps(settings)), "grad_accum x processes": micro_steps, **job.identity}
+    identity = {"settings": runs.digest(json.dumps(settings)), "grad_accum x processes": micro_steps, **job.identity}
     if state:
-        theirs = state["identity"]
+        theirs = {"settings": identity["settings"]} | state["identity"]  # which older states lack
         there = theirs.get("grad_accum x processes", 0)
         if there != micro_steps and there % world == 0:
             raise SystemExit(f"{out} was begun with grad_accum x processes = {there}, here it is {micro_steps}: "
