@@ -146,16 +146,13 @@ def load(name: str, split: str, data_dir: str = "") -> list[dict]:
             read_hub(name, config, official), f"{bench.hub} {config or ''} {official}")
         for i, row in enumerate(rows):
             problem = as_problem(bench, row, f"{where}, row {i + 1}")
-            if problem.get("id") is None:
-                problem.pop("id", None)
-            else:
-                problem["id"] = str(problem["id"])
             subject = str(problem.get("subject") or (config if len(bench.configs) > 1 else ""))
             prefix = f"{name}-{config}" if len(bench.configs) > 1 else name
-            problems.append({"id": f"{prefix}-{official}-{i}", **problem, "kind": bench.kind, "subject": subject})
-            if (name_of := problems[-1]["id"]) in ids:
-                raise ValueError(f"{where}, row {i + 1}: the id {name_of!r} is there twice")
-            ids.add(name_of)
+            number = f"{prefix}-{official}-{i}" if problem.get("id") is None else str(problem["id"])
+            if number in ids:
+                raise ValueError(f"{where}, row {i + 1}: the id {number!r} is there twice")
+            ids.add(number)
+            problems.append(problem | {"id": number, "kind": bench.kind, "subject": subject})
     if name == "gsm8k" and (n := sum("####" not in p["answer"] for p in problems)):
         lack = f"{n} of {len(problems)} answers have no line '#### 42'"
         print(f"{where}: {lack}; their last number is read", file=sys.stderr)

@@ -41,7 +41,10 @@ from model import TextEncoder, alignment, latent_figures, wilson
 
 @dataclass
 class Problems:
-    """A run and the problems to look at: test problems of the run's own data set unless told otherwise."""
+    """A run and the problems to look at: test problems of the run's own data set unless told otherwise.
+
+    Of an R-JEPA `eval_alignment.py` looks at `latents`, or else at what its training held out, where none are named.
+    """
 
     run: Annotated[str, tyro.conf.Positional]  # a run folder of train.py
     dataset: Literal[("", *benchmarks.WITH_NUMBERS, "synthetic")] = ""  # empty: the run's own
@@ -285,9 +288,8 @@ def evaluate_plan(run: str, args) -> dict:
     seen = [r["h"] for r in infer.load_chains(run, config, folder) if r["is_valid"] and r["split"] == "train"]
     if not seen:
         raise ValueError(f"{folder} holds no verified chain of a training split")
-    longest = max(seen, key=len)  # of the last steps, "#### 42", no mean is wanted
-    mean_of = {k: space(torch.stack([z[k] for z in seen if len(z) > k + 1] or [longest[-1]]).float()).mean(0)
-               for k in set(holes)}
+    mean_of = {k: space(torch.stack([z[k] for z in seen if len(z) > k + 1] or [z[-1] for z in seen]).float()).mean(0)
+               for k in set(holes)}  # of the last steps, "#### 42", no mean is wanted where there is another
     x = [space(z) for z in whole]
     if n_weighed := min(args.logprob_limit, len(chains)):
         print(f"{n_weighed} chains, of each 100 candidates for the LLM to weigh (--logprob_limit)", flush=True)

@@ -363,6 +363,13 @@ class Args:
         check(self, "top_p", 0 < self.top_p <= 1, "must lie in (0, 1]")
 
 
+def is_kept(folder: Path) -> bool:
+    """Whether latents lie there from before; says so, since they do not follow a change of the code."""
+    if there := (folder / "manifest.json").is_file():
+        runs.say(f"{folder}: as it was made before")
+    return there
+
+
 def latents_of_file(config, kind: str, path: str, device: str = "auto", limit: int = 0, llm: str = "") -> Path:
     """The folder with the latents and logprobs of a file of `candidates` or `step_errors` for an R-JEPA's config.
 
@@ -372,12 +379,10 @@ def latents_of_file(config, kind: str, path: str, device: str = "auto", limit: i
     data_hash = runs.digest_file(path)[:8]
     name = f"{kind}-{data_hash}-{limit}-{runs.llm_label(config, llm)}-layer{config.layer}-{config.pooling}"
     folder = Path("out/latents") / name
-    if not (folder / "manifest.json").is_file():
+    if not is_kept(folder):
         main(["--" + kind, path, "--llm", llm or config.llm, "--name", config.llm, "--layer", str(config.layer),
               "--pooling", config.pooling, "--prompt", config.prompt, "--logprobs", "--limit", str(limit),
               "--device", device, "--out", str(folder)])
-    else:
-        runs.say(f"{folder}: as it was made before")
     return folder
 
 
@@ -387,14 +392,12 @@ def written_for(config, problems: list[dict], dataset: str, split: str, args) ->
     name = (f"written-{dataset}-{split}-{len(problems)}-{runs.llm_label(config, args.llm)}-layer{config.layer}"
             f"-{config.pooling}-k{args.k}-t{args.temperature}-seed{args.seed}-{runs.digest(json.dumps(what))[:6]}")
     folder = Path("out/latents") / name
-    if not (folder / "manifest.json").is_file():
+    if not is_kept(folder):
         llm = llm_of(config, args.llm, args.device)
         llm.name = config.llm
         runs.say(f"{args.k} chains for {len(problems):,} problems -> {folder}")
         extract_written(llm, [(split, problems)], folder, dataset, args.k, args.temperature, args.top_p, args.seed,
                         args.max_new_tokens)
-    else:
-        runs.say(f"{folder}: as it was made before")
     return folder
 
 
@@ -405,15 +408,13 @@ def gold_for(config, problems: list[dict], dataset: str, split: str, args) -> Pa
     name = (f"gold-{dataset}-{split}-{len(problems)}-{runs.llm_label(config, args.llm)}-layer{config.layer}"
             f"-{config.pooling}-{runs.digest(json.dumps(what))[:6]}")
     folder = Path("out/latents") / name
-    if not (folder / "manifest.json").is_file():
+    if not is_kept(folder):
         llm = llm_of(config, args.llm, args.device)
         llm.name = config.llm
         runs.say(f"the solutions of {len(problems):,} problems and their counterfactuals -> {folder}")
         extract(llm, latents.gold_chains(problems, split, True, args.seed), folder,
                 {"dataset": dataset, "split": split, "seed": args.seed}, [(llm.layer, llm.pooling)], True, 512,
                 llm.token_budget)
-    else:
-        runs.say(f"{folder}: as it was made before")
     return folder
 
 

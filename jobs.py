@@ -154,7 +154,7 @@ class LatentJob(Job):
         config.latents = str(folder)
         for name in latents.SAME_LLM:
             if named and name != "dim" and getattr(config, name) != manifest[name]:
-                runs.say(f"{folder} decides: --{name} {manifest[name]!r}, not {getattr(config, name)!r}")
+                runs.say(f"{folder} decides: --{name} {manifest[name]!r:.80}, not {getattr(config, name)!r:.80}")
             setattr(config, name, manifest[name])
         config.llm_weights = manifest.get("weights", "")
         if (dataset := manifest["dataset"]) in {*benchmarks.WITH_NUMBERS, "synthetic"} - {config.dataset}:

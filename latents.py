@@ -148,7 +148,7 @@ def shard_name(number: int) -> str:
 def digest(tensors: dict[str, torch.Tensor], header: dict) -> str:
     total = hashlib.sha256(json.dumps(header).encode() if "file" in header else b"")  # older ones: tensors alone
     for name in sorted(tensors):
-        total.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
+        total.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()
 
 

@@ -180,10 +180,7 @@ class LLM:
 
     def fingerprint(self) -> str:
         """A digest of the weights: changes with any of them."""
-        sha = hashlib.sha256()
-        for p in self.model.parameters():
-            sha.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return sha.hexdigest()[:16]
+        return latents.digest(dict(self.model.named_parameters()), {})[:16]
 
     def latent_dim(self, pooling: str) -> int:
         return self.dim * (2 if pooling == "both" else 1)

@@ -1665,8 +1665,8 @@ def test_rjepa_losses_equal_hand_values():
         own.append(torch.logsumexp(same, 0) - same[s - 1])
     assert torch.isclose(losses["infonce"], torch.stack(rows).mean(), atol=1e-4)
     assert torch.isclose(losses["own"], torch.stack(own).mean(), atol=1e-4)
-    parts = sum(getattr(model.config, f"lambda_{k}") * losses[k]
-                for k in losses.keys() - {"loss", "l1"})
+    assert set(losses) >= {"loss", "l1", "variance", "infonce", "own", "reconstruction", "margin"}
+    parts = sum(getattr(model.config, f"lambda_{k}") * losses[k] for k in losses.keys() - {"loss", "l1"})
     assert torch.isclose(losses["loss"], losses["l1"] + parts)
     wrong_h, gaps = batch["wrong_h"], {}
     assert torch.equal(batch["wrong_is_target"], t)
