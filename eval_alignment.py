@@ -174,7 +174,8 @@ def ranking_figures(score: np.ndarray, is_valid: np.ndarray, group: list[str]) -
         s, v = score[group == g], is_valid[group == g]
         if 0 < v.sum() < len(v):
             within.append(roc_auc_score(v, s))
-    return {"auroc": float(roc_auc_score(is_valid, score)), "spearman": float(spearmanr(score, is_valid).statistic),
+    rho = float(spearmanr(score, is_valid).statistic) if np.ptp(score) else None  # of a constant there is none
+    return {"auroc": float(roc_auc_score(is_valid, score)), "spearman": rho,
             "auroc_within": float(np.mean(within)) if within else None}
 
 
@@ -207,7 +208,8 @@ def step_retrieval(model, rows: list[dict], seed: int, n_candidates: int = 100) 
     """
     rng = np.random.default_rng(seed)
     rows = [r for r in rows if r["is_valid"] and 3 <= r["n_steps"] < n_candidates][:2000]
-    if len(rows) < 2:
+    problem = np.array([r["problem_id"] for r in rows])
+    if len(set(problem)) < 2:
         return {"n": 0}
     h, is_real = latents.pad_latents([r["h"] for r in rows], model.h_mean.device)
     chain, step, z_pred, z_all = model.hidden_steps(h, is_real)
@@ -220,7 +222,7 @@ def step_retrieval(model, rows: list[dict], seed: int, n_candidates: int = 100) 
         k = int(rng.integers(2, row["n_steps"]))  # a middle step
         own = [s for s in range(1, row["n_steps"] + 1) if s != k]
         far = [(o, int(rng.integers(1, rows[o]["n_steps"] + 1)))
-               for o in rng.choice([i for i in range(len(rows)) if i != c], n_candidates - 1 - len(own))]
+               for o in rng.choice(np.flatnonzero(problem != problem[c]), n_candidates - 1 - len(own))]
         where = torch.tensor([(c, k), *((c, s) for s in own), *far], device=h.device).T
         z, x, i = z_all[where[0], where[1]], x_all[where[0], where[1]], at[c, k]
         position = (sums[k] - z_all[c, k]) / (counts[k] - 1).clamp_min(1)

@@ -118,6 +118,14 @@ def majority(texts: list[str], weights=None) -> int:
     return max((i for i, value in enumerate(values) if value == winner), key=lambda i: weights[i])
 
 
+def majority_expected(texts: list[str], right: np.ndarray) -> float:
+    """How often the plain vote is right, right [n], if ties between answers are broken at random."""
+    values = [verify.answer_value(t) for t in texts]
+    votes = collections.Counter(v for v in values if v is not None)
+    winners = [w for w, n in votes.items() if n == max(votes.values())]
+    return float(np.mean([right[[v == w for v in values]].mean() for w in winners] or [right.mean()]))
+
+
 def holds_together(steps: list[str]) -> bool:
     """Does the gate find no false equation in a chain, without knowing the answer? A chain needs steps for that."""
     return bool(steps) and verify.check_steps(steps).is_valid
@@ -171,6 +179,7 @@ def evaluate_run(run: str, args) -> dict:
         lengths = -np.array([[len(t) for t in row] for row in texts], dtype=float)
         methods["shortest"] = figures(right[first, lengths.argmax(1)], pairs=pairwise(lengths, right))
         methods["majority"] = figures(right[first, [majority(row) for row in texts]])
+        methods["majority"]["expected"] = float(np.mean(list(map(majority_expected, texts, right))))
         holds = np.array([[holds_together(data.split_steps(t)) for t in row] for row in texts])
         left = [np.flatnonzero(ok) if ok.any() else np.arange(args.k) for ok in holds]
         methods["gate"] = figures([r[i].mean() for r, i in zip(right, left, strict=True)], pairs=pairwise(holds, right))
@@ -239,7 +248,8 @@ def evaluate_candidates(run: str, args) -> dict:
     README has the names. `energy_last`, of a step with nothing after it, is its next-step energy too. Votes of
     `majority_logprob` weigh as much as a token's mean probability, of `majority_energy` as the chain's coherence, of
     `majority_combined` as it is likely to be right. `ensemble` adds up the energies of the runs given. `gate_X` is X
-    among all where no candidate's equations hold. p_logprob, p_majority: see `paired_p`.
+    among all where no candidate's equations hold. `expected` is a plain vote's accuracy with ties broken at random.
+    p_logprob, p_majority: see `paired_p`.
     """
     model, config = infer.load_world_model(run, args.device)
     folder = args.latents or (
@@ -320,6 +330,9 @@ def evaluate_candidates(run: str, args) -> dict:
         alone = float(np.mean([by_source[rows[i]["source"]] for i in picked]))
         methods[name] = figures(right[picked], pairs=pairs) | {"by_source_alone": alone} | {
             f"p_{other}": paired_p(right[picked], right[picks[other]]) for other in ("logprob", "majority")}
+    for name, groups in (("majority", members), ("gate_majority", left)):
+        expected = [majority_expected([answers[i] for i in m], right[m]) for m in groups]
+        methods[name]["expected"] = float(np.mean(expected))
     methods["oracle"] = figures([t.any() for t in truth])
     return {"n": len(members), "k": max(map(len, members)), "random": random, "oracle": oracle, "methods": methods}
 
@@ -497,6 +510,7 @@ def evaluate_llm(name: str, args) -> dict:
         for j in sorted({1, 10, 100, k}) if j <= k}
     if k > 1 and bench.kind == "number":
         methods["majority"] = figures(right[np.arange(n), [majority(row) for row in answers]])
+        methods["majority"]["expected"] = float(np.mean(list(map(majority_expected, answers, right))))
     if n > 1:
         methods["shuffled"] = figures(shuffled, recovered=False)
     return asked | {"n": n, "k": k, "random": random, "oracle": oracle,

@@ -225,6 +225,12 @@ class WorldJob(Job):
         return self.collate(*self.batches.chains(index), device)
 
 
+def of_other_problems(chains: list[dict], by: int) -> list[int]:
+    """For every chain the next one (by = 1) or the one before (-1) of another problem, round the end; else any."""
+    n, ids = len(chains), [c["problem_id"] for c in chains]
+    return [next((j for d in range(1, n) if ids[j := (i + by * d) % n] != ids[i]), (i + by) % n) for i in range(n)]
+
+
 class GuideJob(WorldJob):
     """To train NUDGE's Guidance: the LLM reads verified chains, R-JEPA predicts every next step."""
 
@@ -237,16 +243,16 @@ class GuideJob(WorldJob):
     def collate(self, chains: list[dict], rng, device) -> dict:
         """A batch of Guidance.forward over all tokens of the steps, the line end (or end of text) after each with it.
 
-        Besides: z_other, the prediction for another chain's step of the same number (or its last): the control.
+        Besides: z_other, the prediction for another problem's step of the same number (or its last): the control.
         """
         coded = [self.llm.encode(c["question"], c["steps"]) for c in chains]
         seen, final = self.llm.states(pad_rows([ids for ids, _ in coded], 0, self.llm.device), {self.llm.layer}, True)
         h, is_real = latents.pad_latents([c["h"] for c in chains], device)
         chain, step, z_pred, _ = self.world.hidden_steps(h, is_real, "next_step")
         at = {pair: i for i, pair in enumerate(zip(chain.tolist(), step.tolist(), strict=True))}
-        rows, columns, tokens, mine, others = [], [], [], [], []
+        rows, columns, tokens, mine, others, beside = [], [], [], [], [], of_other_problems(chains, 1)
         for i, (ids, spans) in enumerate(coded):
-            j, ids = (i + 1) % len(coded), [*ids, self.llm.end_id]
+            j, ids = beside[i], [*ids, self.llm.end_id]
             for s, (begin, end) in enumerate(spans[1:], 1):
                 end = spans[s + 1][0] if s + 1 < len(spans) else len(ids)
                 n = end - begin
@@ -330,7 +336,7 @@ class SpeakJob(WorldJob):
             for name, share in (("lm_loss", 0.0), ("lm_loss_predicted", 1.0), ("lm_loss_shuffled", float(other == 1))):
                 batch = self.collate(part, np.random.default_rng([0, i]), device, share)
                 if name == "lm_loss_shuffled":  # the latent alone, its surroundings stay
-                    batch["context"][:, 0] = batch["context"][:, 0].roll(1, 0)
+                    batch["context"][:, 0] = batch["context"][of_other_problems(part, -1), 0]
                 with autocast():
                     sums[name] += float(model(batch)["lm_loss"]) * int(batch["is_text"].sum())
             n += int(batch["is_text"].sum())

@@ -1055,6 +1055,10 @@ def test_another_runs_state_is_refused(tmp_path, monkeypatch):
     bpe.write_text("".join(whole.splitlines(keepends=True)[:-2]))
     refused(SystemExit, "tokenizer", run, tmp_path / "a")
     bpe.write_text(whole)
+    with monkeypatch.context() as patch:
+        real = data.run_problems
+        patch.setattr(data, "run_problems", lambda config, split: real(config, split)[split == "val" :])
+        refused(SystemExit, "validation: ", run, tmp_path / "a")
     run(tmp_path / "a")
 
 
@@ -1117,7 +1121,7 @@ def test_evaluation_scripts_report_what_the_contract_names(finished):
     result = script(evaluate_accuracy, "--limit", "6", "--k", "3", "--max_new_tokens", "12")
     assert (result["n"], result["k"]) == (6, 3) and {"random", "majority", "oracle"} <= set(result["methods"])
     for figures in result["methods"].values():
-        assert set(figures) == {"accuracy", "ci95", "recovered", "pairwise"}
+        assert set(figures) - {"expected"} == {"accuracy", "ci95", "recovered", "pairwise"}
     saved = verify.read_jsonl(next(folder.glob("generations-*")), ["id", "truth", "candidates"])
     assert len(saved) == 6 and len(saved[0]["candidates"]) == 3
 
@@ -1127,6 +1131,11 @@ def test_accuracy_by_hand():
     assert evaluate_accuracy.majority(texts) == 1 and evaluate_accuracy.majority(["none", "no"]) == 0
     assert evaluate_accuracy.majority(texts, [5, 1, 2, 9]) == 0 and evaluate_accuracy.majority(["none"], [1]) == 0
     assert evaluate_accuracy.majority(texts, [2, 1, 1.5, 9]) == 2
+    expected = functools.partial(evaluate_accuracy.majority_expected, right=np.array([True, False, False, False]))
+    assert expected(texts) == 0 and expected(["#### 4", "so 5", "4.0", "5"]) == 0.25  # of a tie, half of "4" is right
+    assert expected(["none"] * 4) == 0.25
+    constant = eval_alignment.ranking_figures(np.zeros(4), np.array([True, False] * 2), [*"aabb"])
+    assert constant == {"auroc": 0.5, "auroc_within": 0.5, "spearman": None}
     scores, right = np.array([[3.0, 1.0, 2.0], [1.0, 1.0, 1.0]]), np.array([[1, 0, 0], [1, 1, 1]])
     assert evaluate_accuracy.pairwise(scores, right) == 1.0
     assert evaluate_accuracy.pairwise(-scores, right) == 0.0
@@ -2418,6 +2427,9 @@ def test_chains_of_files(tmp_path):
     assert read("chains", steps=["a", "A: 1/2"])[0]["steps"] == ["a", "#### 1/2"]
     assert verify.check_answer("#### 1/2", "0.5") and not verify.check_answer("#### 1/2", "1")
     assert read("chains", problem_id=None)[0]["problem_id"] == "p"
+    more = [{"id": "p2", "question": "Q"}, {"id": "r", "question": "R"}, {"id": "p3", "problem_id": "x"}]
+    write_jsonl(tmp_path / "c.jsonl", [chain, *(chain | fields for fields in more)])
+    assert [r["problem_id"] for r in latents.chains_of_file(tmp_path / "c.jsonl", "chains")] == ["p", "p", "r", "x"]
     assert read("chains", split="test")[0]["split"] == read("chains", id="gsm8k-test-3")[0]["split"] == "test"
     both = [{"steps": ["a"], "is_correct": True, "source": "x"}, {"steps": ["b"], "is_correct": False}]
     first, second = read("candidates", id="gsm8k-train-3", candidates=both)
@@ -2607,6 +2619,22 @@ def test_guidance_sees_the_state_and_the_prediction_of_its_token(world):
             theirs = job.world.predict_next(h[1 - i : 2 - i][:1, :s], is_real[:1, :s])
             assert torch.allclose(batch["z_other"][at], theirs.expand(n, -1), atol=1e-5)
     assert m_0 == batch["n_tokens"]
+
+
+def test_controls_are_of_other_problems(monkeypatch):
+    chains = [{"problem_id": p} for p in "aabac"]
+    assert jobs.of_other_problems(chains, 1) == [2, 2, 3, 4, 0]
+    assert jobs.of_other_problems(chains, -1) == [4, 4, 1, 2, 3]
+    assert jobs.of_other_problems(chains[:2], 1) == [1, 0]  # there is no other
+    model, seen = rjepa_model(), []
+    monkeypatch.setattr(eval_alignment, "add_ranks", lambda ranks, guesses, among, own, k: seen.append((among, own)))
+    rows = [{"problem_id": p, "is_valid": True, "n_steps": 3, "h": torch.randn(4, model.config.dim)} for p in "aab"]
+    model.fit_standardize(torch.cat([r["h"] for r in rows]))
+    eval_alignment.step_retrieval(model, rows, 1)
+    among, own = seen[1]  # of the first chain, in the LLM's space
+    others = model.standardize(rows[2]["h"])[1:]
+    assert len(among) == 100 and torch.cdist(among[1 + len(own) :], others).amin(1).max() < 0.1  # apart: 4
+    assert eval_alignment.step_retrieval(model, rows[:2], 1) == {"n": 0}
 
 
 def test_plan_never_sees_the_step_it_predicts(world):

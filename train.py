@@ -76,9 +76,11 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)  # a new field alone is no change
                 if f.name not in runs.FREE_ON_RESUME and getattr(config, f.name) != f.default}
     micro_steps = config.grad_accum * world
-    identity = {"settings": runs.digest(json.dumps(settings)), "grad_accum x processes": micro_steps, **job.identity}
+    held_out = ([e.get(k) for k in ("id", "question", "steps", "answer", "tokens")] for e in job.val)
+    identity = {"settings": runs.digest(json.dumps(settings)), "grad_accum x processes": micro_steps,
+                "validation": runs.digest_of_list(held_out), **job.identity}
     if state:
-        theirs = {"settings": identity["settings"]} | state["identity"]  # which older states lack
+        theirs = {k: identity[k] for k in ("settings", "validation")} | state["identity"]  # older states lack them
         there = theirs.get("grad_accum x processes", 0)
         if there != micro_steps and there % world == 0:
             raise SystemExit(f"{out} was begun with grad_accum x processes = {there}, here it is {micro_steps}: "
