@@ -754,9 +754,10 @@ class Row:
         return True
 
     def chain(self) -> dict:
-        """{"steps", "h" [1 + S, D] fp32 on the CPU, "logprobs" [S], "logprob" (mean over the tokens of all steps)}."""
+        """{"steps", "h" [1 + S, D] fp32 on the CPU, "logprobs" [S], "n_tokens" [S], "logprob" (of all steps' tokens the
+        mean; None without steps)}."""
         text = self.llm.decode(self.ids)
-        steps, units, is_over = written_steps(text, self.llm.end_of_turn is not None)
+        steps, units, _ = written_steps(text, self.llm.end_of_turn is not None)
         for i in range(len(self.ends), len(self.ids)):  # where each token ends in the text, once for all calls
             self.ends.append(len(self.llm.decode(self.ids[: i + 1])))
         ends = [min(end, len(text)) for end in self.ends]
@@ -767,8 +768,7 @@ class Row:
         means = [sum(self.logprobs[begin:end]) / (end - begin) for begin, end in spans]
         n = [end - begin for begin, end in spans]
         total = sum(m * c for m, c in zip(means, n, strict=True)) / max(1, sum(n))
-        return {"steps": steps, "h": h.cpu(), "logprobs": means, "n_tokens": n,
-                "logprob": total if steps else None, "is_over": is_over}
+        return {"steps": steps, "h": h.cpu(), "logprobs": means, "n_tokens": n, "logprob": total if steps else None}
 
 
 @torch.no_grad()

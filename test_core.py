@@ -2141,7 +2141,7 @@ def check_written_latents(llm):
     with patch.object(llms, "sample", dictation.sample):
         found = llms.generate(llm, questions, k=2, temperature=0, max_new_tokens=60, nudge=dictation)
     for chain, (question, steps) in zip(found[0] + found[1], pairs, strict=True):
-        assert chain["steps"] == steps and chain["is_over"] == steps[-1].startswith("####")
+        assert chain["steps"] == steps
         ids, spans = llm.encode(question, steps)
         h, means = llm.latents([ids], [spans], [(llm.layer, llm.pooling)], logprobs=True)
         assert torch.allclose(chain["h"], h[llm.layer, llm.pooling][0], atol=1e-4)
