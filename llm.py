@@ -221,7 +221,7 @@ class LLM:
         """Token rows and their unit spans -> ({(layer, pooling): [units, D] fp32 a row}, mean logprobs [units] a row).
 
         wanted: (layer, pooling) pairs. A unit's logprob is the mean over its tokens of log p(token | all before it),
-        [PRED] left out. From a GPU the values are still on their way: `wait` before looking at them.
+        [PRED] left out. From a GPU the values are still on their way: synchronize before looking at them.
         """
         self.check_room(rows, 0)
         idx = pad_rows(rows, 0, self.device)
@@ -267,11 +267,6 @@ class LLM:
                 hook.remove()
         return seen, final
 
-    def wait(self):
-        """Until what `latents` gave has arrived."""
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-
     def sum_logprobs(self, final, idx, spans) -> torch.Tensor:
         """Last normed states [B, T, D] of tokens [B, T] -> [U, 2] fp32: a unit's sum of logprobs, how many they are."""
         at, offsets = unit_tokens(spans, idx.shape[1], idx.device)
@@ -298,7 +293,8 @@ class LLM:
             for i, values in zip(batch, lp, strict=False):
                 means[i] = values
             tick(sum(map(len, rows)))
-        self.wait()
+        if self.device.type != "cpu":  # what `latents` gave may still be on its way
+            torch.accelerator.synchronize(self.device)
         return h, means
 
     def read_chains(self, chains: list[tuple[str, list[str]]], logprobs: bool = False):
@@ -393,13 +389,12 @@ class HuggingFaceLLM(LLM):
             raise ValueError(f"--prompt {prompt[:60]!r}: needs {{question}} where the question goes, and a line end or "
                              "more after it (or few_shot, or a file with such a text)")
         if prompt != self.prompt:
-            self.prompt, self.after, self.prompt_ids = "", after, []
+            self.after, self.prompt_ids, self.prompt_cache = after, [], self.new_cache()
             if before:
                 self.prompt_ids = self.tokens(before)[0]
-            self.prompt, self.prompt_cache = prompt, self.new_cache()
-            if before:
                 self.base(torch.tensor([self.prompt_ids], device=self.device), use_cache=True,
                           **{self.cache_name: self.prompt_cache})
+            self.prompt = prompt
         return self
 
     def new_cache(self):
