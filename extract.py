@@ -394,7 +394,6 @@ def written_for(config, problems: list[dict], dataset: str, split: str, args) ->
     folder = Path("out/latents") / name
     if not is_kept(folder):
         llm = llm_of(config, args.llm, args.device)
-        llm.name = config.llm
         runs.say(f"{args.k} chains for {len(problems):,} problems -> {folder}")
         extract_written(llm, [(split, problems)], folder, dataset, args.k, args.temperature, args.top_p, args.seed,
                         args.max_new_tokens)
@@ -410,7 +409,6 @@ def gold_for(config, problems: list[dict], dataset: str, split: str, args) -> Pa
     folder = Path("out/latents") / name
     if not is_kept(folder):
         llm = llm_of(config, args.llm, args.device)
-        llm.name = config.llm
         runs.say(f"the solutions of {len(problems):,} problems and their counterfactuals -> {folder}")
         extract(llm, latents.gold_chains(problems, split, True, args.seed), folder,
                 {"dataset": dataset, "split": split, "seed": args.seed}, [(llm.layer, llm.pooling)], True, 512,

@@ -582,8 +582,8 @@ def load_llm(name: str = "smollm2", device: str = "auto", dtype: str = "auto", q
             raise ValueError(f"--quantize nf4 needs a CUDA GPU, this is {device}")
         quantization, precision["device_map"] = "nf4", device
         precision["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=pick_dtype(dtype, device))
-    if device == "cpu" and pick_dtype(dtype, device) == torch.bfloat16:
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=precision["dtype"])
+    if device == "cpu" and precision["dtype"] == torch.bfloat16:
         precision["attn_implementation"] = "eager"  # as in model.attend: CPU flash is slow in bf16
     try:
         source = convert_gguf(path) if path.suffix == ".gguf" else source
@@ -611,15 +611,14 @@ def load_llm(name: str = "smollm2", device: str = "auto", dtype: str = "auto", q
 
 def llm_of(config, llm: str = "", device: str = "auto") -> LLM:
     """The LLM whose latents a run or memory reads, at its layer and pooling; `llm` says where it lies, if not under its
-    name.
+    name, which it keeps.
 
     Raises ValueError where its depth or width is another, or where it is a run with other weights.
     """
     loaded = load_llm(llm or config.llm, device, layer=config.layer, pooling=config.pooling)
-    loaded.set_prompt(config.prompt)
-    ours = {k: getattr(loaded, k) for k in ("layer", "pooling", "prompt")}
-    ours["dim"] = loaded.latent_dim(config.pooling)
-    ours |= {"llm": config.llm if llm else loaded.name, "weights": loaded.weights}
+    loaded.set_prompt(config.prompt).name = config.llm if llm else loaded.name
+    ours = {"llm": loaded.name, "layer": loaded.layer, "pooling": loaded.pooling, "prompt": loaded.prompt,
+            "dim": loaded.latent_dim(config.pooling), "weights": loaded.weights}
     latents.check_same_llm(config, ours, f"its LLM and --llm {llm or config.llm}")
     return loaded
 
