@@ -618,16 +618,15 @@ def collate(examples: list[dict], config, device=None, packed: bool = False, pad
     elif in_question:  # [PRED] is followed by the answer, and nothing follows the last token
         rows = [q + a[1:] for q, a in zip(questions, answers, strict=True)]
         batch, first = lay_out(rows, eos_id, read, n_question - 1, cut=1)
-    elif config.answer_context == "isolated":
-        batch, first = lay_out(questions, eos_id, read, n_question)
-        more, answer_first = lay_out(answers, eos_id, none, none)
-        N = len(batch["idx"])
-        more["loss_at"], first = more["loss_at"] + N, np.concatenate((first, answer_first + N))
-        batch = {k: v + more[k] if k == "rows" else torch.cat((v, more[k])) for k, v in batch.items()}
     else:
         batch, first = lay_out(questions, eos_id, read, n_question)
         more, answer_first = lay_out(answers, eos_id, none, none)
-        batch |= {f"answer_{k}": v for k, v in more.items()} | {"answer_first": torch.from_numpy(answer_first)}
+        if config.answer_context == "isolated":  # the answers lie behind the questions
+            N = len(batch["idx"])
+            more["loss_at"], first = more["loss_at"] + N, np.concatenate((first, answer_first + N))
+            batch = {k: v + more[k] if k == "rows" else torch.cat((v, more[k])) for k, v in batch.items()}
+        else:
+            batch |= {f"answer_{k}": v for k, v in more.items()} | {"answer_first": torch.from_numpy(answer_first)}
     batch["pred_at"] = torch.from_numpy(first[:B] + n_question - 1)
     n_tokens = n_filled = int((n_question + n_answer).sum()) - 2 * B * in_question
     n_slots = sum(v.numel() for k, v in batch.items() if k.endswith("idx"))
