@@ -182,7 +182,7 @@ def random_graph(rng: random.Random, n_steps: int) -> list[tuple]:
             if must_use <= n_operands and (kind != "price" or i == n_steps - 1):
                 break
         n_unused = max(must_use, sum(rng.random() < 0.85 for _ in range(min(n_operands, len(unused)))))
-        operands = rng.sample(unused, n_unused) if n_unused else []
+        operands = rng.sample(unused, n_unused)
         unused = [node for node in unused if node not in operands] + [i]
         while len(operands) < n_operands:
             old = int(rng.random() * (i + n_givens)) - n_givens
@@ -191,8 +191,7 @@ def random_graph(rng: random.Random, n_steps: int) -> list[tuple]:
             else:
                 n_givens += 1
                 operands.append(-n_givens)
-        if n_operands > 1:
-            rng.shuffle(operands)
+        rng.shuffle(operands)
         graph.append((kind, operands))
     return graph
 
@@ -732,10 +731,13 @@ def load_texts(config, split: str) -> list[str]:
     return [t for t in texts if t][: (config.val_problems if split == "val" else config.limit) or None]
 
 
+EMPTY_LINE = r"\n[^\S\n]*\n"
+
+
 def cut_text(text: str, split: str) -> str:
     """A text less the last 20th of its paragraphs (of its lines, where it has no empty one; of its sentences, where it
     is a single line), or for `val` that part."""
-    parts, between = re.split(r"\n[^\S\n]*\n", text), "\n\n"
+    parts, between = re.split(EMPTY_LINE, text), "\n\n"
     if len(parts) == 1:
         parts, between = text.splitlines(), "\n"
     if len(parts) == 1:
@@ -749,9 +751,8 @@ def sentence_pieces(text: str) -> list[tuple[str, int]]:
 
     Paragraphs are divided by empty lines or, in a text without any, by line ends.
     """
-    text, pieces, at, end = text.strip(), [], 0, "\n"
-    if re.search(r"\n[^\S\n]*\n", text):
-        end = r"\n[^\S\n]*\n"
+    text, pieces, at = text.strip(), [], 0
+    end = EMPTY_LINE if re.search(EMPTY_LINE, text) else "\n"
     for number, paragraph in enumerate(p for p in re.split(end, text) if p.strip()):
         for sentence in split_sentences(paragraph.strip()):
             begin = text.index(sentence, at)
