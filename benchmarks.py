@@ -81,8 +81,7 @@ def mmlu(row: dict) -> dict:
 
 
 def math(row: dict) -> dict:
-    return {"question": row["problem"], "answer": row["solution"], "subject": row.get("type", ""),
-            "level": row.get("level", "")}
+    return {"question": row["problem"], "answer": row["solution"], "subject": row.get("type", "")}
 
 
 def humaneval(row: dict) -> dict:

@@ -701,7 +701,7 @@ OFFICIAL_ROWS = {  # a row in each data set's own schema, and what it must becom
     "svamp": ({"ID": "chal-1", "Body": "Tom has 3.", "Question": "How many?", "Equation": "3", "Answer": 3.0,
                "Type": "Addition"}, {"question": "Tom has 3. How many?", "answer": "3.0"}),
     "math": ({"problem": "Half of $1$?", "level": "Level 1", "type": "Algebra", "solution": "$\\boxed{\\frac12}$."},
-             {"question": "Half of $1$?", "subject": "Algebra", "level": "Level 1"}),
+             {"question": "Half of $1$?", "subject": "Algebra"}),
     "mmlu": ({"question": " Who? ", "subject": "world_religions", "choices": ["a", "b", "c", "d"], "answer": 2},
              {"question": "Who?\nA. a\nB. b\nC. c\nD. d", "choices": list("ABCD"), "label": 2, "answer": "C"}),
     "bbh": ({"input": "not True is", "target": "False"}, {"question": "not True is", "answer": "False"}),
