@@ -78,21 +78,18 @@ def chains_of_file(path: str, kind: str, limit: int = 0) -> list[dict]:
             if str(row["id"]) in seen:
                 raise ValueError(f"{where}: this id is there twice; its candidates would be taken for one problem's")
             seen.add(str(row["id"]))
-            if not isinstance(row["candidates"], list):
-                raise ValueError(f"{where}: field 'candidates' must be a list")
-            parts = [(f"{row['id']}/{k}", c, "is_correct") for k, c in enumerate(row["candidates"])]
+            candidates = verify.field(row, where, "candidates", list)
+            parts = [(f"{row['id']}/{k}", c, "is_correct") for k, c in enumerate(candidates)]
         else:
             parts = [(str(row["id"]), row, "is_correct" if kind == "step_errors" else "is_valid")]
         for name, part, label in parts:
-            steps = part.get("steps") if isinstance(part, dict) else None
-            if not isinstance(steps, list) or not all(isinstance(s, str) for s in steps):
+            steps, is_valid = verify.field(part, where, "steps", list), verify.field(part, where, label, bool)
+            if not all(isinstance(s, str) for s in steps):
                 raise ValueError(f"{where}: field 'steps' must be a list of texts")
-            if not isinstance(part.get(label), bool):
-                raise ValueError(f"{where}: field '{label}' must be true or false")
             if not isinstance(row["question"], str) or not row["question"].strip():
                 raise ValueError(f"{where}: field 'question' must be a text that is not empty")
             wrong_step = row.get("first_error_step")
-            if part[label] and wrong_step is not None:
+            if is_valid and wrong_step is not None:
                 raise ValueError(f"{where}: field 'first_error_step' is {wrong_step}, but '{label}' is true")
             if wrong_step is not None:
                 if type(wrong_step) is not int or not 1 <= wrong_step <= len(steps):
@@ -100,10 +97,10 @@ def chains_of_file(path: str, kind: str, limit: int = 0) -> list[dict]:
                 if not all(s.strip() for s in steps):
                     raise ValueError(f"{where}: field 'steps' has an empty one; first_error_step would lose its step")
             steps = common_ending([s for s in steps if s.strip()])
-            if kind == "chains" and not steps and not part[label]:
+            if kind == "chains" and not steps and not is_valid:
                 continue  # an LLM wrote nothing
             chain = {"id": name, "question": row["question"].strip(), "steps": steps, "answer": row.get("answer"),
-                     "is_valid": part[label], "source": part.get("source")}
+                     "is_valid": is_valid, "source": part.get("source")}
             problem_id = str(row["id"] if row.get("problem_id") is None else row["problem_id"])
             if kind == "chains":
                 first = problem_of.setdefault(data.plain_question(chain["question"]), problem_id)
@@ -236,7 +233,7 @@ def read_manifest(folder) -> dict:
                          'name them with --latents or, where that is no option, as "latents" in its config.json')
     path = Path(folder) / "manifest.json"
     if not path.is_file():
-        unfinished = any(Path(folder).glob("shard-*")) if Path(folder).is_dir() else False
+        unfinished = any(Path(folder).glob("shard-*"))
         raise FileNotFoundError(f"{folder} " + ("is an unfinished extraction: run the same extract.py command again"
                                                 if unfinished else "holds no latents (no manifest.json)"))
     try:

@@ -419,7 +419,7 @@ def check_program(problem, completion, timeout_s=10, memory_mb=512, allow_unsafe
     they ran is shown by a random word printed after them; a completion that reads its own source for the word can
     still forge it. Source: HumanEval (Chen et al. 2021), evaluation.py.
     """
-    prompt, test, entry_point = (_field(problem, "problem", name, str) for name in ("prompt", "test", "entry_point"))
+    prompt, test, entry_point = (field(problem, "problem", name, str) for name in ("prompt", "test", "entry_point"))
     word = secrets.token_hex(16)
     source = f"{prompt}{completion}\n{test}\ncheck({entry_point})\n__import__('sys').stdout.write('\\n{word}\\n')\n"
     verdict = run_program(source, timeout_s, memory_mb, allow_unsafe)
@@ -431,7 +431,7 @@ def check_program(problem, completion, timeout_s=10, memory_mb=512, allow_unsafe
 
 # ----------------------------------------------------------------------------- problems and chains
 
-def _field(record, kind, name, types):
+def field(record, kind, name, types):
     """record[name], or a ValueError that says what `kind` of record lacks it."""
     value = record.get(name) if isinstance(record, dict) else None
     if not isinstance(value, types) or value == "":
@@ -458,20 +458,20 @@ def validate(problem, chain, allow_unsafe=False):
     kind, name = problem.get("kind", "number"), f"chain {chain.get('id', '')!r}"
     if kind not in ("number", "math", "choice", "exact", "code"):
         raise ValueError(f"problem {problem.get('id', '')!r}: kind {kind!r}: use number, math, choice, exact or code")
-    steps = _field(chain, name, "steps", list)
+    steps = field(chain, name, "steps", list)
     if any(not isinstance(step, str) or not step.strip() for step in steps):
         raise ValueError(f"{name}: field 'steps' holds something else than non-empty strings")
     if not steps:
         return Verdict(False, "no_steps", "the chain has no steps")
     if kind == "code":
         return check_program(problem, "\n".join(steps), allow_unsafe=allow_unsafe)
-    stated = _field(chain, name, "answer", str) if chain.get("answer") is not None else None
+    stated = field(chain, name, "answer", str) if chain.get("answer") is not None else None
     by_kind = {"number": _validate_number, "math": _validate_math, "choice": _validate_choice, "exact": _validate_exact}
     return by_kind[kind](problem, steps, stated)
 
 
 def _validate_number(problem, steps, stated):
-    truth = _field(problem, f"problem {problem.get('id', '')!r}", "answer", str)
+    truth = field(problem, f"problem {problem.get('id', '')!r}", "answer", str)
     if answer_value(truth) is None:
         raise ValueError(f"problem {problem.get('id', '')!r}: field 'answer' holds no number: {truth!r:.60}")
     last = steps[-1]
@@ -487,7 +487,7 @@ def _validate_number(problem, steps, stated):
 
 
 def _validate_math(problem, steps, stated):
-    truth = _field(problem, f"problem {problem.get('id', '')!r}", "answer", str)
+    truth = field(problem, f"problem {problem.get('id', '')!r}", "answer", str)
     text = "\n".join(steps)
     written = text if "\\boxed" in text else steps[-1]
     for answer in [stated] * (stated is not None) + [written] * (stated is None or written is text):
@@ -499,7 +499,7 @@ def _validate_math(problem, steps, stated):
 
 
 def _validate_exact(problem, steps, stated):
-    truth = _field(problem, f"problem {problem.get('id', '')!r}", "answer", str).strip().removesuffix(".")
+    truth = field(problem, f"problem {problem.get('id', '')!r}", "answer", str).strip().removesuffix(".")
     for answer in [stated] * (stated is not None) + [steps[-1]]:
         if answer.strip().removesuffix(".") != truth:
             return Verdict(False, "wrong_answer", f"{answer:.60} instead of {truth:.60}")
@@ -523,8 +523,8 @@ def _choice(text, choices):
 
 def _validate_choice(problem, steps, stated):
     kind = f"problem {problem.get('id', '')!r}"
-    choices, label = [str(choice) for choice in _field(problem, kind, "choices", list)], problem.get("label")
-    truth = _choice(_field(problem, kind, "answer", str), choices) if label is None else label
+    choices, label = [str(choice) for choice in field(problem, kind, "choices", list)], problem.get("label")
+    truth = _choice(field(problem, kind, "answer", str), choices) if label is None else label
     if not isinstance(truth, int) or not 0 <= truth < len(choices):
         raise ValueError(f"{kind}: neither field 'answer' nor 'label' names one of the {len(choices)} choices")
     declared = CHOICE.findall(steps[-1])
@@ -563,7 +563,7 @@ def read_jsonl(path, fields=(), limit=0):
                     raise ValueError(f"{path}, line {number}: no JSON: {getattr(e, 'msg', e)}") from None
                 if not isinstance(row, dict):
                     raise ValueError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
-                if missing := [field for field in fields if field not in row]:
+                if missing := [name for name in fields if name not in row]:
                     raise ValueError(f"{path}, line {number}: field {missing[0]!r} is missing")
                 rows.append(row)
         except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as e:
@@ -578,7 +578,7 @@ def check_chains(path, limit=0):
     reasons = Counter()
     for number, row in enumerate(read_jsonl(path, ["answer"], limit), 1):
         steps = row.get("steps")
-        if steps is None and "####" in _field(row, str(path), "answer", str):
+        if steps is None and "####" in field(row, str(path), "answer", str):
             steps = [line for line in row["answer"].splitlines() if line.strip()]
         try:
             verdict = validate(row, {"id": row.get("id", ""), "steps": steps})
@@ -595,10 +595,10 @@ def check_candidates(path, limit=0):
     n, disagree = 0, []
     for row in read_jsonl(path, ["answer", "candidates"], limit):
         kind = f"{path}, row {row.get('id')!r}"
-        for candidate in _field(row, kind, "candidates", list):
-            steps, label = _field(candidate, kind, "steps", list), _field(candidate, kind, "is_correct", bool)
+        for candidate in field(row, kind, "candidates", list):
+            steps, label = field(candidate, kind, "steps", list), field(candidate, kind, "is_correct", bool)
             n += 1
-            if (bool(steps) and check_answer(str(steps[-1]), _field(row, kind, "answer", str))) != label:
+            if (bool(steps) and check_answer(str(steps[-1]), field(row, kind, "answer", str))) != label:
                 disagree.append(row.get("id"))
     return {"n": n, "agree": (n - len(disagree)) / max(1, n), "disagree": disagree[:5]}
 
