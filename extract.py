@@ -288,7 +288,7 @@ def refuse_not_finite(llm, ids, of_chains, where):
         raise ValueError(f"chain {bad}: {llm.name} gives values that are not finite {where}; try --dtype fp32")
 
 
-def inspect_folder(folder: Path, header: dict, rank: int = 0, world: int = 1) -> bool:
+def inspect_folder(folder: Path, header: dict, rank: int, world: int) -> bool:
     """Whether this very extraction is finished there (of several folders some may be). Changes nothing.
 
     Of an unfinished one each process looks at its share of the shards. Raises SystemExit for a folder of another

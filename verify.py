@@ -412,7 +412,7 @@ def _boxed(text):
 
 # ----------------------------------------------------------------------------- programs
 
-def check_program(problem, completion, timeout_s=10, memory_mb=512, allow_unsafe=False):
+def check_program(problem, completion, timeout_s=10, allow_unsafe=False):
     """Does prompt + completion pass the tests? problem {"prompt", "test", "entry_point"}, as in HumanEval.
 
     Reasons as run_program's, and "tests_not_run" where the program ended well before its tests did (sys.exit). That
@@ -422,7 +422,7 @@ def check_program(problem, completion, timeout_s=10, memory_mb=512, allow_unsafe
     prompt, test, entry_point = (field(problem, "problem", name, str) for name in ("prompt", "test", "entry_point"))
     word = secrets.token_hex(16)
     source = f"{prompt}{completion}\n{test}\ncheck({entry_point})\n__import__('sys').stdout.write('\\n{word}\\n')\n"
-    verdict = run_program(source, timeout_s, memory_mb, allow_unsafe)
+    verdict = run_program(source, timeout_s, allow_unsafe=allow_unsafe)
     output, found, rest = verdict.stdout.partition(f"\n{word}\n")  # the rest: what is printed at exit
     if verdict.is_valid and not found:
         return Verdict(False, "tests_not_run", "the program ended before its tests did", verdict.stdout)
