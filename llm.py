@@ -539,8 +539,7 @@ class RunLLM(LLM):
         memory.select(torch.arange(n, device=self.device).repeat_interleave(k))
         return final.repeat_interleave(k, dim=0), [z[: len(row)] for z, row in zip(h, rows, strict=True)], memory
 
-    def read(self, idx, positions, memory: Memory, at=None):
-        at = torch.full((len(idx),), idx.shape[1] - 1, device=self.device) if at is None else at
+    def read(self, idx, positions, memory: Memory, at=-1):
         slots = torch.arange(memory.caches[0].k.shape[2], device=self.device)
         seen, final = self.states(idx, {self.layer}, True, positions=positions, caches=memory.caches,
                                   attn_allowed=slots <= positions[..., None])
@@ -737,15 +736,12 @@ class Row:
 
     def __init__(self, llm, question_latent):
         self.llm, self.question_latent = llm, question_latent
-        self.ids, self.states, self.logprobs, self.text, self.ends = [], [], [], "", []
+        self.ids, self.states, self.logprobs, self.ends = [], [], [], []
 
     def append(self, token: int, state, logprob: float) -> bool:
         """Whether a line has ended with this token."""
         self.ids.append(token), self.states.append(state), self.logprobs.append(logprob)
-        if "\n" not in self.llm.decode([token]):
-            return False
-        self.text = self.llm.decode(self.ids)
-        return True
+        return "\n" in self.llm.decode([token])
 
     def chain(self) -> dict:
         """{"steps", "h" [1 + S, D] fp32 on the CPU, "logprobs" [S], "n_tokens" [S], "logprob" (of all steps' tokens the
@@ -804,7 +800,7 @@ def generate(llm: LLM, questions: list[str], k: int = 1, temperature: float = 0.
             if token in llm.stop_ids:
                 continue
             if row.append(token, h[j], logprob[j]):
-                steps, _, is_over = written_steps(row.text, llm.end_of_turn is not None)
+                steps, _, is_over = written_steps(llm.decode(row.ids), llm.end_of_turn is not None)
                 if is_over or (one_step and steps):
                     continue
                 if nudge is not None:
