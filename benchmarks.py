@@ -171,11 +171,9 @@ def spread(problems: list[dict], n: int) -> list[dict]:
 
 def as_problem(bench: Benchmark, row: dict, where: str) -> dict:
     is_official = set(bench.fields) <= set(row)
-    if not is_official and not {"question", "answer"} <= set(row):
+    if not is_official and (bench.kind in ("choice", "code") or not {"question", "answer"} <= set(row)):
         missing = next(name for name in bench.fields if name not in row)
-        raise ValueError(f"{where}: field '{missing}' is missing")
-    if not is_official and bench.kind not in ("number", "math", "exact"):
-        raise ValueError(f"{where}: needs the fields {', '.join(bench.fields)}")
+        raise ValueError(f"{where}: field '{missing}' is missing; needs {', '.join(bench.fields)}")
     try:
         problem = dict(bench.problem(row)) if is_official else dict(row)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
