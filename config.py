@@ -462,13 +462,13 @@ def plain_errors():
         raise SystemExit(f"error: {error}") from None
 
 
-def parse_cli(argv: list[str], default: str = "quickstart"):
+def parse_cli(argv: list[str]):
     """[PRESET] --field value ... -> (preset name, config). Prints what differs from the preset."""
     import tyro
 
     if argv in (["-h"], ["--help"]):
         print(f"train.py PRESET --field value; presets: {', '.join(PRESETS)}\n")
-    name, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (default, argv)
+    name, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("quickstart", argv)
     base = pick_preset(name)
     config = tyro.cli(type(base), default=base, args=rest, prog=f"train.py {name}")
     changed = diff(base, config)

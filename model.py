@@ -806,10 +806,10 @@ class NanoJEPA(Model):
         with self.evaluating():
             return in_batches(rows, batch_size, encode)
 
-    def fit_standardize(self, answers: list[list[int]], batch_size: int = 64):
+    def fit_standardize(self, answers: list[list[int]]):
         """Sets the statistics of the answer latents, for evaluation, from training answers (token ids)."""
         self.standardize.mean.zero_(), self.standardize.std.fill_(1.0)
-        self.standardize.fit(self.encode_answers(answers, batch_size))
+        self.standardize.fit(self.encode_answers(answers))
 
     def predict_latent(self, rows: list[list[int]]) -> torch.Tensor:
         """Question rows -> pred_latent [B, C], fp32."""
@@ -1041,9 +1041,10 @@ class RJEPA(Model):
         out[chain, step] = (z_pred - z_target[chain, step]).abs().mean(-1)
         return out
 
-    def coherence(self, energy, mode: str = "leave_one_out"):
-        """Share of verified steps whose energy is higher, in [0, 1]; from the quantiles that training stored."""
-        q = self.quantiles[self.ENERGIES.index(mode)].contiguous()
+    def coherence(self, energy):
+        """Of leave-one-out energies: the share of verified steps with a higher one, in [0, 1], by the quantiles that
+        training stored."""
+        q = self.quantiles[self.ENERGIES.index("leave_one_out")]
         return (1 - torch.searchsorted(q, energy.contiguous()).float() / (len(q) - 1)).clamp(0, 1)
 
     def update_target(self, momentum: float):
@@ -1196,7 +1197,7 @@ class TextEncoder(nn.Module):
         return self.transformer(self.embed(idx), positions, may_attend(is_real, segment, idx.device), is_real=is_real)
 
     @torch.no_grad()
-    def thoughts(self, rows: list[list[int]], batch_size: int = 64) -> torch.Tensor:
+    def thoughts(self, rows: list[list[int]]) -> torch.Tensor:
         """Thought vectors [len(rows), C] fp32 of texts (token ids): the mean over their tokens' outputs."""
 
         def encode(part):
@@ -1205,7 +1206,7 @@ class TextEncoder(nn.Module):
             z = self(idx, is_real).float() * is_real[..., None]
             return z.sum(1) / is_real.sum(1, keepdim=True)
 
-        return in_batches(rows, batch_size, encode)
+        return in_batches(rows, 64, encode)
 
 
 class TJEPA(Model):
