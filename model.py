@@ -41,9 +41,6 @@ class RMSNorm(nn.RMSNorm):
     """PyTorch's RMSNorm (Zhang & Sennrich 2019) over the last dimension, on a CPU with a backward pass of its own:
     PyTorch's goes back through every operation by itself there, which takes 3 to 5 times as long."""
 
-    def __init__(self, n_embd: int):
-        super().__init__(n_embd)
-
     def forward(self, x):
         if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
             return super().forward(x)
@@ -417,8 +414,7 @@ def init_weights(module: nn.Module, n_layer: int):
 @torch.no_grad()
 def update_target(target: nn.Module, online: nn.Module, momentum: float):
     """EMA: target = momentum * target + (1 - momentum) * online; parameters averaged, buffers copied."""
-    targets, onlines = list(target.parameters()), list(online.parameters())
-    torch._foreach_lerp_(targets, onlines, 1.0 - momentum)
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1.0 - momentum)
     for b_target, b_online in zip(target.buffers(), online.buffers(), strict=True):
         b_target.copy_(b_online)
 
