@@ -152,7 +152,7 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
     gc.freeze()  # what lives until the end need not be looked through at every step
     progress = tqdm(total=n_steps, initial=first, unit="step", disable=rank > 0 or not sys.stderr.isatty())
     model.train()
-    figures, val = {}, {}
+    figures, val, verdict = {}, {}, {}
     started, busy, tokens, filled, slots = time.monotonic(), 0.0, 0, 0, 0
     window, window_tokens, upcoming, saved, health = time.monotonic(), 0, None, first, None
     for step in range(first, n_steps):
@@ -219,11 +219,11 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
                 runs.say(f"step {done}/{n_steps}: train {short(figures)} | val {short(val)}")
                 if before is not None and is_last:
                     after = relative_l1(val)
-                    is_accepted = after <= before
+                    verdict = {"accepted": after <= before, "before": before, "after": after}
                     runs.say(f"error on {config.held_out}, in units of predict-the-mean's: {before:.4f} of "
                              f"{config.init_from}, {after:.4f} now: "
-                             + ("accepted" if is_accepted else "rejected, the old weights stay"))
-                    if not is_accepted:
+                             + ("accepted" if verdict["accepted"] else "rejected, the old weights stay"))
+                    if not verdict["accepted"]:
                         copy_tensors(model.state_dict(), kept)
                         val = old_val
             window, window_tokens = time.monotonic(), 0
@@ -231,7 +231,6 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
             save(done)
             saved = done
     progress.close()
-    verdict = {"accepted": is_accepted, "before": before, "after": after} if before is not None and val else {}
     return {"preset": preset, "out_dir": str(out), "steps": n_steps, "params": model.n_params(), "device": device,
             "train": figures, "val": val, "tokens_per_s": round(tokens * world / max(busy, 1e-9)),
             "real_share": round(filled / max(1, slots), 4), "seconds": round(time.monotonic() - started, 1), **verdict}
@@ -263,7 +262,7 @@ def keep_log_until(path: Path, step: int):
 @cfg.plain_errors()
 def main():
     preset, config = cfg.parse_cli(sys.argv[1:])
-    result = train(preset, dataclasses.replace(config))
+    result = train(preset, config)
     if int(os.environ.get("RANK", 0)) == 0:
         print(json.dumps(result, allow_nan=False))
     runs.leave()
