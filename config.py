@@ -478,9 +478,9 @@ def parse_cli(argv: list[str]):
 
 
 def diff(a, b) -> dict:
-    """{field: (value in a, value in b)} where two configs differ."""
+    """{field: (value in a, value in b)} where two configs of one class differ."""
     a, b = dataclasses.asdict(a), dataclasses.asdict(b)
-    return {k: (a.get(k), b.get(k)) for k in {**a, **b} if a.get(k) != b.get(k)}
+    return {k: (a[k], b[k]) for k in a if a[k] != b[k]}
 
 
 def to_json(config, preset: str) -> str:
