@@ -272,11 +272,10 @@ class GuideJob(WorldJob):
         for part in parts(self.val, self.config.batch_size):
             batch = self.collate(part, None, device)
             with autocast():
-                found = model(batch)
-                shuffled = model(batch | {"z_pred": batch["z_other"]})["ce"]
-            for k, v in (found | {"ce_shuffled": shuffled}).items():
-                if k in sums:
-                    sums[k] += float(v) * batch["n_tokens"]
+                losses = model(batch)
+                losses["ce_shuffled"] = model(batch | {"z_pred": batch["z_other"]})["ce"]
+            for k in sums:
+                sums[k] += float(losses[k]) * batch["n_tokens"]
             n += batch["n_tokens"]
         return {k: v / n for k, v in sums.items()}
 
