@@ -320,7 +320,7 @@ class Transformer(nn.Module):
         its mask must bar them); what comes out there is meaningless. wanted bool [B, T]: where the output may be
         meaningless elsewhere, too. embed: what makes x of width C of the x given, where that is not left out.
         """
-        (B, T), C, embed = kept.shape if kept else x.shape[:2], self.n_embd, embed or (lambda x: x)
+        (B, T), embed = kept.shape if kept else x.shape[:2], embed or (lambda x: x)
         if positions is None:
             positions = torch.arange(T, device=x.device)[None]
         room, whole, only = ROW.get(x.device.type, 0), None, None
@@ -340,7 +340,7 @@ class Transformer(nn.Module):
             context_allowed = to_device(context_allowed, x.device)[:, None, None]  # (B, 1, 1, T_ctx)
         assert is_real is None or kept is None, "kept follows from is_real"
         flat = kept
-        if flat and (attn_allowed is not None or not takes_varlen(x.device, C // self.n_head)):
+        if flat and (attn_allowed is not None or not takes_varlen(x.device, self.n_embd // self.n_head)):
             flat = flat._replace(cu_seqlens=None)  # spread in rows for attention
         if is_real is not None:
             whole = flat = Rows(to_device(keep(is_real), x.device), (B, T))
@@ -349,7 +349,7 @@ class Transformer(nn.Module):
         at = positions if flat is None else positions.expand(B, T).flatten()[flat.index]
         cos_sin = rope(at, self.n_embd // self.n_head)
         x = self.stack(x, cos_sin, attn_allowed, is_causal, context, context_allowed, caches, positions, flat, only)
-        return x if kept else spread(x, whole).view(B, T, C)
+        return x if kept else spread(x, whole)
 
     def stack(self, x, cos_sin, attn_allowed, is_causal, context, context_allowed, caches, positions, kept, only):
         """All that does not look at the data, so that it can be compiled: blocks and the final norm."""
