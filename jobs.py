@@ -21,7 +21,7 @@ import config as cfg
 import data
 import latents
 import runs
-from llm import load_llm
+from llm import llm_of
 from model import alignment, effective_rank, latent_figures, pad_rows, real_tokens
 
 
@@ -218,8 +218,7 @@ class WorldJob(Job):
         config.world = runs.weights_digest(config.init_from)
         self.identity = {"chains": runs.digest(json.dumps([parts, manifest], sort_keys=True)),
                          "world model": config.world}
-        world = self.world_config
-        self.llm = load_llm(world.llm, config.device, layer=world.layer, pooling=world.pooling).set_prompt(world.prompt)
+        self.llm = llm_of(self.world_config, device=config.device)
 
     def batch(self, index: int, device) -> dict:
         return self.collate(*self.batches.chains(index), device)
