@@ -495,8 +495,7 @@ def from_json(text: str, where: str):
         preset, job = fields.pop("preset"), fields.pop("job")
     except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{where} is not a run's config.json ({error!r})") from None
-    kinds = (NanoJEPAConfig, RJEPAConfig, GuideConfig, SpeakConfig, TJEPAConfig, DistillConfig, AnswerConfig)
-    jobs = {c.__name__: c for c in kinds}
+    jobs = {type(config).__name__: type(config) for config in PRESETS.values()}
     if not isinstance(job, str) or job not in jobs:
         raise ValueError(f"{where}: unknown job '{job}'; this version knows {', '.join(jobs)}")
     names = {f.name for f in dataclasses.fields(jobs[job])}
