@@ -306,10 +306,10 @@ def evaluate_plan(run: str, args) -> dict:
         add_ranks(ranks, {"plan": predicted[c], "next_step": predicted_next[c], "copy": before,
                           "neighbours": (before + after) / 2, "position": mean_of[k]}, among, own, k)
         if c < args.logprob_limit:
-            question, before = chains[c]["question"], chains[c]["steps"][: k - 1]
-            means = llm.read_chains([(question, [*before, chains[o]["steps"][s - 1]]) for o, s in where], logprobs=True)
+            means = llm.weigh(chains[c]["question"], chains[c]["steps"][: k - 1],
+                              [chains[o]["steps"][s - 1] for o, s in where])
             for name, others in (("llm_logprob", means[1:]), ("llm_logprob_others", means[1 + len(own) :])):
-                ranks.setdefault(name, []).append(1 + sum(bool(m[-1] >= means[0][-1]) for m in others))
+                ranks.setdefault(name, []).append(1 + int((others >= means[0]).sum()))
     retrieval, hits = rank_figures(ranks), {name: np.array(r) == 1 for name, r in ranks.items()}
     for name, hit in hits.items():
         plan = hits["plan_others" if name.endswith("_others") else "plan"]

@@ -214,7 +214,22 @@ class LLM:
         finally:
             self.blend = None
         memory.position = memory.position + 1
-        return final, h[:, 0]
+        return final[:, 0], h[:, 0]
+
+    @torch.no_grad()
+    def weigh(self, question: str, before: list[str], steps: list[str]) -> torch.Tensor:
+        """Mean logprob [n] of each of n steps, were it the next after those before: `read_chains` has the same. What
+        comes first is read once."""
+        coded = [self.encode(question, [*before, step]) for step in steps]
+        rows, spans = [ids for ids, _ in coded], [spans[-1] for _, spans in coded]
+        n = min(len(os.path.commonprefix(rows)), *(begin for begin, _ in spans))  # tokens that all share
+        first, _, memory = self.begin([rows[0][:n]], len(rows), max(map(len, rows)) - n)
+        idx = pad_rows([row[n - 1 :] for row in rows], 0, self.device)  # from the last shared token on
+        positions = memory.position[:, None] + torch.arange(idx.shape[1] - 1, device=self.device)
+        final, _ = self.read(idx[:, 1:], positions, memory)
+        sums = self.sum_logprobs(torch.cat((first[:, None], final), 1), idx,
+                                 [[(begin - n + 1, end - n + 1)] for begin, end in spans])
+        return (sums[:, 0] / sums[:, 1]).cpu()
 
     @torch.no_grad()
     def latents(self, rows, spans, wanted, logprobs=False):
@@ -449,16 +464,16 @@ class HuggingFaceLLM(LLM):
         positions = (is_real.cumsum(1) - 1).clamp_min(0)
         final, h = self.read(idx, positions, memory)
         memory.select(torch.arange(len(rows), device=self.device).repeat_interleave(k))
-        return final.repeat_interleave(k, dim=0), [z[T - len(row) :] for z, row in zip(h, rows, strict=True)], memory
+        h = [z[T - len(row) :] for z, row in zip(h, rows, strict=True)]
+        return final[:, -1].repeat_interleave(k, dim=0), h, memory
 
     def read(self, idx, positions, memory: Memory):
-        """Tokens idx [B, T] at `positions` after what memory holds -> (last normed states [B, D] of the last of them,
-        states [B, T, D] at `layer`)."""
+        """Tokens idx [B, T] at `positions` after what memory holds -> states [B, T, D]: (last normed, at `layer`)."""
         if memory.is_real.shape[1] < memory.caches[0].get_seq_length() + idx.shape[1]:
             memory.is_real = F.pad(memory.is_real, (0, idx.shape[1]), value=True)
         seen, final = self.states(idx, {self.layer}, True, attention_mask=memory.is_real.long(),
                                   position_ids=positions, use_cache=True, **{self.cache_name: memory.caches[0]})
-        return final[:, -1], seen[self.layer]
+        return final, seen[self.layer]
 
     def run(self, idx, **cached):
         if self.prompt_ids and not cached:
@@ -534,16 +549,16 @@ class RunLLM(LLM):
         memory = Memory(caches, torch.zeros_like(lengths))
         # a slot is a position: padding lies in later slots and is overwritten before it is seen
         positions = torch.arange(T, device=self.device).expand(n, T)
-        final, h = self.read(pad_rows(rows, 0, self.device), positions, memory, at=lengths - 1)
-        memory.position = lengths
+        final, h = self.read(pad_rows(rows, 0, self.device), positions, memory)
+        memory.position, final = lengths, final[torch.arange(n), lengths - 1]
         memory.select(torch.arange(n, device=self.device).repeat_interleave(k))
         return final.repeat_interleave(k, dim=0), [z[: len(row)] for z, row in zip(h, rows, strict=True)], memory
 
-    def read(self, idx, positions, memory: Memory, at=-1):
+    def read(self, idx, positions, memory: Memory):
         slots = torch.arange(memory.caches[0].k.shape[2], device=self.device)
         seen, final = self.states(idx, {self.layer}, True, positions=positions, caches=memory.caches,
                                   attn_allowed=slots <= positions[..., None])
-        return final[torch.arange(len(idx)), at], seen[self.layer]
+        return final, seen[self.layer]
 
     def run(self, idx, **cached):
         return self.model.transformer(self.model.embed(idx), **(cached or {"is_causal": True}))

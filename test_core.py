@@ -2146,6 +2146,9 @@ def check_written_latents(llm):
         h, means = llm.latents([ids], [spans], [(llm.layer, llm.pooling)], logprobs=True)
         assert torch.allclose(chain["h"], h[llm.layer, llm.pooling][0], atol=1e-4)
         assert np.allclose(chain["logprobs"], means[0][1:], atol=1e-4)
+    (question, before), nexts = CHAINS[0], ["#### 7", "So he has 3 + 4 = 7.", "So he sells none of them."]
+    each = llm.read_chains([(question, [*before, step]) for step in nexts], logprobs=True)
+    assert torch.allclose(llm.weigh(question, before, nexts), torch.stack([means[-1] for means in each]), atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma3", "GPT2", "Llama4", "Qwen3Next"])
