@@ -476,7 +476,8 @@ def evaluate_llm(name: str, args) -> dict:
         raise ValueError(f"{name} is no run folder; as an LLM it needs --dataset, one of "
                          f"{', '.join(benchmarks.BENCHMARKS)}")
     bench = benchmarks.BENCHMARKS[args.dataset]
-    problems, shots = data.load_problems(args.dataset, args.split, args.data_dir, args.limit), None
+    problems = data.load_problems(args.dataset, args.split, args.data_dir, args.limit)
+    shots = [[] for _ in problems]
     if args.shots and not bench.shots:
         raise ValueError(f"--shots: {args.dataset} has no split with examples")
     if bench.kind == "choice" and (args.chat or args.k > 1):
@@ -491,16 +492,15 @@ def evaluate_llm(name: str, args) -> dict:
     llm = load_llm(name, args.device)
     print(f"{llm.name} itself on {args.dataset}, {len(problems)} problems")
     asked = {"llm": llm.name} | {key: getattr(args, key) for key in ("dataset", "split", "shots", "chat")}
-    shots = shots or [[] for _ in problems]
     if bench.kind == "choice":
         return asked | evaluate_choices(llm, bench, problems, shots, args)
     if bench.kind == "number" and isinstance(llm, HuggingFaceLLM):
         llm.set_prompt("few_shot")
     answers = write_answers(llm, bench, problems, shots, args)
-    jobs = [(p, text) for p, row in zip(problems, answers, strict=True) for text in row]
-    jobs += [(p, row[0]) for p, row in zip(problems, answers[1:] + answers[:1], strict=True)]
+    pairs = [(p, text) for p, row in zip(problems, answers, strict=True) for text in row]
+    pairs += [(p, row[0]) for p, row in zip(problems, answers[1:] + answers[:1], strict=True)]
     with ThreadPoolExecutor() as pool:
-        graded = np.array(list(pool.map(lambda job: grade(*job, args.allow_unsafe_code), jobs)))
+        graded = np.array(list(pool.map(lambda pair: grade(*pair, args.allow_unsafe_code), pairs)))
     n, k = len(problems), args.k
     right, shuffled = graded[: n * k].reshape(n, k), graded[n * k :]
     random, oracle = float(right.mean()), float(right.any(1).mean())
@@ -524,21 +524,22 @@ def main(argv=None):
     kind = benchmarks.BENCHMARKS[args.dataset].kind if args.dataset in benchmarks.BENCHMARKS else "number"
     asks_llm = config is None or kind != "number"
     is_rjepa = isinstance(config, RJEPAConfig) and not asks_llm
-    if not is_rjepa and (args.method != "all" or args.candidates or args.latents):
+    writes, given = args.method in ("nudge", "greedy"), bool(args.candidates or args.latents)
+    if not is_rjepa and (args.method != "all" or given):
         load_note = "" if config else f" ({args.run} holds no config.json: no finished run lies there)"
         raise ValueError("--method, --candidates and --latents need an R-JEPA run, and problems whose answers are "
                          f"numbers: {args.run}{f' on {args.dataset}' * bool(args.dataset)} is none{load_note}")
-    if args.method in ("nudge", "greedy") and (args.candidates or args.latents):
+    if writes and given:
         raise ValueError(f"--method {args.method} writes answers: leave out --candidates and --latents")
-    if is_rjepa and not args.candidates and not args.latents and args.k == 1 and args.method not in (
-            "nudge", "greedy"):
+    if is_rjepa and not writes and not given and args.k == 1:
         raise ValueError(f"{args.run} is an R-JEPA run: --candidates FILE, --dataset X --k K with K > 1, or "
                          "--method nudge")
-    nudged = evaluate_nudge if args.method in ("nudge", "greedy") else evaluate_candidates
     if asks_llm:
         result = evaluate_llm(args.llm or getattr(config, "llm", args.run), args)
+    elif is_rjepa:
+        result = (evaluate_nudge if writes else evaluate_candidates)(args.run, args)
     else:
-        result = (nudged if is_rjepa else evaluate_run)(args.run, args)
+        result = evaluate_run(args.run, args)
     print(f"{'method':32}{'accuracy':>10}{'95 % interval':>20}{'recovered':>11}{'pairwise':>10}")
     for name, m in result["methods"].items():
         more = "".join(f"{m[k]:10.3f}" if m[k] is not None else " " * 10 for k in ("recovered", "pairwise"))
