@@ -162,21 +162,28 @@ def print_table(result: dict):
 # ----------------------------------------------------------------------------- R-JEPA
 
 
+def pairwise(scores, right) -> float | None:
+    """Over pairs of a right and a wrong candidate of one problem: how often the right one scores higher (tie ½).
+
+    scores, right (bool): an array for each problem. Its mean over the problems that have such pairs; None without any.
+    """
+    wins = [np.mean((s[r][:, None] > s[~r]) + 0.5 * (s[r][:, None] == s[~r]))
+            for s, r in zip(scores, right, strict=True) if 0 < r.sum() < len(r)]
+    return float(np.mean(wins)) if wins else None
+
+
 def ranking_figures(score: np.ndarray, is_valid: np.ndarray, group: list[str]) -> dict:
-    """AUROC of score [n] for is_valid, overall and within groups (over pairs of one group), and Spearman's rho."""
+    """AUROC of score [n] for is_valid, overall and within groups (`pairwise`), and Spearman's rho."""
     from scipy.stats import spearmanr
     from sklearn.metrics import roc_auc_score
 
     if is_valid.all() or not is_valid.any():
         return {"auroc": None, "auroc_within": None, "spearman": None}
-    group, within = np.array(group), []
-    for g in np.unique(group):
-        s, v = score[group == g], is_valid[group == g]
-        if 0 < v.sum() < len(v):
-            within.append(roc_auc_score(v, s))
+    group = np.array(group)
+    members = [np.flatnonzero(group == g) for g in np.unique(group)]
     rho = float(spearmanr(score, is_valid).statistic) if np.ptp(score) else None  # of a constant there is none
     return {"auroc": float(roc_auc_score(is_valid, score)), "spearman": rho,
-            "auroc_within": float(np.mean(within)) if within else None}
+            "auroc_within": pairwise([score[m] for m in members], [is_valid[m] for m in members])}
 
 
 def add_ranks(ranks: dict, guesses: dict, among: torch.Tensor, own: list[int], k: int):

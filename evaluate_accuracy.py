@@ -39,7 +39,7 @@ import runs
 import sandbox
 import verify
 from config import AnswerConfig, NanoJEPAConfig, RJEPAConfig, TextConfig, check, not_negative, plain_errors, positive
-from eval_alignment import paired_p
+from eval_alignment import paired_p, pairwise
 from llm import HuggingFaceLLM, chat_text, complete, load_llm
 from llm import generate as llm_generate
 from model import wilson
@@ -129,13 +129,6 @@ def majority_expected(texts: list[str], right: np.ndarray) -> float:
 def holds_together(steps: list[str]) -> bool:
     """Does the gate find no false equation in a chain, without knowing the answer? A chain needs steps for that."""
     return bool(steps) and verify.check_steps(steps).is_valid
-
-
-def pairwise(scores: np.ndarray, right: np.ndarray) -> float | None:
-    """Over pairs of a right and a wrong candidate of one problem: how often the right one scores higher (tie ½)."""
-    wins = [np.mean((s[r][:, None] > s[~r]) + 0.5 * (s[r][:, None] == s[~r]))
-            for s, r in zip(scores, right.astype(bool), strict=True) if 0 < r.sum() < len(r)]
-    return float(np.mean(wins)) if wins else None
 
 
 def method_figures(correct, random: float, oracle: float, seed: int, recovered: bool = True, pairs=None) -> dict:
@@ -310,10 +303,9 @@ def evaluate_candidates(run: str, args) -> dict:
     left = [m[holds[m]] if holds[m].any() else m for m in members]
     for name in ("logprob", "energy", "energy_next_step", "combined"):
         scores[f"gate_{name}"] = np.where(holds, scores[name], scores[name] - 1e6)
-    sources = [[rows[i]["source"] for i in m] for m in members]
-    truth = [right[m] for m in members]
-    by_source = {s: float(np.mean([right[i] for i in range(len(rows)) if rows[i]["source"] == s]))
-                 for s in {r["source"] for r in rows}}
+    source = np.array([r["source"] for r in rows])
+    by_source = {s: right[source == s].mean() for s in set(source)}
+    sources, truth = [source[m] for m in members], [right[m] for m in members]
     random, oracle = float(np.mean([t.mean() for t in truth])), float(np.mean([t.any() for t in truth]))
     picks = {name: np.array([m[s[m].argmax()] for m in members]) for name, s in scores.items()}
     coherence = np.array([float(model.coherence(e["leave_one_out"].to(model.quantiles.device)).mean()) for e in found])
@@ -327,7 +319,7 @@ def evaluate_candidates(run: str, args) -> dict:
     methods = {"random": figures([t.mean() for t in truth]), "gate": figures([right[m].mean() for m in left])}
     for name, picked in picks.items():
         pairs = balanced_pairwise([scores[name][m] for m in members], truth, sources) if name in scores else None
-        alone = float(np.mean([by_source[rows[i]["source"]] for i in picked]))
+        alone = float(np.mean([by_source[s] for s in source[picked]]))
         methods[name] = figures(right[picked], pairs=pairs) | {"by_source_alone": alone} | {
             f"p_{other}": paired_p(right[picked], right[picks[other]]) for other in ("logprob", "majority")}
     for name, groups in (("majority", members), ("gate_majority", left)):

@@ -1136,7 +1136,7 @@ def test_accuracy_by_hand():
     assert expected(["none"] * 4) == 0.25
     constant = eval_alignment.ranking_figures(np.zeros(4), np.array([True, False] * 2), [*"aabb"])
     assert constant == {"auroc": 0.5, "auroc_within": 0.5, "spearman": None}
-    scores, right = np.array([[3.0, 1.0, 2.0], [1.0, 1.0, 1.0]]), np.array([[1, 0, 0], [1, 1, 1]])
+    scores, right = np.array([[3.0, 1.0, 2.0], [1.0, 1.0, 1.0]]), np.array([[True, False, False], [True] * 3])
     assert evaluate_accuracy.pairwise(scores, right) == 1.0
     assert evaluate_accuracy.pairwise(-scores, right) == 0.0
     assert evaluate_accuracy.pairwise(scores[1:], right[1:]) is None
