@@ -634,19 +634,17 @@ def main(argv=None):
         raise ValueError(f"--teacher is for encoders of T-JEPA, pre-trained or distilled; {args.run} is none")
     if (args.latents or args.step_errors or args.plan) and not is_rjepa:
         raise ValueError(f"--latents, --step_errors and --plan are for R-JEPA runs; {args.run} is none")
-    if is_rjepa:
-        evaluate = evaluate_plan if args.plan else evaluate_step_errors if args.step_errors else evaluate_rjepa
-        result = evaluate(args.run, args)
-        print_figures(result)
-    elif isinstance(config, cfg.TextConfig):
-        result = (evaluate_answers if isinstance(config, cfg.AnswerConfig) else evaluate_tjepa)(args.run, args)
-        print_figures(result)
-    elif isinstance(config, (cfg.GuideConfig, cfg.SpeakConfig)):
+    if isinstance(config, (cfg.GuideConfig, cfg.SpeakConfig)):
         raise ValueError(f"{args.run} is a guide or Speaker of an R-JEPA: evaluate_accuracy.py --method nudge and "
                          "eval_alignment.py --plan look at these, beside their R-JEPA")
+    if is_rjepa:
+        evaluate = evaluate_plan if args.plan else evaluate_step_errors if args.step_errors else evaluate_rjepa
+    elif isinstance(config, cfg.TextConfig):
+        evaluate = evaluate_answers if isinstance(config, cfg.AnswerConfig) else evaluate_tjepa
     else:
-        result = evaluate_nanojepa(args.run, args)
-        print_table(result)
+        evaluate = evaluate_nanojepa
+    result = evaluate(args.run, args)
+    (print_table if evaluate is evaluate_nanojepa else print_figures)(result)
     print(json.dumps(result, allow_nan=False))
 
 
