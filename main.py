@@ -414,18 +414,16 @@ class Demo:
 
     @answers
     def think(self, question, nearest):
-        run, *_ = self.other("tjepa")
+        run, model, config, tokenizer = self.other("tjepa")
+        read = functools.partial(infer.think, model.text_encoder, tokenizer, encoder_block_size(config))
         if "thoughts" not in self.loaded:
-            encoder, config, tokenizer = infer.load_encoder(run, self.device)
             local = config.dataset == "synthetic" or (config.data_dir and Path(config.data_dir).is_dir())
             source = (config.dataset, "train", config.data_dir) if local else ("synthetic", "train", "")
             problems = data.load_problems(*source, 200, config.seed, config.max_problem_steps)
-            texts, block_size = [p["question"] for p in problems], encoder_block_size(config)
-            stored = infer.think(encoder, tokenizer, block_size, texts)
-            origin = "training" if local else "synthetic"
-            self.loaded["thoughts"] = encoder, tokenizer, block_size, texts, stored, origin
-        encoder, tokenizer, block_size, texts, stored, origin = self.loaded["thoughts"]
-        thought = infer.think(encoder, tokenizer, block_size, [question])[0]
+            texts = [p["question"] for p in problems]
+            self.loaded["thoughts"] = texts, read(texts), "training" if local else "synthetic"
+        texts, stored, origin = self.loaded["thoughts"]
+        thought = read([question])[0]
         found = infer.nearest_texts(thought, stored, texts, nearest)
         yield tag("div", tag("h4", f"Nearest of {len(texts)} {origin} questions to the thought vector"),
                   bars([(n["text"], n["cos"]) for n in found])), {
