@@ -347,7 +347,7 @@ def evaluate_nudge(run: str, args) -> dict:
     llm, truths = infer.llm_of(config, args.llm, args.device), [data.answer_text(p, "final") for p in problems]
     made_by = runs.digest(json.dumps([[p["id"], p["question"]] for p in problems] + made_by + [llm.dtype]))
     methods, answers = {}, {}
-    for alpha, shuffled in [(a, s) for a in alphas for s in (False, True)[: 1 + (a > 0)]]:
+    for alpha, shuffled in [(a, s) for a in alphas for s in (False, True) if a > 0 or not s]:
         name = f"alpha {alpha:g}" + (" shuffled" if shuffled else "")
         path = Path(run) / f"generations-{args.nudge}-{name.replace(' ', '-')}-{made_by}.jsonl"
         if not path.is_file():
