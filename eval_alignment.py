@@ -69,7 +69,7 @@ class Args(Problems):
     step_errors: str = ""  # R-JEPA: a jsonl file of chains with the first wrong step known
     plan: bool = False  # R-JEPA: PLAN on the problems' own solutions with a middle step taken out
     quantile: float = 0.9  # PLAN: a gap is a next-step energy above this quantile of verified steps' energies
-    logprob_limit: int = 50  # PLAN: chains whose 100 candidates the LLM itself weighs, too; 0: of none
+    logprob_limit: int = 50  # PLAN: chains whose 100 candidates the LLM reads in the gap and weighs itself; 0: of none
     decode_limit: int = 500  # PLAN: chains whose missing step is put into words; 0: of none, which needs no Speaker
     speaker: str = ""  # PLAN: the Speaker's run folder; empty: RUN-speak
     teacher: str = ""  # T-JEPA: a run whose outputs a linear map of this run's is fitted to
@@ -186,18 +186,18 @@ def ranking_figures(score: np.ndarray, is_valid: np.ndarray, group: list[str]) -
             "auroc_within": pairwise([score[m] for m in members], [is_valid[m] for m in members])}
 
 
-def add_ranks(ranks: dict, guesses: dict, among: torch.Tensor, own: list[int], k: int):
+def add_ranks(ranks: dict, guesses: dict, among: torch.Tensor, own: list[int], k: int, of: str = ""):
     """Adds to `ranks` that of among[0], from 1, among [n, C] by cosine to each guess [C]; ties count against it.
 
     It is step k of a chain, after it come the chain's `own` other steps: baselines may not pick its neighbours. Under
-    NAME_others among other chains' steps alone, which no method has been given.
+    NAME_others among other chains' steps alone, which no method has been given. `of` follows every name.
     """
     near = [i for i, s in enumerate(own, 1) if abs(s - k) == 1]
     for name, guess in guesses.items():
         score = F.cosine_similarity(guess[None], among)
         score[near if name in ("copy", "neighbours") else []] = -2.0
-        ranks.setdefault(name, []).append(1 + int((score[1:] >= score[0]).sum()))
-        ranks.setdefault(f"{name}_others", []).append(1 + int((score[1 + len(own) :] >= score[0]).sum()))
+        ranks.setdefault(f"{name}{of}", []).append(1 + int((score[1:] >= score[0]).sum()))
+        ranks.setdefault(f"{name}{of}_others", []).append(1 + int((score[1 + len(own) :] >= score[0]).sum()))
 
 
 def rank_figures(ranks: dict[str, list[int]]) -> dict:
@@ -257,10 +257,12 @@ def evaluate_plan(run: str, args) -> dict:
 
     `retrieval`: the true step's latent (as the LLM had it in the whole chain) among 100, in the LLM's standardised
     space by cosine, the chain's other steps among them; against the step before (copy), the mean of both neighbours,
-    the mean training latent of the position, and the prediction from the steps before alone (next_step). Beside it what
-    the LLM itself knows: every candidate's mean logprob after the steps before (llm_logprob, first --logprob_limit).
-    It has just read some of the candidates, and such a line again is likely; with NAME_others none is of this chain.
-    p_plan: `paired_p` with the prediction.
+    the mean training latent of the position, and the prediction from the steps before alone (next_step). Another
+    chain's step has its latent from there, and its topic with it; under NAME_placed the LLM has read every candidate in
+    the gap's place (first --logprob_limit chains). There is what the LLM itself knows: every candidate's mean logprob
+    after the steps before (llm_logprob), or that of it and all that follows (llm_chain). It has just read some of them,
+    and such a line again is likely; with NAME_others none is of this chain. p_plan: `paired_p` with the prediction, of
+    llm_X with plan_placed.
     `decoded`: share of texts whose equations hold, whose last number is the true step's, and both. The Speaker says
     the predicted latent (and another chain's, `shuffled`; with what is before the gap alone, `before`, unless it reads
     what follows; the true latent instead, `true`; with as many `tries` as infer.py gives; one that was trained for it
@@ -310,16 +312,19 @@ def evaluate_plan(run: str, args) -> dict:
         where = [(c, k), *((c, s) for s in own), *far]
         among = torch.stack([x[o][s] for o, s in where])
         before, after = space(gapped[c][k - 1]), space(gapped[c][k])
-        add_ranks(ranks, {"plan": predicted[c], "next_step": predicted_next[c], "copy": before,
-                          "neighbours": (before + after) / 2, "position": mean_of[k]}, among, own, k)
+        guesses = {"plan": predicted[c], "next_step": predicted_next[c], "copy": before,
+                   "neighbours": (before + after) / 2, "position": mean_of[k]}
+        add_ranks(ranks, guesses, among, own, k)
         if c < args.logprob_limit:
-            means = llm.weigh(chains[c]["question"], chains[c]["steps"][: k - 1],
-                              [chains[o]["steps"][s - 1] for o, s in where])
-            for name, others in (("llm_logprob", means[1:]), ("llm_logprob_others", means[1 + len(own) :])):
-                ranks.setdefault(name, []).append(1 + int((others >= means[0]).sum()))
+            steps, texts = chains[c]["steps"], [chains[o]["steps"][s - 1] for o, s in where]
+            placed, means = llm.read_next(chains[c]["question"], steps[: k - 1], texts, steps[k:])
+            add_ranks(ranks, guesses, space(placed), own, k, of="_placed")
+            for name, values in zip(("llm_logprob", "llm_chain"), means.T, strict=True):
+                for of, others in (("", values[1:]), ("_others", values[1 + len(own) :])):
+                    ranks.setdefault(name + of, []).append(1 + int((others >= values[0]).sum()))
     retrieval, hits = rank_figures(ranks), {name: np.array(r) == 1 for name, r in ranks.items()}
     for name, hit in hits.items():
-        plan = hits["plan_others" if name.endswith("_others") else "plan"]
+        plan = hits["plan" + "_placed" * ("_placed" in name or "llm" in name) + "_others" * name.endswith("_others")]
         retrieval[name]["p_plan"] = paired_p(hit, plan[: len(hit)])
 
     found = [[infer.find_gap(model, e["next_step"], args.quantile)[0] for e in infer.energies(model, zs)]

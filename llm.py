@@ -217,19 +217,21 @@ class LLM:
         return final[:, 0], h[:, 0]
 
     @torch.no_grad()
-    def weigh(self, question: str, before: list[str], steps: list[str]) -> torch.Tensor:
-        """Mean logprob [n] of each of n steps, were it the next after those before: `read_chains` has the same. What
-        comes first is read once."""
-        coded = [self.encode(question, [*before, step]) for step in steps]
-        rows, spans = [ids for ids, _ in coded], [spans[-1] for _, spans in coded]
-        n = min(len(os.path.commonprefix(rows)), *(begin for begin, _ in spans))  # tokens that all share
-        first, _, memory = self.begin([rows[0][:n]], len(rows), max(map(len, rows)) - n)
-        idx = pad_rows([row[n - 1 :] for row in rows], 0, self.device)  # from the last shared token on
+    def read_next(self, question: str, before: list[str], steps: list[str], after: list[str] = ()):
+        """Each of n steps, were it the next after those before: its latent [n, D] and mean logprobs [n, 2], of its own
+        tokens and of these and all that follow. As of `read_chains`, but what comes first is read once."""
+        coded = [self.encode(question, [*before, step, *after]) for step in steps]
+        rows, spans = [ids for ids, _ in coded], [spans[1 + len(before)] for _, spans in coded]
+        n = min(len(os.path.commonprefix(rows)), *(begin for begin, _ in spans)) - 1  # but for the last that all share
+        first, _, memory = self.begin([rows[0][: n + 1]], len(rows), max(map(len, rows)) - n)
+        rows, spans = [row[n:] for row in rows], [(begin - n, end - n) for begin, end in spans]
+        idx = pad_rows(rows, 0, self.device)
         positions = memory.position[:, None] + torch.arange(idx.shape[1] - 1, device=self.device)
-        final, _ = self.read(idx[:, 1:], positions, memory)
-        sums = self.sum_logprobs(torch.cat((first[:, None], final), 1), idx,
-                                 [[(begin - n + 1, end - n + 1)] for begin, end in spans])
-        return (sums[:, 0] / sums[:, 1]).cpu()
+        final, h = self.read(idx[:, 1:], positions, memory)
+        both = [[(begin, end), (begin, len(row))] for (begin, end), row in zip(spans, rows, strict=True)]
+        sums = self.sum_logprobs(torch.cat((first[:, None], final), 1), idx, both)
+        h = pool(F.pad(h, (0, 0, 1, 0)), [[span] for span in spans], self.pooling)
+        return h, (sums[:, 0] / sums[:, 1]).view(-1, 2)
 
     @torch.no_grad()
     def latents(self, rows, spans, wanted, logprobs=False):

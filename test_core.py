@@ -2147,8 +2147,16 @@ def check_written_latents(llm):
         assert torch.allclose(chain["h"], h[llm.layer, llm.pooling][0], atol=1e-4)
         assert np.allclose(chain["logprobs"], means[0][1:], atol=1e-4)
     (question, before), nexts = CHAINS[0], ["#### 7", "So he has 3 + 4 = 7.", "So he sells none of them."]
-    each = llm.read_chains([(question, [*before, step]) for step in nexts], logprobs=True)
-    assert torch.allclose(llm.weigh(question, before, nexts), torch.stack([means[-1] for means in each]), atol=1e-4)
+    for after in ([], ["So they have 9.", "#### 9"]):
+        h, means = llm.read_next(question, before, nexts, after)
+        chains, at = [(question, [*before, step, *after]) for step in nexts], 1 + len(before)
+        assert torch.allclose(h, torch.stack([units[at] for units in llm.read_chains(chains)]), atol=1e-4)
+        each = llm.read_chains(chains, logprobs=True)
+        assert torch.allclose(means[:, 0], torch.stack([units[at] for units in each]), atol=1e-4)
+        coded = [llm.encode(*chain) for chain in chains]
+        rests = [[(spans[at][0], len(ids))] for ids, spans in coded]
+        _, each = llm.latents([ids for ids, _ in coded], rests, [(llm.layer, llm.pooling)], logprobs=True)
+        assert torch.allclose(means[:, 1], torch.cat(each), atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma3", "GPT2", "Llama4", "Qwen3Next"])
@@ -2961,10 +2969,13 @@ def test_evaluation_of_plan_and_nudge(world, monkeypatch):
     assert plan(0, "--speaker", "nowhere") == {key: found[key] for key in ("n", "retrieval", "gaps")}
     names = {name + of for name in ("plan", "next_step", "copy", "neighbours", "position") for of in ("", "_others")}
     by = found["retrieval"]
-    assert found["n"] >= 20 and set(by) == names | {"llm_logprob", "llm_logprob_others"}
+    placed = {name.replace("_others", "") + "_placed" + "_others" * name.endswith("_others") for name in names}
+    assert found["n"] >= 20 and set(by) == names | placed | {
+        "llm_logprob", "llm_logprob_others", "llm_chain", "llm_chain_others"}
+    assert by["plan"]["n"] == found["n"] and by["plan_placed"]["n"] == by["llm_logprob"]["n"] == 8
     assert all(by[name]["mrr"] <= by[f"{name}_others"]["mrr"] for name in by if not name.endswith("_others"))
     p = {name: figures["p_plan"] for name, figures in found["retrieval"].items()}
-    assert p["plan"] == p["plan_others"] == 1 and all(0 < value <= 1 for value in p.values())
+    assert {p[name] for name in p if name.startswith("plan")} == {1} and all(0 < value <= 1 for value in p.values())
     assert set(plan(0, "--logprob_limit", 0)["retrieval"]) == names
     assert {"llm_before", "llm_before_tries", "speaker", "speaker_true", "speaker_shuffled", "speaker_tries",
             "speaker_tries_shuffled", "speaker_alone"} == set(found["decoded"])
