@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from tqdm import tqdm
 
 import benchmarks
 import config as cfg
@@ -305,7 +306,7 @@ def evaluate_plan(run: str, args) -> dict:
     if n_weighed := min(args.logprob_limit, len(chains)):
         print(f"{n_weighed} chains, of each 100 candidates for the LLM to weigh (--logprob_limit)", flush=True)
     ranks, predicted, predicted_next = {}, model.w_out(context[:, 0]), model.w_out(ahead)
-    for c, k in enumerate(holes):
+    for c, k in enumerate(tqdm(holes, unit="chain", disable=not (n_weighed and sys.stderr.isatty()))):
         own = [s for s in range(1, len(x[c])) if s != k]
         far = [(o, int(rng.integers(1, len(x[o]))))
                for o in rng.choice([i for i in range(len(x)) if i != c], max(0, 99 - len(own)))]
