@@ -178,6 +178,8 @@ def evaluate_run(run: str, args) -> dict:
         methods["gate"] = figures([r[i].mean() for r, i in zip(right, left, strict=True)], pairs=pairwise(holds, right))
         votes = [i[majority([row[j] for j in i])] for row, i in zip(texts, left, strict=True)]
         methods["gate_majority"] = figures(right[first, votes])
+        expected = [majority_expected([row[j] for j in i], r[i]) for row, r, i in zip(texts, right, left, strict=True)]
+        methods["gate_majority"]["expected"] = float(np.mean(expected))
         methods["oracle"] = figures(right.any(1))
     # controls: the best single answer to everything, in hindsight, and the model's own answers to other questions
     constant = statistics.mode(truths)

@@ -71,8 +71,10 @@ def chains_of_file(path: str, kind: str, limit: int = 0) -> list[dict]:
     """
     fields = {"chains": ["id", "question", "steps", "is_valid"], "candidates": ["id", "question", "candidates"],
               "step_errors": ["id", "question", "steps", "is_correct", "first_error_step"]}[kind]
-    records, seen, problem_of = [], set(), {}
-    for row in verify.read_jsonl(path, fields, limit):
+    rows, records, seen = verify.read_jsonl(path, fields, limit), [], set()
+    problem_of = {data.plain_question(str(row["question"])): str(row["problem_id"]) for row in reversed(rows)
+                  if row.get("problem_id") is not None}
+    for row in rows:
         where = f"{path}, {row['id']}"
         if kind == "candidates":
             if str(row["id"]) in seen:

@@ -219,19 +219,23 @@ class LLM:
     @torch.no_grad()
     def read_next(self, question: str, before: list[str], steps: list[str], after: list[str] = ()):
         """Each of n steps, were it the next after those before: its latent [n, D] and mean logprobs [n, 2], of its own
-        tokens and of these and all that follow. As of `read_chains`, but what comes first is read once."""
+        tokens and of these and all that follow. As of `read_chains`, but what comes first is read once a batch."""
         coded = [self.encode(question, [*before, step, *after]) for step in steps]
         rows, spans = [ids for ids, _ in coded], [spans[1 + len(before)] for _, spans in coded]
         n = min(len(os.path.commonprefix(rows)), *(begin for begin, _ in spans)) - 1  # but for the last that all share
-        first, _, memory = self.begin([rows[0][: n + 1]], len(rows), max(map(len, rows)) - n)
-        rows, spans = [row[n:] for row in rows], [(begin - n, end - n) for begin, end in spans]
-        idx = pad_rows(rows, 0, self.device)
-        positions = memory.position[:, None] + torch.arange(idx.shape[1] - 1, device=self.device)
-        final, h = self.read(idx[:, 1:], positions, memory)
-        both = [[(begin, end), (begin, len(row))] for (begin, end), row in zip(spans, rows, strict=True)]
-        sums = self.sum_logprobs(torch.cat((first[:, None], final), 1), idx, both)
-        h = pool(F.pad(h, (0, 0, 1, 0)), [[span] for span in spans], self.pooling)
-        return h, (sums[:, 0] / sums[:, 1]).view(-1, 2)
+        h = torch.empty(len(rows), self.latent_dim(self.pooling), device=self.device)
+        means = torch.empty(len(rows), 2, device=self.device)
+        for part in batches_by_length([len(row) for row in rows], self.token_budget):
+            longest = max(len(rows[i]) for i in part)
+            first, _, memory = self.begin([rows[0][: n + 1]], len(part), longest - n - 1)
+            idx = pad_rows([rows[i][n:] for i in part], 0, self.device)
+            positions = memory.position[:, None] + torch.arange(longest - n - 1, device=self.device)
+            final, z = self.read(idx[:, 1:], positions, memory)
+            both = [[(spans[i][0] - n, spans[i][1] - n), (spans[i][0] - n, len(rows[i]) - n)] for i in part]
+            sums = self.sum_logprobs(torch.cat((first[:, None], final), 1), idx, both)
+            means[part] = (sums[:, 0] / sums[:, 1]).view(-1, 2)
+            h[part] = pool(F.pad(z, (0, 0, 1, 0)), [row[:1] for row in both], self.pooling)
+        return h, means
 
     @torch.no_grad()
     def latents(self, rows, spans, wanted, logprobs=False):

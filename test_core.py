@@ -1120,8 +1120,9 @@ def test_evaluation_scripts_report_what_the_contract_names(finished):
     assert result == script(eval_alignment, "--limit", "12")
     result = script(evaluate_accuracy, "--limit", "6", "--k", "3", "--max_new_tokens", "12")
     assert (result["n"], result["k"]) == (6, 3) and {"random", "majority", "oracle"} <= set(result["methods"])
-    for figures in result["methods"].values():
-        assert set(figures) - {"expected"} == {"accuracy", "ci95", "recovered", "pairwise"}
+    for name, figures in result["methods"].items():
+        expected = {"expected"} if name.endswith("majority") else set()
+        assert set(figures) == {"accuracy", "ci95", "recovered", "pairwise"} | expected
     saved = verify.read_jsonl(next(folder.glob("generations-*")), ["id", "truth", "candidates"])
     assert len(saved) == 6 and len(saved[0]["candidates"]) == 3
 
@@ -2148,8 +2149,10 @@ def check_written_latents(llm):
         assert np.allclose(chain["logprobs"], means[0][1:], atol=1e-4)
     (question, before), nexts = CHAINS[0], ["#### 7", "So he has 3 + 4 = 7.", "So he sells none of them."]
     for after in ([], ["So they have 9.", "#### 9"]):
-        h, means = llm.read_next(question, before, nexts, after)
         chains, at = [(question, [*before, step, *after]) for step in nexts], 1 + len(before)
+        longest = len(llm.prompt_ids) + max(len(llm.encode(*chain)[0]) for chain in chains)
+        with patch.object(llm, "context", longest), patch.object(type(llm), "token_budget", 2 * longest):
+            h, means = llm.read_next(question, before, nexts, after)  # in two batches
         assert torch.allclose(h, torch.stack([units[at] for units in llm.read_chains(chains)]), atol=1e-4)
         each = llm.read_chains(chains, logprobs=True)
         assert torch.allclose(means[:, 0], torch.stack([units[at] for units in each]), atol=1e-4)
@@ -2438,9 +2441,11 @@ def test_chains_of_files(tmp_path):
     assert read("chains", steps=["a", "A: 1/2"])[0]["steps"] == ["a", "#### 1/2"]
     assert verify.check_answer("#### 1/2", "0.5") and not verify.check_answer("#### 1/2", "1")
     assert read("chains", problem_id=None)[0]["problem_id"] == "p"
-    more = [{"id": "p2", "question": "Q"}, {"id": "r", "question": "R"}, {"id": "p3", "problem_id": "x"}]
+    more = [{"id": "p2", "question": "Q"}, {"id": "r", "question": "R"}, {"id": "s", "question": "S"},
+            {"id": "s2", "question": "S", "problem_id": "x"}]
     write_jsonl(tmp_path / "c.jsonl", [chain, *(chain | fields for fields in more)])
-    assert [r["problem_id"] for r in latents.chains_of_file(tmp_path / "c.jsonl", "chains")] == ["p", "p", "r", "x"]
+    read_ids = [r["problem_id"] for r in latents.chains_of_file(tmp_path / "c.jsonl", "chains")]
+    assert read_ids == ["p", "p", "r", "x", "x"]
     assert read("chains", split="test")[0]["split"] == read("chains", id="gsm8k-test-3")[0]["split"] == "test"
     both = [{"steps": ["a"], "is_correct": True, "source": "x"}, {"steps": ["b"], "is_correct": False}]
     first, second = read("candidates", id="gsm8k-train-3", candidates=both)

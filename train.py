@@ -76,7 +76,8 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)  # a new field alone is no change
                 if f.name not in runs.FREE_ON_RESUME and getattr(config, f.name) != f.default}
     micro_steps = config.grad_accum * world
-    held_out = ([e.get(k) for k in ("id", "question", "steps", "answer", "tokens")] for e in job.val)
+    said = ("id", "question", "steps", "wrong_step", "answer", "target", "tokens")
+    held_out = ([example.get(name) for name in said] for example in job.val)
     identity = {"settings": runs.digest(json.dumps(settings)), "grad_accum x processes": micro_steps,
                 "validation": runs.digest_of_list(held_out), **job.identity}
     if state:
