@@ -118,12 +118,15 @@ def majority(texts: list[str], weights=None) -> int:
     return max((i for i, value in enumerate(values) if value == winner), key=lambda i: weights[i])
 
 
-def majority_expected(texts: list[str], right: np.ndarray) -> float:
-    """How often the plain vote is right, right [n], if ties between answers are broken at random."""
-    values = [verify.answer_value(t) for t in texts]
-    votes = collections.Counter(v for v in values if v is not None)
-    winners = [w for w, n in votes.items() if n == max(votes.values())]
-    return float(np.mean([right[[v == w for v in values]].mean() for w in winners] or [right.mean()]))
+def majority_expected(texts, right) -> float:
+    """Accuracy of the plain vote if ties between answers are broken at random. texts, right (bool): a row a problem."""
+    correct = []
+    for row, r in zip(texts, right, strict=True):
+        values = [verify.answer_value(t) for t in row]
+        votes = collections.Counter(v for v in values if v is not None)
+        winners = [w for w, n in votes.items() if n == max(votes.values())]
+        correct.append(np.mean([r[[v == w for v in values]].mean() for w in winners] or [r.mean()]))
+    return float(np.mean(correct))
 
 
 def holds_together(steps: list[str]) -> bool:
@@ -172,14 +175,15 @@ def evaluate_run(run: str, args) -> dict:
         lengths = -np.array([[len(t) for t in row] for row in texts], dtype=float)
         methods["shortest"] = figures(right[first, lengths.argmax(1)], pairs=pairwise(lengths, right))
         methods["majority"] = figures(right[first, [majority(row) for row in texts]])
-        methods["majority"]["expected"] = float(np.mean(list(map(majority_expected, texts, right))))
+        methods["majority"]["expected"] = majority_expected(texts, right)
         holds = np.array([[holds_together(data.split_steps(t)) for t in row] for row in texts])
         left = [np.flatnonzero(ok) if ok.any() else np.arange(args.k) for ok in holds]
         methods["gate"] = figures([r[i].mean() for r, i in zip(right, left, strict=True)], pairs=pairwise(holds, right))
-        votes = [i[majority([row[j] for j in i])] for row, i in zip(texts, left, strict=True)]
+        left_texts = [[row[j] for j in i] for row, i in zip(texts, left, strict=True)]
+        votes = [i[majority(row)] for row, i in zip(left_texts, left, strict=True)]
         methods["gate_majority"] = figures(right[first, votes])
-        expected = [majority_expected([row[j] for j in i], r[i]) for row, r, i in zip(texts, right, left, strict=True)]
-        methods["gate_majority"]["expected"] = float(np.mean(expected))
+        methods["gate_majority"]["expected"] = majority_expected(
+            left_texts, [r[i] for r, i in zip(right, left, strict=True)])
         methods["oracle"] = figures(right.any(1))
     # controls: the best single answer to everything, in hindsight, and the model's own answers to other questions
     constant = statistics.mode(truths)
@@ -325,8 +329,8 @@ def evaluate_candidates(run: str, args) -> dict:
         methods[name] = figures(right[picked], pairs=pairs) | {"by_source_alone": alone} | {
             f"p_{other}": paired_p(right[picked], right[picks[other]]) for other in ("logprob", "majority")}
     for name, groups in (("majority", members), ("gate_majority", left)):
-        expected = [majority_expected([answers[i] for i in m], right[m]) for m in groups]
-        methods[name]["expected"] = float(np.mean(expected))
+        methods[name]["expected"] = majority_expected([[answers[i] for i in m] for m in groups],
+                                                      [right[m] for m in groups])
     methods["oracle"] = figures([t.any() for t in truth])
     return {"n": len(members), "k": max(map(len, members)), "random": random, "oracle": oracle, "methods": methods}
 
@@ -504,7 +508,7 @@ def evaluate_llm(name: str, args) -> dict:
         for j in sorted({1, 10, 100, k}) if j <= k}
     if k > 1 and bench.kind == "number":
         methods["majority"] = figures(right[np.arange(n), [majority(row) for row in answers]])
-        methods["majority"]["expected"] = float(np.mean(list(map(majority_expected, answers, right))))
+        methods["majority"]["expected"] = majority_expected(answers, right)
     if n > 1:
         methods["shuffled"] = figures(shuffled, recovered=False)
     return asked | {"n": n, "k": k, "random": random, "oracle": oracle,

@@ -65,9 +65,9 @@ def common_ending(steps: list[str]) -> list[str]:
 def chains_of_file(path: str, kind: str, limit: int = 0) -> list[dict]:
     """Records of a jsonl file of `chains`, `candidates` or `step_errors`. Raises ValueError naming file and field.
 
-    Lines of `chains` that name no problem share that of the first with their question. A line's split is what its field
-    says or, without one, follows from its problem's id: one that names a test problem marks it so, and a twentieth of
-    the others are `val`.
+    Lines of `chains` that name no problem are of the problem that another line names for their question, else of the
+    first one's id. A line's split is what its field says or, without one, follows from its problem's id: one that names
+    a test problem marks it so, and a twentieth of the others are `val`.
     """
     fields = {"chains": ["id", "question", "steps", "is_valid"], "candidates": ["id", "question", "candidates"],
               "step_errors": ["id", "question", "steps", "is_correct", "first_error_step"]}[kind]
@@ -103,10 +103,10 @@ def chains_of_file(path: str, kind: str, limit: int = 0) -> list[dict]:
                 continue  # an LLM wrote nothing
             chain = {"id": name, "question": row["question"].strip(), "steps": steps, "answer": row.get("answer"),
                      "is_valid": is_valid, "source": part.get("source")}
-            problem_id = str(row["id"] if row.get("problem_id") is None else row["problem_id"])
-            if kind == "chains":
-                first = problem_of.setdefault(data.plain_question(chain["question"]), problem_id)
-                problem_id = first if row.get("problem_id") is None else problem_id
+            problem_id = row["id"] if row.get("problem_id") is None else row["problem_id"]
+            if kind == "chains" and row.get("problem_id") is None:
+                problem_id = problem_of.setdefault(data.plain_question(chain["question"]), problem_id)
+            problem_id = str(problem_id)
             split = row.get("split")  # of a line that extract.py --endpoint wrote, too
             if split not in (None, "train", "val", "test"):
                 raise ValueError(f"{where}: field 'split' is {split!r}, not train, val or test")

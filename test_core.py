@@ -1132,9 +1132,10 @@ def test_accuracy_by_hand():
     assert evaluate_accuracy.majority(texts) == 1 and evaluate_accuracy.majority(["none", "no"]) == 0
     assert evaluate_accuracy.majority(texts, [5, 1, 2, 9]) == 0 and evaluate_accuracy.majority(["none"], [1]) == 0
     assert evaluate_accuracy.majority(texts, [2, 1, 1.5, 9]) == 2
-    expected = functools.partial(evaluate_accuracy.majority_expected, right=np.array([True, False, False, False]))
-    assert expected(texts) == 0 and expected(["#### 4", "so 5", "4.0", "5"]) == 0.25  # of a tie, half of "4" is right
-    assert expected(["none"] * 4) == 0.25
+    rows = [texts, ["#### 4", "so 5", "4.0", "5"], ["none"] * 4]  # of the tie, half of "4" is right
+    expected = [evaluate_accuracy.majority_expected([row], np.array([[True, False, False, False]])) for row in rows]
+    assert expected == [0, 0.25, 0.25]
+    assert evaluate_accuracy.majority_expected(rows, np.array([[True, False, False, False]] * 3)) == sum(expected) / 3
     constant = eval_alignment.ranking_figures(np.zeros(4), np.array([True, False] * 2), [*"aabb"])
     assert constant == {"auroc": 0.5, "auroc_within": 0.5, "spearman": None}
     scores, right = np.array([[3.0, 1.0, 2.0], [1.0, 1.0, 1.0]]), np.array([[True, False, False], [True] * 3])
