@@ -148,7 +148,7 @@ class RJEPAConfig(RunConfig):
     n_embd: int = 256  # width of the encoder
     predictor_n_layer: int = 2  # blocks of the predictor
     predictor_n_embd: int = 128  # width of the predictor
-    dropout: float = 0.0  # on embeddings and residual branches
+    dropout: float = 0.0  # on embeddings and residual branches of the encoder; the predictor has none
 
     # masks: which steps are hidden; the question never is
     mask: Literal["contiguous", "random"] = "contiguous"  # one block of steps, or any of them
@@ -225,7 +225,8 @@ class SpeakConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        positive(self, "block_size read_size")
+        check_language_model(self)
+        positive(self, "read_size")
         shares(self, "predicted_share alone_share read_weight")
         check(self, "use_z", self.use_z or self.reads != "nothing", "off: it must read, --reads all or before")
         check(self, "alone_share", (self.use_z and self.use_prediction) or self.alone_share == 0,
@@ -244,7 +245,7 @@ class TextConfig(RunConfig):
     n_layer: int = 8  # Transformer blocks
     n_head: int = 12  # attention heads
     n_embd: int = 768  # width
-    dropout: float = 0.0  # on embeddings and residual branches
+    dropout: float = 0.0  # on embeddings and residual branches; a predictor has none
 
     def __post_init__(self):
         super().__post_init__()

@@ -60,7 +60,7 @@ class Problems:
     def __post_init__(self):
         cfg.not_negative(self, "limit seed")
         self.names_none = not (self.latents or self.dataset or self.data_dir or self.split)
-        self.split = self.split or "test"
+        self.asked_split, self.split = self.split, self.split or "test"
 
 
 @dataclass
@@ -240,6 +240,22 @@ def step_retrieval(model, rows: list[dict], seed: int, n_candidates: int = 100) 
     return {"n": len(rows), "candidates": n_candidates, **rank_figures(ranks)}
 
 
+def adds(scores: list[dict[str, np.ndarray]], known: tuple[str, ...], new: str, seed: int) -> dict:
+    """Does `new` find more beside what is `known`? Scores by name [n], of each chain's candidates, the first is right.
+
+    Each lot is fitted together on other chains (`infer.cross_validated`). -> {"without", "with": {"top1", "ci95"}, "p"}
+    """
+    chain = np.repeat(np.arange(len(scores)), [len(s[new]) for s in scores])
+    right = np.concatenate([np.arange(len(s[new])) == 0 for s in scores])
+    hits = []
+    for names in (known, (*known, new)):
+        x = np.stack([np.concatenate([s[name] for s in scores]) for name in names], 1)
+        fitted = infer.cross_validated(x, right, chain, 5, seed, 1.0)
+        hits.append(np.array([(fitted[chain == c][1:] < fitted[chain == c][0]).all() for c in range(len(scores))]))
+    top1 = [{"top1": float(hit.mean()), "ci95": list(wilson(float(hit.mean()), len(hit)))} for hit in hits]
+    return {"without": top1[0], "with": top1[1], "p": paired_p(*hits), "n": len(scores)}
+
+
 def paired_p(a: np.ndarray, b: np.ndarray) -> float:
     """Exact McNemar test, two-sided: could two ways that are right [n] and [n] on the same problems be as good?"""
     from scipy.stats import binomtest
@@ -260,10 +276,11 @@ def evaluate_plan(run: str, args) -> dict:
     space by cosine, the chain's other steps among them; against the step before (copy), the mean of both neighbours,
     the mean training latent of the position, and the prediction from the steps before alone (next_step). Another
     chain's step has its latent from there, and its topic with it; under NAME_placed the LLM has read every candidate in
-    the gap's place (first --logprob_limit chains). There is what the LLM itself knows: every candidate's mean logprob
-    after the steps before (llm_logprob), or that of it and all that follows (llm_chain). It has just read some of them,
-    and such a line again is likely; with NAME_others none is of this chain. p_plan: `paired_p` with the prediction, of
-    llm_X with plan_placed.
+    the gap's place (first --logprob_limit chains), under NAME_centred these less their mean. There is what the LLM
+    itself knows: every candidate's mean logprob after the steps before (llm_logprob), or that of it and all that
+    follows (llm_chain). It has just read some of them, and such a line again is likely; with NAME_others none is of
+    this chain. p_plan: `paired_p` with the prediction, of llm_X with plan_placed.
+    `together`: what PLAN's cosine adds (`adds`) to scores of plan_placed_others' candidates that need no world model.
     `decoded`: share of texts whose equations hold, whose last number is the true step's, and both. The Speaker says
     the predicted latent (and another chain's, `shuffled`; with what is before the gap alone, `before`, unless it reads
     what follows; the true latent instead, `true`; with as many `tries` as infer.py gives; one that was trained for it
@@ -305,7 +322,7 @@ def evaluate_plan(run: str, args) -> dict:
     x = [space(z) for z in whole]
     if n_weighed := min(args.logprob_limit, len(chains)):
         print(f"{n_weighed} chains, of each 100 candidates for the LLM to weigh (--logprob_limit)", flush=True)
-    ranks, predicted, predicted_next = {}, model.w_out(context[:, 0]), model.w_out(ahead)
+    ranks, weighed, predicted, predicted_next = {}, [], model.w_out(context[:, 0]), model.w_out(ahead)
     for c, k in enumerate(tqdm(holes, unit="chain", disable=not (n_weighed and sys.stderr.isatty()))):
         own = [s for s in range(1, len(x[c])) if s != k]
         far = [(o, int(rng.integers(1, len(x[o]))))
@@ -319,13 +336,22 @@ def evaluate_plan(run: str, args) -> dict:
         if c < args.logprob_limit:
             steps, texts = chains[c]["steps"], [chains[o]["steps"][s - 1] for o, s in where]
             placed, means = llm.read_next(chains[c]["question"], steps[: k - 1], texts, steps[k:])
-            add_ranks(ranks, guesses, space(placed), own, k, of="_placed")
+            placed = space(placed)
+            middle = placed.mean(0)
+            add_ranks(ranks, guesses, placed, own, k, of="_placed")
+            add_ranks(ranks, {name: guess - middle for name, guess in guesses.items()}, placed - middle, own, k,
+                      of="_centred")
+            rest = [0, *range(1 + len(own), len(where))]
+            weighed.append({name: F.cosine_similarity(guess[None], placed[rest]).cpu().numpy()
+                            for name, guess in guesses.items()})
+            weighed[-1] |= {"llm_logprob": means[rest, 0].cpu().numpy(), "llm_chain": means[rest, 1].cpu().numpy()}
             for name, values in zip(("llm_logprob", "llm_chain"), means.T, strict=True):
                 for of, others in (("", values[1:]), ("_others", values[1 + len(own) :])):
                     ranks.setdefault(name + of, []).append(1 + int((others >= values[0]).sum()))
     retrieval, hits = rank_figures(ranks), {name: np.array(r) == 1 for name, r in ranks.items()}
     for name, hit in hits.items():
-        plan = hits["plan" + "_placed" * ("_placed" in name or "llm" in name) + "_others" * name.endswith("_others")]
+        kind = next((kind for kind in ("_centred", "_placed") if kind in name), "_placed" * ("llm" in name))
+        plan = hits["plan" + kind + "_others" * name.endswith("_others")]
         retrieval[name]["p_plan"] = paired_p(hit, plan[: len(hit)])
 
     found = [[infer.find_gap(model, e["next_step"], args.quantile)[0] for e in infer.energies(model, zs)]
@@ -334,7 +360,11 @@ def evaluate_plan(run: str, args) -> dict:
     gaps = {"recall": flagged / len(chains), "false_alarms": false / len(chains),
             "precision": flagged / max(1, flagged + false),
             "located": float(np.mean([g == k for g, k in zip(found[0], holes, strict=True)]))}
-    result = {"n": len(chains), "retrieval": retrieval, "gaps": gaps}
+    simple = ("copy", "neighbours", "position")
+    together = {"+".join(known): adds(weighed, known, "plan", args.seed)
+                for known in (("llm_logprob",), simple, ("llm_logprob", *simple), ("llm_chain", *simple))
+                if n_weighed > 1}
+    result = {"n": len(chains), "retrieval": retrieval, "together": together, "gaps": gaps}
     if not args.decode_limit:
         return result
 
@@ -400,15 +430,20 @@ def evaluate_rjepa(run: str, args) -> dict:
     no latents, of problems' own solutions and their counterfactuals.
     """
     model, config = infer.load_world_model(run, args.device)
+    if args.latents and (args.dataset or args.data_dir):
+        raise ValueError("--latents names the chains: leave out --dataset and --data_dir")
     own = args.names_none and (config.held_out or config.latents)
     folder = args.latents or own or extract.gold_for(config, held_out(args, config), args.dataset or config.dataset,
                                                      args.split, args)
     rows = infer.load_chains(run, config, folder)
-    rows = [r for r in rows if r["steps"] and (not own or r["split"] == "val")]
+    wanted = "val" if own else args.asked_split * bool(args.latents)
+    rows = [r for r in rows if r["steps"] and wanted in ("", r["split"])]
     rows = latents.first_problems(rows, args.limit)
     if len(rows) < 2:
-        raise ValueError(f"{folder}: {len(rows)} chain to look at")
-    print(f"{len(rows):,} chains of {folder}" + (", which its training held out" if own else ""))
+        raise ValueError(f"{folder}: {len(rows)} chain to look at" + f", of the split {wanted}" * bool(wanted))
+    n_train = sum(r["split"] == "train" for r in rows)
+    print(f"{len(rows):,} chains of {folder}" + ", which its training held out" * bool(own)
+          + f", {n_train:,} of a training split" * bool(n_train))
     found = infer.energies(model, [r["h"] for r in rows])
     z_pred, z_target, z_copy = [], [], []
     valid = [r for r in rows if r["is_valid"]]  # what training evaluates on, too

@@ -224,7 +224,7 @@ def contrast_scores(config, x: np.ndarray) -> np.ndarray | None:
 
     if not (Path(config.latents) / "manifest.json").is_file():
         return None
-    train, _ = latents.training_chains(*latents.load_latents(config.latents), config.latents)
+    train, _ = latents.training_chains(*latents.load_latents(config.latents, config.where), config.latents)
     pairs = [(chain_features(r["h"]), chain_features(r["wrong_h"])) for r in train if "wrong_h" in r]
     if not pairs:
         return None
@@ -527,8 +527,12 @@ def main(argv=None):
         load_note = "" if config else f" ({args.run} holds no config.json: no finished run lies there)"
         raise ValueError("--method, --candidates and --latents need an R-JEPA run, and problems whose answers are "
                          f"numbers: {args.run}{f' on {args.dataset}' * bool(args.dataset)} is none{load_note}")
+    if (args.shots or args.chat) and not asks_llm:
+        raise ValueError(f"--shots and --chat are for an LLM, and {args.run} is a run that does not read them")
     if writes and given:
         raise ValueError(f"--method {args.method} writes answers: leave out --candidates and --latents")
+    if given and (args.dataset or args.data_dir or args.asked_split):
+        raise ValueError("--candidates and --latents name the chains: leave out --dataset, --split and --data_dir")
     if is_rjepa and not writes and not given and args.k == 1:
         raise ValueError(f"{args.run} is an R-JEPA run: --candidates FILE, --dataset X --k K with K > 1, or "
                          "--method nudge")

@@ -356,6 +356,8 @@ class Args:
         files = [x for x in (self.chains, self.candidates, self.step_errors) if x]
         if len(files) + bool(self.generate) > 1:
             raise ValueError("give one of --chains, --candidates, --step_errors, --generate")
+        check(self, "split", self.split == "train" or not files,
+              "is a data set's; of a file every line's field 'split' says it")
         check(self, "counterfactual", not (self.counterfactual and (files or self.generate)),
               "is made of a data set's own solutions; leave it out")
         if self.generate and (len(self.layer), len(self.pooling)) != (1, 1):
@@ -380,14 +382,17 @@ def latents_of_file(config, kind: str, path: str, device: str = "auto", limit: i
     name = f"{kind}-{data_hash}-{limit}-{runs.llm_label(config, llm)}-layer{config.layer}-{config.pooling}"
     folder = Path("out/latents") / name
     if not is_kept(folder):
-        main(["--" + kind, path, "--llm", llm or config.llm, "--name", config.llm, "--layer", str(config.layer),
-              "--pooling", config.pooling, "--prompt", config.prompt, "--logprobs", "--limit", str(limit),
-              "--device", device, "--out", str(folder)])
+        run(Args(**{kind: path}, llm=llm or config.llm, name=config.llm, layer=(config.layer,),
+                 pooling=(config.pooling,), prompt=config.prompt, logprobs=True, limit=limit, device=device,
+                 out=str(folder)))
     return folder
 
 
 def written_for(config, problems: list[dict], dataset: str, split: str, args) -> Path:
-    """The folder with args.k chains that an R-JEPA's LLM writes for each problem; written where it is not there yet."""
+    """The folder with args.k chains that an R-JEPA's LLM writes for each problem; written where it is not there yet.
+
+    Valid are those whose answer is right, whatever the split: the chains are judged, not trained on.
+    """
     what = [[p["id"], p["question"]] for p in problems], args.top_p, args.max_new_tokens
     name = (f"written-{dataset}-{split}-{len(problems)}-{runs.llm_label(config, args.llm)}-layer{config.layer}"
             f"-{config.pooling}-k{args.k}-t{args.temperature}-seed{args.seed}-{runs.digest(json.dumps(what))[:6]}")
@@ -395,7 +400,7 @@ def written_for(config, problems: list[dict], dataset: str, split: str, args) ->
     if not is_kept(folder):
         llm = llm_of(config, args.llm, args.device)
         runs.say(f"{args.k} chains for {len(problems):,} problems -> {folder}")
-        extract_written(llm, [(split, problems)], folder, dataset, args.k, args.temperature, args.top_p, args.seed,
+        extract_written(llm, [("test", problems)], folder, dataset, args.k, args.temperature, args.top_p, args.seed,
                         args.max_new_tokens)
     return folder
 
@@ -437,9 +442,9 @@ def run(args) -> dict:
     else:
         result = extract(llm, chains, out, description, wanted, args.logprobs, args.shard_size,
                          args.token_budget or llm.token_budget, args.overwrite)
-    layers = sorted({layer for layer, _ in wanted})
-    return {"out": str(out), **result, "dim": llm.latent_dim(args.pooling[0]),
-            "layer": layers[0] if len(layers) == 1 else layers}
+    dims, layers = ({llm.latent_dim(pooling) for _, pooling in wanted}, {layer for layer, _ in wanted})
+    return {"out": str(out), **result, **{name: min(found) if len(found) == 1 else sorted(found)
+                                          for name, found in (("dim", dims), ("layer", layers))}}
 
 
 @plain_errors()

@@ -46,9 +46,10 @@ def load_world_model(run: str, device: str = "auto"):
 def load_chains(run: str, config, folder, limit: int = 0, logprobs: bool = False) -> list[dict]:
     """Rows of latents.load_latents, of the first `limit` problems (0: all), for a run and its config.
 
-    Raises ValueError where they are of another LLM, layer or pooling, or have no logprobs and should.
+    Of the folder that the run was trained on only those that its `where` let in. Raises ValueError where they are of
+    another LLM, layer or pooling, or have no logprobs and should.
     """
-    rows, manifest = latents.load_latents(folder)
+    rows, manifest = latents.load_latents(folder, config.where * (str(folder) == config.latents))
     latents.check_same_llm(config, manifest, f"{run} and {folder}")
     if logprobs and any(r["logprobs"] is None for r in rows):
         raise ValueError(f"{folder} holds no logprobs: extract with --logprobs")
@@ -84,14 +85,23 @@ def suspect(steps: list[str], found: dict[str, torch.Tensor]) -> tuple[int, str]
     return int((found["next_step"] - found["leave_one_out"]).argmax()) + 1, "energies"
 
 
+def check_llm(model, llm: LLM):
+    """Raises ValueError for a model that is no R-JEPA, and an LLM whose states are not those that it reads."""
+    if not isinstance(model.config, cfg.RJEPAConfig):
+        raise ValueError(f"an R-JEPA is needed, not a {type(model).__name__}")
+    what = f"{llm.name}, as it was loaded (llm.llm_of(config) loads it for a run),"
+    latents.check_same_llm(model.config, llm.origin() | {"llm": model.config.llm}, what)
+
+
 def score(model, llm: LLM, question: str, steps: list[str]) -> dict:
     """Energies and coherence of a chain and of its steps.
 
     -> {"energy", "energy_max", "energy_last", "next_step_energy", "coherence", "suspect" and "suspect_by" (see
     `suspect`), "steps": [{"text", "energy", "next_step_energy", "coherence"}]}
     """
-    if not steps or not all(unit.strip() for unit in (question, *steps)):
-        raise ValueError("score needs a question and at least one step, none of them empty")
+    check_llm(model, llm)
+    if isinstance(steps, str) or not steps or not all(unit.strip() for unit in (question, *steps)):
+        raise ValueError("score needs a question and a list of at least one step, none of them empty")
     e = energies(model, [llm.step_latents(question, steps)])[0]
     loo, ahead = e["leave_one_out"], e["next_step"]
     coherence = model.coherence(loo.to(model.quantiles.device)).cpu()
@@ -190,7 +200,8 @@ def fit_weights(model, rows: list[dict], seed: int = 1) -> dict:
 
 
 def rerank(model, chains: list[dict], alpha: float, beta: float, gate: bool = False) -> list[dict]:
-    """Chains of llm.generate -> the same, best first, each with its number, energy, score, answer and arithmetic.
+    """Chains of llm.generate ({"steps", "logprob", "h"}) -> the same, best first, each with its number, energy, score,
+    answer and arithmetic.
 
     score = alpha * mean logprob + beta * (-energy). `arithmetic` is the gate's word on the steps' equations, without
     knowing the answer: "" where they all hold, else why not. gate: those that it finds fault with, and those without an
@@ -284,8 +295,10 @@ def nudge(model, llm: LLM, question: str, alpha: float, guide=None, temperature:
           seed: int = 1, max_new_tokens: int = 256) -> dict:
     """The LLM's own chain beside the nudged one -> {"question", "alpha", "nudge", "own", "nudged"}.
 
-    Each of the last two is {"steps", "logprob" (under the LLM alone), "energy"}, without steps the latter two None.
+    Each of the last two is {"steps", "logprob" (under the LLM alone; of `hidden` under the LLM as it is moved),
+    "energy"}, without steps the latter two None.
     """
+    check_llm(model, llm)
     result = {"question": question, "alpha": alpha, "nudge": "hidden" if guide is None else "bias"}
     for name, strength in (("own", 0.0), ("nudged", alpha)):
         chain = generate(llm, [question], 1, temperature, top_p, seed, max_new_tokens,
@@ -410,6 +423,7 @@ def plan(model, llm: LLM, question: str, steps: list[str], decode: str = "speake
     -> {"steps", "filled": [{"step", "text", "nearest", "valid", "reason"}], "gap", "threshold", "next_step_energies",
     "energy_before", "energy_after", "decode"}.
     """
+    check_llm(model, llm)
     if decode not in ("speaker", "llm") or not 0 <= at <= len(steps) + 1 or slots < 1 or not 0 <= quantile <= 1:
         raise ValueError(f"decode {decode!r} (speaker, llm), at {at} (0 to {len(steps) + 1}), slots {slots} (1 and "
                          f"more), quantile {quantile} (0 to 1): one of them cannot be")
@@ -548,10 +562,12 @@ class Rerank(Writing):
     beta: float | None = None  # weight of the energy; empty: as fitted
     gate: bool = False  # candidates with an equation that does not hold, or without an answer, come after all others
     fit: str = ""  # a jsonl file of labelled candidates, or a folder of their latents: fits alpha and beta for the run
+    limit: int = 0  # --fit: the first N questions; 0: all
 
     def __post_init__(self):
         super().__post_init__()
         positive(self, "k")
+        not_negative(self, "limit")
         for name in ("alpha", "beta"):
             value = getattr(self, name)
             check(self, name, value is None or 0 <= value < float("inf"), "must be 0 or more, and finite")
@@ -563,8 +579,8 @@ def run_rerank(args: Rerank) -> dict:
         model, config = load_world_model(args.run, args.device)
         folder = Path(args.fit)
         if not folder.is_dir():
-            folder = extract.latents_of_file(config, "candidates", args.fit, device=args.device, llm=args.llm)
-        rows = load_chains(args.run, config, folder, logprobs=True)
+            folder = extract.latents_of_file(config, "candidates", args.fit, args.device, args.limit, args.llm)
+        rows = load_chains(args.run, config, folder, args.limit, logprobs=True)
         fitted = {"world": weights_digest(args.run), **fit_weights(model, rows, args.seed)}
         if fitted["n"] < 50:
             print(f"{fitted['n']} questions are few: the weights may be far off")

@@ -40,7 +40,7 @@ def pick_tokenizer(config, out: Path, texts: list[str], init_from: str = "") -> 
     """GPT-2's, the run folder's own, that of the run it starts from, or a BPE trained on the texts."""
     if config.tokenizer == "gpt2":
         return data.gpt2_tokenizer()
-    if (out / "tokenizer.tiktoken").is_file() and not config.overwrite:
+    if (out / "state.pt").is_file() and not config.overwrite:  # before it nothing says what its tokenizer was made for
         return data.load_bpe(out / "tokenizer.tiktoken")
     return runs.load_tokenizer(init_from, config) if init_from else data.train_bpe(texts, config.vocab_size)
 
@@ -72,8 +72,9 @@ def chains_to_train_on(config, rows: list[dict], manifest: dict, folder, world) 
         held_out, manifest = latents.load_latents(world.held_out)
         latents.check_same_llm(world, manifest, f"--held_out {world.held_out}")
         train, val = train + val, latents.training_chains(held_out, manifest, world.held_out)[1]
-    train = train[: config.limit or None]
-    val = at_least_two(val[: config.val_problems], f"verified chains of {world.held_out or folder}")
+    train = latents.first_problems(train, config.limit)
+    val = at_least_two(latents.first_problems(val, config.val_problems),
+                       f"verified chains of {world.held_out or folder}")
     for same in (lambda r: r["problem_id"], lambda r: data.plain_question(r["question"])) if world.held_out else ():
         if seen := {same(r) for r in train} & {same(r) for r in val}:
             raise ValueError(f"{folder} holds a problem of --held_out {world.held_out}: {min(seen)[:80]}")
@@ -115,7 +116,7 @@ class TextJob(Job):
         self.batches = data.Batches(self.train, config)
         rows = ([e["question"], e["answer"], e["target"]] for e in self.train)
         self.identity = {"vocab_size": asked_vocab_size, "training problems": runs.digest_of_list(rows),
-                         "tokenizer": runs.tokenizer_digest(tokenizer)}
+                         "tokenizer": runs.tokenizer_digest(tokenizer), "pooling": config.pooling}
 
     def batch(self, index: int, device) -> dict:
         return data.collate(self.batches(index), self.config, device)
@@ -300,8 +301,8 @@ class SpeakJob(WorldJob):
         self.batches = latents.Batches(self.train, config)
         texts = [c["question"] for c in self.train] if config.reads != "nothing" else []
         self.tokenizer = pick_tokenizer(config, out, texts + [s for c in self.train for s in c["steps"]])
+        self.identity |= {"vocab_size": config.vocab_size, "tokenizer": runs.tokenizer_digest(self.tokenizer)}
         config.vocab_size, config.context_dim = self.tokenizer.vocab_size, self.world_config.n_embd
-        self.identity["tokenizer"] = runs.tokenizer_digest(self.tokenizer)
 
     def collate(self, chains: list[dict], rng, device, predicted: float | None = None) -> dict:
         """A batch of Speaker.forward; `predicted` is the share that speaks from predicted latents, else config's."""

@@ -12,6 +12,7 @@ Row 0 of a chain is its question, rows 1 … S its steps.
 import hashlib
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,8 @@ def gold_chains(problems: list[dict], split: str, counterfactual: bool, seed: in
                 wrong, step = data.counterfactual(problem, chain, seed)
             except ValueError:
                 continue  # no unambiguous one
+            if not verify.check_steps(wrong["steps"]).is_valid:
+                continue  # what <<...>> says is not all that the text says: a second slip, which the gate finds
             chains.append(record(wrong | {"id": f"{problem['id']}+wrong"}, problem["id"], split, step))
     return chains
 
@@ -63,7 +66,9 @@ def common_ending(steps: list[str]) -> list[str]:
 
 
 def chains_of_file(path: str, kind: str, limit: int = 0) -> list[dict]:
-    """Records of a jsonl file of `chains`, `candidates` or `step_errors`. Raises ValueError naming file and field.
+    """Records of a jsonl file's first `limit` problems (0: all) of `chains`, `candidates` or `step_errors`.
+
+    Raises ValueError naming file and field.
 
     Lines of `chains` that name no problem are of the problem that another line names for their question, else of the
     first one's id. A line's split is what its field says or, without one, follows from its problem's id: one that names
@@ -71,7 +76,7 @@ def chains_of_file(path: str, kind: str, limit: int = 0) -> list[dict]:
     """
     fields = {"chains": ["id", "question", "steps", "is_valid"], "candidates": ["id", "question", "candidates"],
               "step_errors": ["id", "question", "steps", "is_correct", "first_error_step"]}[kind]
-    rows, records, seen = verify.read_jsonl(path, fields, limit), [], set()
+    rows, records, seen, n_empty = verify.read_jsonl(path, fields), [], set(), 0
     problem_of = {data.plain_question(str(row["question"])): str(row["problem_id"]) for row in reversed(rows)
                   if row.get("problem_id") is not None}
     for row in rows:
@@ -85,7 +90,8 @@ def chains_of_file(path: str, kind: str, limit: int = 0) -> list[dict]:
         else:
             parts = [(str(row["id"]), row, "is_correct" if kind == "step_errors" else "is_valid")]
         for name, part, label in parts:
-            steps, is_valid = verify.field(part, where, "steps", list), verify.field(part, where, label, bool)
+            which = f"{path}, {name}" if kind == "candidates" else where
+            steps, is_valid = verify.field(part, which, "steps", list), verify.field(part, which, label, bool)
             if not all(isinstance(s, str) for s in steps):
                 raise ValueError(f"{where}: field 'steps' must be a list of texts")
             if not isinstance(row["question"], str) or not row["question"].strip():
@@ -100,6 +106,7 @@ def chains_of_file(path: str, kind: str, limit: int = 0) -> list[dict]:
                     raise ValueError(f"{where}: field 'steps' has an empty one; first_error_step would lose its step")
             steps = common_ending([s for s in steps if s.strip()])
             if kind == "chains" and not steps and not is_valid:
+                n_empty += 1
                 continue  # an LLM wrote nothing
             chain = {"id": name, "question": row["question"].strip(), "steps": steps, "answer": row.get("answer"),
                      "is_valid": is_valid, "source": part.get("source")}
@@ -110,11 +117,15 @@ def chains_of_file(path: str, kind: str, limit: int = 0) -> list[dict]:
             split = row.get("split")  # of a line that extract.py --endpoint wrote, too
             if split not in (None, "train", "val", "test"):
                 raise ValueError(f"{where}: field 'split' is {split!r}, not train, val or test")
-            is_val = split == "val" or int(hashlib.sha256(problem_id.encode()).hexdigest(), 16) % data.VAL_EVERY == 0
+            is_20th = int(hashlib.sha256(problem_id.encode()).hexdigest(), 16) % data.VAL_EVERY == 0
+            is_val = split == "val" or split is None and is_20th
             is_test = kind != "chains" or split == "test" or "-test-" in problem_id or "-test-" in str(row["id"])
             split = "test" if is_test else "val" if is_val else "train"
             records.append(record(chain, problem_id, split, wrong_step))
-    return records
+        n_empty += not parts
+    if n_empty:
+        print(f"{path}: {n_empty} of {len(rows)} lines left out, without steps or candidates", file=sys.stderr)
+    return first_problems(records, limit)
 
 
 def chains_to_extract(args) -> tuple[list[dict], dict]:

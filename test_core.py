@@ -591,6 +591,8 @@ def test_standardised_latents_have_mean_0_and_std_1_on_the_fitted_answers():
     net, answers = tiny_model(), token_lists(50, 2, 12)
     net.fit_standardize(answers)
     latent = net.encode([[1]] * 50, answers)[1]
+    for asked in ([[1]] * 49, []):
+        refused(ValueError, f"{len(asked)} questions and 50 answers", net.encode, asked, answers)
     torch.testing.assert_close(latent.mean(0), torch.zeros(32), atol=1e-4, rtol=0)
     torch.testing.assert_close(latent.std(0, correction=0), torch.ones(32), atol=1e-3, rtol=0)
 
@@ -628,7 +630,8 @@ def test_alignment_tells_learning_from_collapse():
 
 def test_mfu_is_given_for_known_devices_alone():
     assert m.estimate_mfu(98.9e12, "NVIDIA H200") == pytest.approx(0.1)
-    assert m.estimate_mfu(1e12, "cpu") is None
+    assert m.estimate_mfu(31.2e12, "NVIDIA A100-SXM4-80GB") == pytest.approx(0.1)
+    assert m.estimate_mfu(1e12, "cpu") is m.estimate_mfu(1e12, "NVIDIA RTX A1000") is None
 
 
 # ----------------------------------------------------------------------------- data
@@ -902,6 +905,8 @@ def test_a_stopped_run_resumes_to_the_same_weights(tmp_path, fields, monkeypatch
     stopped(tmp_path / "cut", monkeypatch, **fields)
     run(tmp_path / "cut", **fields)
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    stopped(tmp_path / "changed", monkeypatch, **fields)
+    refused(SystemExit, "pooling: mean there, last here", run, tmp_path / "changed", **fields, pooling="last")
     steps = [r["step"] for r in verify.read_jsonl(tmp_path / "cut" / "log.jsonl")]
     assert steps == sorted(steps) and len([s for s in steps if s == 5]) == 1
 
@@ -922,9 +927,12 @@ def test_finished_foreign_and_changed_runs_are_refused(finished, tmp_path):
     refused(SystemExit, "lr: 0.001 there, 0.5 here", run, folder, lr=0.5)
     assert weights(folder) == before
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "state-notes").mkdir(), (tmp_path / "state-notes" / "n").write_text("mine")
+    (tmp_path / "state-copy.pt").touch()
     refused(SystemExit, "not a run of train.py", run, tmp_path)
     run(tmp_path, overwrite=True, max_steps=1)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    refused(SystemExit, "--init_from .* would be lost", run, folder, init_from=str(folder), overwrite=True)
+    assert (tmp_path / "notes.txt").read_text() == (tmp_path / "state-notes" / "n").read_text() == "mine"
     (tmp_path / "killed").mkdir(), (tmp_path / "killed" / ".tmpA1").touch()  # while safetensors wrote
     run(tmp_path / "killed", max_steps=1)
 
@@ -953,7 +961,9 @@ def test_bad_input_changes_nothing(finished, tmp_path):
     (cfg.parse_cli, "quickstart --answer_context all", "isolated"),
     (cfg.parse_cli, "rjepa-small --margin 0", "--margin 0.0"),
     (cfg.parse_cli, "rjepa-speak --init_from out/run --dropout 1", "--dropout 1.0"),
+    (cfg.parse_cli, "rjepa-speak --init_from out/run --vocab_size 100", "--vocab_size 100: must be at least 258"),
     (extract.main, "--counterfactual --chains x.jsonl", "--counterfactual True: is made of"),
+    (extract.main, "--chains x.jsonl --split test", "--split test: is a data set's"),
     (evaluate_accuracy.main, "run --k 2 --top_p 0", "--top_p 0"), (evaluate_accuracy.main, "run --k 0", "--k 0"),
     (evaluate_accuracy.main, "run --limit -1", "--limit -1"), (evaluate_accuracy.main, "run --dataset foo", "foo"),
     (evaluate_accuracy.main, "run --max_new_tokens -1", "--max_new_tokens -1"),
@@ -1039,6 +1049,13 @@ def stopped(out, monkeypatch, start=run, **fields):
         patch.setattr(torch.nn.utils, "clip_grad_norm_", stop_in_the_seventh_step)
         with pytest.raises(KeyboardInterrupt):
             start(out, **fields)
+
+
+def test_a_tokenizer_from_before_the_first_checkpoint_is_made_again(tmp_path, monkeypatch):
+    stopped(tmp_path, monkeypatch, save_every=20)
+    assert {"tokenizer.tiktoken", "config.json"} <= {p.name for p in tmp_path.iterdir()}
+    run(tmp_path, vocab_size=262)
+    assert runs.load_config(tmp_path)[1].vocab_size == 262
 
 
 def test_another_runs_state_is_refused(tmp_path, monkeypatch):
@@ -1367,7 +1384,10 @@ def test_check_expression(text, is_valid):
     ("3 weeks = 3 * 7 = 21 days", "3 weeks = 3 * 7 = 22 days"),
     ("1 1/2 * 4 = 6 cups", "1 1/2 * 4 = 7 cups"),
     ("60 / 3/4 = 80 years", "60 / 3/4 = 81 years"),
-    ("18 000 + 2 000 = 20 000", "18 000 + 2 000 = 21 000")])
+    ("18 000 + 2 000 = 20 000", "18 000 + 2 000 = 21 000"),
+    ("3 + 4 = **7** pens", "3 + 4 = **8** pens"), ("**3 + 4 = 7**, 2**3 = 8", "**3 + 4 = 7**, 2**3 = 9"),
+    (r"\(3 \times 4 = 12\)", r"\(3 \times 4 = 13\)"), (r"$6 \div 2 = \$3$", r"$6 \div 2 = \$4$"),
+    ("5 cm * 4 cm = 20 cm^2", "5 cm * 4 cm = 21 cm^2"), ("__So__ 2^3 = 8", "__So__ 2^3 = 6")])
 def test_check_step_finds_the_slip(right, wrong):
     assert verify.check_step(right) == verify.Verdict(True, "ok")
     verdict = verify.check_step(wrong)
@@ -1386,7 +1406,8 @@ def test_check_step_other_reasons():
     assert verify.check_step("5 / 0 = 0").reason == "division_by_zero"
     assert verify.check_step("9**9**9**9 = 1").reason == "too_large"
     assert verify.check_step("1 + " * 10_000 + "1 = 2").reason == "too_long"
-    assert verify.check_step("__import__('os').system('id') = 0").reason == "not_whitelisted"
+    for code in ("__import__('os').system('id') = 0", "().__class__ = 1"):
+        assert verify.check_step(code).reason == "not_whitelisted"
 
 
 def test_validate():
@@ -1768,7 +1789,7 @@ def test_an_rjepa_run_resumes_to_the_same_weights_and_scores(small_rjepa, tmp_pa
         assert len(a["next_step"]) == len(c) - 1 and torch.allclose(a["leave_one_out"], b["leave_one_out"], atol=1e-5)
     rows, manifest = latents.load_latents(folder)
     silent = rows[0] | {"steps": [], "n_steps": 0, "h": rows[0]["h"][:1], "is_valid": False}
-    monkeypatch.setattr(latents, "load_latents", lambda _: ([silent, *rows], manifest))  # an LLM wrote nothing
+    monkeypatch.setattr(latents, "load_latents", lambda *_: ([silent, *rows], manifest))  # an LLM wrote nothing
     assert latents.first_problems(rows, 3) == rows[:6] and latents.first_problems(rows, 0) == rows
     figures = result_of(eval_alignment.main, whole, "--latents", folder, "--device", "cpu")
     assert figures["n"] == 120 and 0 <= figures["auroc_correct"] <= 1 and figures["auroc_logprob"] is None
@@ -2423,7 +2444,11 @@ def test_gold_chains_and_their_counterfactuals():
         at = c["wrong_step"] - 1
         assert c["id"] == f"{gold['id']}+wrong" and c["problem_id"] == gold["id"] and gold["wrong_step"] is None
         assert c["steps"][:at] == gold["steps"][:at] and c["steps"][at] != gold["steps"][at] and gold["is_valid"]
+        assert verify.check_steps(c["steps"]).is_valid
     assert latents.gold_chains(problems, "train", False, 1) == [c for c in chains if c["is_valid"]]
+    half_said = {"id": "p", "question": "He has 2 bags of 36.", "answer": "2 * 36 = <<2*36=72>>72\n"
+                                                                         "144 - 72 = <<72=72>>72\n#### 72"}
+    assert len(latents.gold_chains([half_said], "train", True, 1)) == 1
 
 
 def test_chains_of_files(tmp_path):
@@ -2447,6 +2472,10 @@ def test_chains_of_files(tmp_path):
     write_jsonl(tmp_path / "c.jsonl", [chain, *(chain | fields for fields in more)])
     read_ids = [r["problem_id"] for r in latents.chains_of_file(tmp_path / "c.jsonl", "chains")]
     assert read_ids == ["p", "p", "r", "x", "x"]
+    of_file = functools.partial(latents.chains_of_file, tmp_path / "c.jsonl", "chains")
+    assert [len(of_file(limit)) for limit in (0, 1, 2, 3, 9)] == [5, 2, 3, 5, 5]  # of so many problems
+    said = [{read("chains", id=f"q{i}", **split)[0]["split"] for i in range(60)} for split in ({}, {"split": "train"})]
+    assert said == [{"train", "val"}, {"train"}]
     assert read("chains", split="test")[0]["split"] == read("chains", id="gsm8k-test-3")[0]["split"] == "test"
     both = [{"steps": ["a"], "is_correct": True, "source": "x"}, {"steps": ["b"], "is_correct": False}]
     first, second = read("candidates", id="gsm8k-train-3", candidates=both)
@@ -2459,7 +2488,7 @@ def test_chains_of_files(tmp_path):
             ("chains", {"is_valid": 1}, "p: field 'is_valid'"), ("chains", {"split": "valid"}, "p: field 'split'"),
             ("chains", {"question": " "}, "p: field 'question'"),
             ("candidates", {}, "line 1: field 'candidates'"), ("candidates", {"candidates": None}, "p: field 'cand"),
-            ("candidates", {"candidates": [{"steps": ["a"]}]}, "p: field 'is_correct'"),
+            ("candidates", {"candidates": [{"steps": ["a"]}]}, "p/0: field 'is_correct'"),
             ("step_errors", errors | {"first_error_step": "2"}, "p: field 'first_error_step'"),
             ("step_errors", errors | {"first_error_step": 3}, "p: field 'first_error_step'"),
             ("step_errors", errors | {"is_correct": True}, "p: .* is 2, but 'is_correct' is true"),
@@ -2517,6 +2546,34 @@ def test_what_does_not_fit_a_run_of_this_project_is_named(world):
         refused(ValueError, "more than the context .* begins 'How many\\?", infer.score, world.model, world.llm,
                 "How many?", steps)
     refused(ValueError, "'a' has no token of its own .*give more", infer.score, world.model, world.llm, "a", ["1 = 1"])
+    load = functools.partial(llms.load_llm, world.llm_run, "cpu")
+    for error, model, llm in [("layer: 1 there, 2 here", world.model, load(layer=2, pooling="both")),
+                              ("pooling: both there, mean here.* dim: 64", world.model, load()),
+                              ("R-JEPA is needed, not a NanoJEPA", runs.load_run(world.llm_run, "cpu")[0], world.llm)]:
+        for use in (infer.score, infer.plan, lambda *a: infer.nudge(*a[:3], 0.5)):
+            refused(ValueError, error, use, model, llm, QUESTION, ["a"])
+    refused(ValueError, "a list of at least one", infer.score, world.model, world.llm, QUESTION, "3+4=7")
+    refused(ValueError, "not one text: '3", world.llm.step_latents, QUESTION, "3+4=7")
+    refused(ValueError, "its own LLM is ", llms.load_llm, world.rjepa, "cpu")
+
+
+def test_a_command_that_fails_says_nothing_that_looks_like_figures(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    row = {"id": "p", "question": QUESTION, "answer": "9", "candidates": [{"steps": ["3*3 = 9"], "is_correct": True}]}
+    path, argv = write_jsonl(tmp_path / "one.jsonl", [row, row | {"id": "q", "candidates": []}]), ["--device", "cpu"]
+    refused(SystemExit, "at least two questions", evaluate_accuracy.main, [world.rjepa, "--candidates", path, *argv])
+    said = capsys.readouterr()
+    assert "{" not in said.out and "one.jsonl: 1 of 2 lines left out" in said.err
+
+
+def test_a_speaker_goes_on_with_the_vocabulary_that_it_began_with(world, tmp_path, monkeypatch):
+    def start(out, vocab_size=300):
+        train.train("rjepa-speak", cfg.SpeakConfig(
+            init_from=world.rjepa, out_dir=str(out), vocab_size=vocab_size, n_layer=1, n_head=2, n_embd=16,
+            batch_size=8, max_steps=8, val_problems=8, save_every=2, device="cpu", dtype="fp32"))
+
+    stopped(tmp_path, monkeypatch, start=start)
+    refused(SystemExit, "vocab_size: 300 there, 301 here", start, tmp_path, 301)
 
 
 def test_a_run_is_evaluated_on_a_data_set_by_name(world, tmp_path, monkeypatch):
@@ -2546,6 +2603,33 @@ def test_where_settings_and_latents_differ_it_is_said_who_decides(tmp_path, caps
     train_rjepa(tmp_path / "run", folder, pooling="both", max_steps=1)
     assert f"{folder} decides: --pooling 'last', not 'both'" in capsys.readouterr().err
     assert runs.load_config(tmp_path / "run")[1].pooling == "last"
+
+
+def test_an_evaluation_looks_at_the_chains_that_it_was_told_to(tmp_path, capsys):
+    folder, run = str(latents_folder(tmp_path / "latents")), str(tmp_path / "run")
+    train_rjepa(run, folder, where="n_steps >= 4", max_steps=2)
+    rows, _ = latents.load_latents(folder)
+    long = latents.load_latents(folder, "n_steps >= 4")[0]
+    assert {r["id"] for r in rows} > {r["id"] for r in long}
+    by_split = {split: [r for r in long if r["split"] == split] for split in ("train", "val")}
+    other = str(latents_folder(tmp_path / "other", n=20))
+    for argv, of in (((), by_split["val"]), (("--latents", folder), long), (("--latents", other), rows[:40]),
+                     (("--latents", folder, "--split", "train"), by_split["train"])):
+        assert result_of(eval_alignment.main, run, "--device", "cpu", *argv)["n"] == len(of), argv
+    refused(SystemExit, "0 chain to look at, of the split test", eval_alignment.main,
+            [run, "--latents", folder, "--split", "test"])
+    x, config = np.stack([evaluate_accuracy.chain_features(r["h"]) for r in rows]), runs.load_config(run)[1]
+    contrast = [evaluate_accuracy.contrast_scores(dataclasses.replace(config, where=w), x) for w in (config.where, "")]
+    assert not np.allclose(*contrast)
+
+
+def test_limits_count_problems_whose_chains_may_be_several(tmp_path):
+    row = {"question": "q", "steps": ["a"], "is_valid": True}
+    chains = [row | {"id": f"{split}-{i}", "problem_id": f"{split}-{i // 3}", "split": split,
+                     "h": torch.zeros(2, 4)} for split in ("train", "val") for i in range(18)]
+    train, val = jobs.chains_to_train_on(rjepa_config(limit=4, val_problems=2), chains, {"split": "train"}, "here",
+                                         rjepa_config())
+    assert (len(train), len(val)) == (12, 6)
 
 
 def test_latents_of_refused_chains_alone_are_named_as_such(tmp_path):
@@ -2702,6 +2786,7 @@ def test_plan_and_rerank_commands(world, tmp_path):
     candidates, folder = write_jsonl(tmp_path / "candidates.jsonl", lines), tmp_path / "latents"
     result_of(extract.main, "--candidates", candidates, "--llm", world.llm_run, "--pooling", "both", "--logprobs",
               "--out", folder, "--device", "cpu")
+    assert use("rerank", world.rjepa, "--fit", folder, "--limit", 5)["n"] == 5
     fitted = use("rerank", world.rjepa, "--fit", folder)
     assert fitted["n"] == 12 and fitted["random"] == pytest.approx(2 / 3) and min(fitted["alpha"], fitted["beta"]) >= 0
     assert 0 <= fitted["accuracy"] <= 1 and 0 <= fitted["energy"] <= 1
@@ -2717,6 +2802,8 @@ def test_plan_and_rerank_commands(world, tmp_path):
     among = functools.partial(result_of, evaluate_accuracy.main, world.rjepa, "--latents", folder, "--device", "cpu",
                               "--k")
     methods = among(2)["methods"]  # one of the right ones
+    refused(SystemExit, "leave out --dataset", among, 2, "--dataset", "gsm8k")
+    refused(SystemExit, "--shots and --chat are for an LLM", among, 2, "--shots", 1)
     refused(SystemExit, "--k 4: .* holds 3 candidates", among, 4)
     assert methods["majority"]["p_majority"] == 1 and 0 < methods["majority_logprob"]["p_logprob"] <= 1
     assert methods["random"]["accuracy"] == 0.5  # the gate sees neither labels nor answers, and finds them:
@@ -2878,14 +2965,14 @@ def test_what_is_not_real_is_left_out_and_changes_nothing(cross):
 @pytest.mark.parametrize("reading", [False, True])
 def test_a_speaker_learns_to_say_what_its_context_holds(reading):
     """And, where it reads something, that: the text opens with the last token read."""
-    config = cfg.SpeakConfig(n_layer=1, n_head=2, n_embd=32, context_dim=8, vocab_size=12, dropout=0.0)
+    config = cfg.SpeakConfig(n_layer=1, n_head=2, n_embd=32, context_dim=8, vocab_size=258, dropout=0.0)
     net = m.Speaker(config)
     keys, optimizer = torch.eye(8).repeat(2, 1)[:, None], torch.optim.Adam(net.parameters(), 3e-3)
     reads = [[9] * (i % 3) + [i // 8] if reading else [] for i in range(16)]
     texts = [r[-1:] + [i % 8, (3 * i + 1) % 8, (i + 2) % 8][: 1 + i % 8 % 3] for i, r in enumerate(reads)]
-    batch = jobs.spoken(texts, 10, "cpu", reads) | {"context": keys, "context_allowed": torch.ones(16, 1).bool()}
+    batch = jobs.spoken(texts, 256, "cpu", reads) | {"context": keys, "context_allowed": torch.ones(16, 1).bool()}
     assert [row[at].tolist() for row, at in zip(batch["targets"], batch["is_text"], strict=True)] == [
-        [*t, 10] for t in texts]
+        [*t, 256] for t in texts]
     for _ in range(400):
         optimizer.zero_grad()
         net(batch)["loss"].backward()
@@ -2899,11 +2986,11 @@ def test_the_control_without_latents_never_sees_one():
     refused(ValueError, "use_z.*--reads all", cfg.SpeakConfig, use_z=False, reads="nothing")
     for control in ("use_z", "use_prediction"):
         refused(ValueError, "alone_share.*--use_z", cfg.SpeakConfig, alone_share=0.1, **{control: False})
-    shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "context_dim": 8, "vocab_size": 12}
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "context_dim": 8, "vocab_size": 258}
     cases = ({}, (True, True)), ({"use_prediction": False}, (False, True)), ({"use_z": False}, (False, False))
     for flags, seen in cases:
         net = m.Speaker(cfg.SpeakConfig(**shape, **flags)).eval()
-        batch = jobs.spoken([[1, 2], [3]], 10, "cpu", [[4], [5, 6]]) | {"context_allowed": torch.ones(2, 3).bool()}
+        batch = jobs.spoken([[1, 2], [3]], 256, "cpu", [[4], [5, 6]]) | {"context_allowed": torch.ones(2, 3).bool()}
         context = torch.randn(2, 3, 8)
         for at, is_seen in enumerate(seen):  # the prediction, a step beside it
             other = context.clone()
@@ -2967,22 +3054,40 @@ def test_what_a_speaker_reads_never_holds_the_hidden_step(world, tmp_path, reads
     assert (seen > 0) == (reads != "nothing")
 
 
+def test_what_a_score_adds_to_others():
+    rng = np.random.default_rng(0)
+    scores = [{name: rng.normal(size=20) for name in ("known", "noise", "new")} for _ in range(99)]
+    for of_chain in scores:
+        of_chain["known"][0] += 2  # a hint
+        of_chain["new"] += rng.normal() * 9  # another level in every chain
+        of_chain["new"][0] += 2
+    found = {new: eval_alignment.adds(scores, ("known",), new, 1) for new in ("new", "noise")}
+    by_itself = np.mean([s["known"].argmax() == 0 for s in scores])
+    assert found["new"]["without"]["top1"] == found["noise"]["without"]["top1"] == by_itself
+    assert found["new"]["with"]["top1"] > by_itself + 0.15 and found["new"]["p"] < 0.01 < found["noise"]["p"]
+    lowest, highest = found["new"]["with"]["ci95"]
+    assert 0 < lowest < found["new"]["with"]["top1"] < highest < 1 and found["new"]["n"] == 99
+
+
 def test_evaluation_of_plan_and_nudge(world, monkeypatch):
     problems = [world.rjepa, "--dataset", "synthetic", "--limit", "60", "--device", "cpu"]
     plan = functools.partial(result_of, eval_alignment.main, *problems, "--plan", "--logprob_limit", 8,
                              "--decode_limit")
     found = plan(5)
-    assert plan(0, "--speaker", "nowhere") == {key: found[key] for key in ("n", "retrieval", "gaps")}
+    assert plan(0, "--speaker", "nowhere") == {key: found[key] for key in ("n", "retrieval", "together", "gaps")}
     names = {name + of for name in ("plan", "next_step", "copy", "neighbours", "position") for of in ("", "_others")}
     by = found["retrieval"]
-    placed = {name.replace("_others", "") + "_placed" + "_others" * name.endswith("_others") for name in names}
+    placed = {name.replace("_others", "") + kind + "_others" * name.endswith("_others")
+              for name in names for kind in ("_placed", "_centred")}
     assert found["n"] >= 20 and set(by) == names | placed | {
         "llm_logprob", "llm_logprob_others", "llm_chain", "llm_chain_others"}
     assert by["plan"]["n"] == found["n"] and by["plan_placed"]["n"] == by["llm_logprob"]["n"] == 8
     assert all(by[name]["mrr"] <= by[f"{name}_others"]["mrr"] for name in by if not name.endswith("_others"))
     p = {name: figures["p_plan"] for name, figures in found["retrieval"].items()}
     assert {p[name] for name in p if name.startswith("plan")} == {1} and all(0 < value <= 1 for value in p.values())
-    assert set(plan(0, "--logprob_limit", 0)["retrieval"]) == names
+    alone = plan(0, "--logprob_limit", 0)
+    assert set(alone["retrieval"]) == names and alone["together"] == {}
+    assert len(found["together"]) == 4 and all(both["n"] == 8 for both in found["together"].values())
     assert {"llm_before", "llm_before_tries", "speaker", "speaker_true", "speaker_shuffled", "speaker_tries",
             "speaker_tries_shuffled", "speaker_alone"} == set(found["decoded"])
     assert set(found["given_away"]) == {"true", "shuffled"}
@@ -3006,7 +3111,7 @@ def test_the_linear_contrast_finds_what_the_counterfactuals_changed(tmp_path, mo
     chains, direction = latent_chains(200), torch.linspace(-1, 1, 12)
     for c in chains:
         c["wrong_h"] = c["h"] + direction  # all that tells them apart
-    monkeypatch.setattr(latents, "load_latents", lambda folder: ([], {}))
+    monkeypatch.setattr(latents, "load_latents", lambda folder, where: ([], {}))
     monkeypatch.setattr(latents, "training_chains", lambda rows, manifest, folder: (chains, []))
     (tmp_path / "manifest.json").write_text("{}")
     others = [c["h"] for c in latent_chains(40, seed=9)]

@@ -281,7 +281,8 @@ def test_validate_runs_code():
 
 @pytest.mark.parametrize("step, reason", [
     ("B", "ok"), ("(B)", "ok"), ("b)", "ok"), ("B. Rome", "ok"), ("rome", "ok"), ("So the answer is (B).", "ok"),
-    ("2+2=5\n#### B", "ok"), ("A: B", "ok"), (r"\boxed{\text{(B)}}", "ok"), ("The answer is: **Rome**.", "ok"),
+    ("2+2=5\n#### B", "ok"), ("A: B", "ok"), (r"\boxed{\text{(B)}}", "ok"), (r"The answer is $\boxed{B}$.", "ok"),
+    ("The answer is: **Rome**.", "ok"),
     ("A", "wrong_answer"), ("The answer is Paris", "wrong_answer"), ("B. Paris", "no_answer"), ("F", "no_answer"),
     ("Rome or Paris", "no_answer"), ("...", "no_answer"), ("The answer is (C) because it is.", "wrong_answer"),
     ("Answer: B", "ok"), ("The answer is B because Rome lies there.", "ok"), ("The answer is B, Rome", "ok"),
@@ -305,9 +306,10 @@ SAME = [(r"\dfrac{1}{2}", r"\frac{1}{2}"), ("1/2", "0.5"), (r"so it is \boxed{\f
         (r"5\text{ cm}", "5"), (r"90^\circ", "90"), (r"50\%", "50"), ("[0,1)", r"\left[0, 1\right)"), ("1,2", "2,1"),
         ("(1,2)", r"\left(1, 2\right)"), (r"\{1,2\}", r"\left\{2,1\right\}"), (r"\text{Evelyn}", "Evelyn"),
         (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", "\\begin{bmatrix}1 & 2\\\\\n3 & 4\\end{bmatrix}"), (r"\(5\)", "5"),
-        (r"\sqrt{8}", r"2\sqrt{2}"), ("x^2+2x+1", "(x+1)^2"), (r"10{,}000", "10000"), ("x=5", "5")]
+        (r"\sqrt{8}", r"2\sqrt{2}"), ("x^2+2x+1", "(x+1)^2"), (r"10{,}000", "10000"), ("x=5", "5"), ("12_8", "12_{8}")]
 OTHER = [("5", "6"), ("(1,2)", "(2,1)"), ("(1,2)", "[1,2]"), (r"\frac{1}{3}", "0.3"), ("", "5"), ("no idea", "5"),
-         ("1,2", "1,2,3"), ("Evelyn", "Bob"), (r"\boxed{5", "5"), (r"\begin{pmatrix}1&2\end{pmatrix}", "1,2,3")]
+         ("1,2", "1,2,3"), ("Evelyn", "Bob"), (r"\boxed{5", "5"), ("12_8", "12"), ("12_{9}", "12_8"),
+         (r"\begin{pmatrix}1&2\end{pmatrix}", "1,2,3")]
 HOSTILE = ["9**9**9**9", "10^{10^{10}}", "((9!)!)!", "(" * 450 + "1" + ")" * 450, "1" * (1 << 20), "9" * 999, "\0",
            "\ud800", "__import__('os').system('touch MARK')", r"\text{__import__('os').system('touch MARK')}",
            r"\operatorname{exec}(open('MARK','w'))", r"\operatorname{zeros}(99999,99999)", r"\boxed{" * 9999]

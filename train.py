@@ -33,7 +33,7 @@ import config as cfg
 import runs
 from jobs import JOBS, n_rows
 from model import compile_model, configure_optimizers, estimate_mfu
-from parallel import copy_tensors, full, gathered, load_state, save_state, sync_gradients, wrap
+from parallel import STATE_FOLDERS, copy_tensors, full, gathered, load_state, save_state, sync_gradients, wrap
 
 load_run = runs.load_run  # (model, config) of any run folder
 
@@ -55,6 +55,9 @@ def train(preset: str, config) -> dict:
     out = Path(config.out_dir or (f"{Path(config.init_from)}-{beside}" if beside else f"out/{preset}"))
     config.out_dir, device = str(out), runs.pick_device(config.device)
     runs.refuse_foreign(out, config.overwrite)
+    for name in ("init_from", "teacher"):
+        if (other := getattr(config, name, "")) and Path(other).resolve() == out.resolve():
+            raise SystemExit(f"--{name} {other} would be lost: give another --out_dir")
     with runs.processes(device) as (rank, world), runs.lock(out, "--out_dir"):
         try:
             return run(preset, config, out, device, rank, world)
@@ -81,7 +84,7 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
     identity = {"settings": runs.digest(json.dumps(settings)), "grad_accum x processes": micro_steps,
                 "validation": runs.digest_of_list(held_out), **job.identity}
     if state:
-        theirs = {k: identity[k] for k in ("settings", "validation")} | state["identity"]  # older states lack them
+        theirs = identity | state["identity"]  # an older state may lack some
         there = theirs.get("grad_accum x processes", 0)
         if there != micro_steps and there % world == 0:
             raise SystemExit(f"{out} was begun with grad_accum x processes = {there}, here it is {micro_steps}: "
@@ -128,7 +131,7 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
             known = [out / name for name in (*runs.RUN_FILES, "energies.png")]
             for path in [*known, *out.glob("generations-*.jsonl")]:
                 path.unlink(missing_ok=True)
-            for folder in out.glob("state-*"):
+            for folder in out.glob(STATE_FOLDERS):
                 shutil.rmtree(folder)
         job.write(out)
         runs.write_text(out / "config.json", cfg.to_json(config, preset) + "\n")

@@ -195,7 +195,10 @@ SENTENCE = set("and or so is are was were then if because but that which equals 
 SCALE = set("dozen dozens hundred thousand million billion trillion k cents cent am pm remainder".split())
 
 
-SPELLINGS = [(r"^\s*[-*]\s+", ""), (r"(?<=\d)\.\.+", ""),  # a bullet; 8.333...
+SPELLINGS = [(r"\*\*(?! )([^*]+)(?<! )\*\*(?![\w(])", r"\1"),  # Markdown, LaTeX
+             (r"\\times\b|\\cdot\b", "*"), (r"\\div\b", "/"), (r"\\[()$\[\]]?", ""),
+             (r"(?<=[a-z]{2})\^\d\b", ""),  # cm^2
+             (r"^\s*[-*]\s+", ""), (r"(?<=\d)\.\.+", ""),  # a bullet; 8.333...
              (r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d,]|\.\d)", lambda match: match[0].replace(" ", "")),  # 18 000
              (r"\ban? (?=[a-z])|\bthe (?=[a-z$\d])", ""),
              (r"(\d) and [ (]*(\d+/\d+)\)?", r"\1 \2"),  # 5 and 2/3
@@ -312,7 +315,7 @@ def check_step(text):
     """
     if len(text) > MAX_STEP:
         return Verdict(False, "too_long", f"{len(text)} characters, more than {MAX_STEP}")
-    if code := re.search(r"__[a-z]+__", text):
+    if code := re.search(r"__[a-z]+__\(|\.__[a-z]+__", text):
         return Verdict(False, "not_whitelisted", f"code in a step: {code[0]}")
     for part in re.findall(r"<<([^<>]*)>>", text) + [re.sub(r"<<[^<>]*>>", "", text)]:
         for left, right in _equations(part):
@@ -379,6 +382,8 @@ def check_math(prediction, truth):
     texts = [re.sub(r"(?<!\\)(?:\$|\\[()\[\]])|\s+", " ", text) for text in texts]
     if texts[0] == texts[1]:
         return True
+    if len({tuple(re.findall(r"\d_\{?(\d+)", text)) for text in texts}) > 1:  # 12 in base 8 is not 12
+        return False
     with _math_lock:
         if _math_process is None or _math_process.poll() is not None:
             _math_process = subprocess.Popen(
@@ -511,7 +516,7 @@ CHOICE = re.compile(r"####\s*(.+)|^[ \t]*A:(.+)$|\\boxed\{(.+)\}|\banswer(?: is)
 
 def _choice(text, choices):
     """The index of the choice that a letter ("B", "(b)", "B. Rome") or its own text names, or None."""
-    text = re.sub(r"\\text\{([^{}]*)\}|[*$]", r"\1", text).strip().removesuffix(".")
+    text = re.sub(r"\\(?:text|boxed)\{([^{}]*)\}|[*$]", r"\1", text).strip().removesuffix(".")
     text = re.sub(r"^\(?([A-Z])\)?(?:,|\s+because\b).*", r"\1", text)  # B, since Rome lies there
     texts = [choice.strip().removesuffix(".").casefold() for choice in choices]
     if match := re.fullmatch(r"\(?([a-z])\)?|\(?([a-z])[).:]\s*(.+)", text, re.I | re.S):
