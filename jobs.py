@@ -48,7 +48,8 @@ def pick_tokenizer(config, out: Path, texts: list[str], init_from: str = "") -> 
 def at_least_two(val: list, where: str) -> list:
     """val itself: a control pairs what is validated on with another."""
     if len(val) < 2:
-        raise ValueError(f"{where}: {len(val)} to validate on, two are needed (every {data.VAL_EVERY}th is kept)")
+        raise ValueError(f"{where}: {len(val)} to validate on, two are needed (where no split "
+                         f"is given every {data.VAL_EVERY}th is kept)")
     return val
 
 

@@ -111,7 +111,8 @@ def test_two_processes_train_the_other_models(tmp_path, fields, monkeypatch):
         problems = data.load_problems("synthetic", "train", "", 90, 1, 3)
         gold = latents.gold_chains(problems, "train", False, 1)
         wrong = gold[0] | {"id": "wrong", "steps": [*gold[0]["steps"][:-1], "#### 0"], "is_valid": False}
-        write_jsonl(tmp_path / "chains.jsonl", [*gold, wrong])  # one process has a wrong chain, the other does not
+        chains = [c | {"split": None} for c in (*gold, wrong)]
+        write_jsonl(tmp_path / "chains.jsonl", chains)  # one process has a wrong chain, the other does not
         extract.main([*STUDENT[:2], "--chains", str(tmp_path / "chains.jsonl"), "--device", "cpu", "--out",
                       str(tmp_path / "latents")])
         common += ["--latents", str(tmp_path / "latents")]

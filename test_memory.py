@@ -429,9 +429,8 @@ def test_memory_command_line(tmp_path, monkeypatch):
     chain_id = mem.Memory(path).vectors()[1][0]["chain_id"]
     nearest = use("recall", "--id", chain_id, "--position", 2, "--k", 2)["nearest"]
     assert nearest[0]["chain_id"] == chain_id and nearest[0]["text"] == "2 * 2 = 4" and nearest[0]["cos"] > 0.999
-    read = SimpleNamespace(**ORIGIN | {"name": "toy"}, latent_dim=lambda pooling: 8,
-                           weights="",
-                           step_latents=lambda question, steps: a_chain(3)[2][: 1 + len(steps)])
+    read = SimpleNamespace(name="toy", layer=2, step_latents=lambda question, steps: a_chain(3)[2][: 1 + len(steps)])
+    read.origin = lambda: ORIGIN | {"layer": read.layer}
     read.set_prompt = lambda prompt: read
     monkeypatch.setattr("llm.load_llm", lambda name, device, layer, pooling: read)
     for steps in ((), ("--steps", "3+2 = 5")):
