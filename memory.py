@@ -111,7 +111,7 @@ class Memory:
         elif not self.path.is_file():
             raise FileNotFoundError(f"{self.path}: no such memory; `memory.py remember` or `log` makes one")
         elif self.path.stat().st_size:
-            with open(self.path, "rb") as file:
+            with IN_PROCESS, open(self.path, "rb") as file:  # closing it would drop another thread's lock
                 if file.read(12)[8:] != b"DUCK":  # DuckDB would open a jsonl or parquet file as a view
                     raise ValueError(f"{self.path} is no memory: not a DuckDB file")
         deadline, settings = time.monotonic() + self.wait_s, {"temp_directory": f"{self.path}.spill"}
@@ -123,9 +123,10 @@ class Memory:
                     if inode in (None, self.inode()):
                         break
                     connection.close()  # `forget` put a new file there in between
-                except duckdb.IOException as error:
+                except duckdb.Error as error:
                     if "set lock" not in str(error):
-                        if write and inode and 0 < self.path.stat().st_size < 3 * 4096:  # its headers take as much:
+                        is_begun = write and inode and isinstance(error, duckdb.IOException)
+                        if is_begun and 0 < self.path.stat().st_size < 3 * 4096:  # its headers take as much:
                             self.path.unlink()  # a kill or a full disk came into its making, before this one
                             continue
                         raise ValueError(f"{self.path} cannot be opened: {str(error).splitlines()[0]}") from None
@@ -143,14 +144,16 @@ class Memory:
                     connection.execute("INSERT INTO meta (schema) VALUES (?)", [SCHEMA])
                 elif "meta" not in tables:
                     raise ValueError(f"{self.path} is no memory: it has no table 'meta'")
-                [meta] = records(connection.execute("SELECT * FROM meta"))
-                if meta["schema"] != SCHEMA:
-                    raise ValueError(f"{self.path} is of schema {meta['schema']}, this version reads {SCHEMA}")
+                meta = (records(connection.execute("SELECT * FROM meta")) or [{}])[0]
+                if (schema := meta.get("schema")) != SCHEMA:
+                    raise ValueError(f"{self.path} is of schema {schema}, this version reads {SCHEMA}")
                 if self.origin is not None and meta["dim"] is not None:
                     latents.check_same_llm(SimpleNamespace(**meta), self.origin, f"{self.path}, with other latents,")
                 yield connection, meta
                 if write:
                     connection.execute("COMMIT")
+            except duckdb.Error as error:  # a full disk, a damaged file
+                raise OSError(f"{self.path}: {str(error).splitlines()[0]}") from None
             finally:
                 connection.close()
 
@@ -287,7 +290,7 @@ class Memory:
                                "(? OR id = ? OR chain IN (FROM gone))", [everything, id])
             count = connection.execute("SELECT count(*) FROM gone").fetchall()[0][0]
             if count:
-                write_atomic(self.path, functools.partial(self.copy_rest, connection, meta))
+                write_atomic(self.path.resolve(), functools.partial(self.copy_rest, connection, meta))
             connection.execute("BEGIN")
         return count
 
@@ -369,7 +372,7 @@ class Memory:
         files of problems whose questions are left out (test sets). -> {"out", "chains", "interactions", "rated_down",
         "left_out"}.
         """
-        tested = {plain_question(checked(f"{path}, a question", row["question"]))
+        tested = {plain_question(redact(checked(f"{path}, a question", row["question"]))[0])  # as they are logged
                   for path in without for row in verify.read_jsonl(path, ["question"])}
         groups, chains, down = {}, {}, set()
         for row in self.interactions():
@@ -386,8 +389,12 @@ class Memory:
                                           "is_valid": True, "source": first["kind"]}
         if remembered:
             with self.open() as (connection, _):
-                chains |= {row["id"]: row for row in records(connection.execute(
-                    "SELECT id, problem_id, question, steps, answer, true AS is_valid, source FROM texts"))}
+                stored = records(connection.execute(
+                    "SELECT id, problem_id, question, steps, answer, true AS is_valid, source FROM texts"))
+            problem_of = {plain_question(row["question"]): row["problem_id"] for row in stored}
+            for chain in chains.values():  # of one problem, whether its chains were logged or stored
+                chain["problem_id"] = problem_of.get(plain_question(chain["question"]), chain["problem_id"])
+            chains |= {row["id"]: row for row in stored}
         liked = [chain for key, chain in chains.items() if key not in down]
         kept = [chain for chain in liked if plain_question(chain["question"]) not in tested]
         write_jsonl(Path(out), kept)
@@ -469,7 +476,9 @@ class Remember(Stats):
         kept = [r for r in rows if r["is_valid"] and r["split"] in ("train", "test")]
         known = [r for r in kept if verify.answer_value(r["answer"]) is not None]
         # the file's answer is the truth here: what the chain itself says must be read off its last step
-        items = [({"id": r["problem_id"], "answer": r["answer"]}, r | {"answer": None}, r["h"]) for r in known]
+        mark = {"test": f"{manifest['dataset']}-test-"}  # the split is read off the id again when it is exported
+        items = [({"id": mark.get(r["split"], "") * ("-test-" not in r["problem_id"]) + r["problem_id"],
+                   "answer": r["answer"]}, r | {"answer": None}, r["h"]) for r in known]
         say(f"{len(items):,} of {len(rows):,} chains are marked valid and of the split "
             f"train{' or test' * self.allow_test}")
         memory = Memory(self.memory, manifest)
@@ -498,6 +507,8 @@ class Recall(Stats):
         positive(self, "k")
         not_negative(self, "position")
         check(self, "question", bool(self.question.strip()) != bool(self.id), "give it, or --id of a stored chain")
+        check(self, "steps", not (self.id and self.steps), "are for --question; --id goes with --position")
+        check(self, "position", not (self.question and self.position), "is for --id")
 
     def run(self) -> dict:
         memory = Memory(self.memory)

@@ -189,10 +189,12 @@ def write_atomic(path: Path, write):
         with contextlib.suppress(OSError):  # the folder too, where that can be: a power cut must not undo the order
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder), os.close(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have kinds of their own
+    except Exception as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise not_written(path, error) from error
+        if isinstance(error, (OSError, RuntimeError, SafetensorError)):  # torch.save and safetensors have their own
+            raise not_written(path, error) from error
+        raise
 
 
 def write_text(path: Path, text: str):

@@ -208,9 +208,10 @@ def test_feedback_is_opt_in_and_redacted(demo):
     refused(gr.Error, "agree", demo.feedback, "up", result, False, answer)
     assert not Path(demo.args.memory).exists()
     assert "1 redaction" in demo.feedback("up", result, True, answer)
+    assert "(unverified)" in demo.feedback("up", result | {"question": question}, True, answer)  # its own test problem
     wrong = last(demo.score(WORLD, question, "2+2 = 5\n#### 5"))[2]
     assert "does not pass" in demo.feedback("down", wrong, True, "")
-    first, second = Memory(demo.args.memory).interactions()
+    first, _, second = Memory(demo.args.memory).interactions()
     assert "ann@" not in first["question"] and (first["rating"], first["is_valid"]) == ("up", True)
     assert (second["rating"], second["is_valid"]) == ("down", False)
     for bad in (None, [], {"steps": 3}, {"steps": [1], "question": "q", "kind": "x"}, {"steps": ["a"], "question": 3}):

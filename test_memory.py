@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -245,6 +246,41 @@ def test_a_file_in_use_is_named_with_the_process(tmp_path):
     assert memory.remember(*a_chain(1)).is_valid
 
 
+def test_a_second_thread_does_not_give_the_first_ones_lock_away(tmp_path):
+    memory = a_memory(tmp_path, 1)
+    held, done = threading.Event(), threading.Event()
+
+    def write():
+        with memory.open(write=True):
+            held.set(), done.wait()
+
+    threads = [threading.Thread(target=write), threading.Thread(target=memory.stats)]
+    threads[0].start(), held.wait(), threads[1].start()
+    time.sleep(0.2)
+    try:
+        other = subprocess.run([sys.executable, "-c", "import duckdb, sys; duckdb.connect(sys.argv[1])", memory.path],
+                               capture_output=True, text=True)
+        assert other.returncode == 1 and "set lock" in other.stderr
+    finally:
+        done.set()
+    for thread in threads:
+        thread.join()
+
+
+def test_a_damaged_file_and_a_linked_one(tmp_path):
+    memory = a_memory(tmp_path, 300)
+    whole = memory.path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:20000] + b"\xff" * 100 + whole[20100:]):
+        memory.path.write_bytes(damaged)
+        for use in (memory.vectors, lambda: memory.log("demo", "q?", ["1 = 1"])):
+            with pytest.raises((ValueError, OSError), match="m.duckdb"):
+                use()
+    memory.path.write_bytes(whole)
+    (tmp_path / "link.duckdb").symlink_to(memory.path)
+    assert mem.Memory(tmp_path / "link.duckdb").forget(problem_id="p3") == 1 and memory.stats()["chains"] == 299
+    assert b"Tom has 3 pens" not in bytes_beside(memory.path) and (tmp_path / "link.duckdb").is_symlink()
+
+
 def test_a_kill_in_mid_write_leaves_whole_chains(tmp_path):
     rng = random.Random(time.time())
     memory, done = a_memory(tmp_path), []
@@ -275,11 +311,12 @@ PERSONAL = {
         "Ring «+49 30 901820» now", "WhatsApp «+91 98765 43210»", "phone: «415-555-2671»",
         "Reach me at «+33 6 12 34 56 78».", "mobile «+86 138 0013 8000» or so",
         "She has 4 pens, her cell is «+16502530000»", "fax «1-800-356-9377»",
-        "call «617.495.1000» if 3 apples are left", "Rufen Sie «0049 89 636 48018» an"],
+        "call «617.495.1000» if 3 apples are left", "Rufen Sie «0049 89 636 48018» an", "ring «12 34 56 78» at 9",
+        "text «91234567» or call «030 / 12 34 56 78»", "call «650 - 253 - 0000»"],
     "CARD": ["card «4111 1111 1111 1111»", "I paid with «5555555555554444» for 3 books", "Amex «3782 822463 10005»",
         "number: «6011-1111-1111-1117» exp 12/27", "«378282246310005»", "visa=«4012888888881881»,",
         "my debit card is «5105-1051-0510-5100».", "Diners «30569309025904» please", "JCB «3530 1113 3330 0000»",
-        "UnionPay «6200000000000005»"],
+        "UnionPay «6200000000000005»", "copied: «4111\u00a01111\u00a01111\u00a01111»"],
     "IBAN": ["pay to «DE89 3704 0044 0532 0130 00»", "IBAN: «GB29NWBK60161331926819».",
         "account «FR14 2004 1010 0505 0001 3M02 606» gets $20", "(«NL91ABNA0417164300»)",
         "Konto «CH93 0076 2011 6238 5295 7», danke", "iban «es9121000418450200051332»",
@@ -327,7 +364,9 @@ HARMLESS = [
     "0xDEADBEEF = 3735928559", "32 bits: 11110000111100001111000011110000", "It costs 1.299,00 EUR",
     "20% of 50 = 10, 33.33% of 300 = 99.99", "Ann has 3 bags: 12-15-18 marbles.", "1999 2000 2001 2002 were good years",
     "temperatures -3, -5, -10 and +12 degrees", "Divide 1000000000000066 by 2", "4/12 * 100 = 33.33%",
-    "latitude 52.5200, longitude 13.4050"]
+    "latitude 52.5200, longitude 13.4050", "The phone costs 1382 - 202 - 231 - 63 = 886", "小明有3支笔，又买了4支？",
+    "The phone costs 1000 - 200 - 150 + 50 = 700", "They began to call on 12/25/2024 3 people",
+    "a text of 2024-11-22 10:30", "4-digit passwords=10*10*10*10=10000", "The password is 26*26*26 = 17576"]
 
 
 def test_redaction_of_a_table():
@@ -357,6 +396,28 @@ def test_no_personal_data_reach_the_disk(tmp_path):
 def test_problems_are_not_redacted():
     rows = verify.read_jsonl(shared_data("gsm8k/test.jsonl"))[::8]
     assert [r for r in rows if mem.redact(f"{r['question']}\n{r['answer']}")[1]] == []
+
+
+def test_a_test_question_is_left_out_as_it_was_logged(tmp_path):
+    memory = a_memory(tmp_path)
+    questions = ["小明有3支笔，又买了4支，一共几支？", "Ann (call 650-253-0000) has 3 pens, gets 4?"]
+    for question in questions:
+        memory.log("demo", question, ["3+4 = 7", "#### 7"], truth="7")
+    tests = write_jsonl(tmp_path / "test.jsonl", [{"question": q} for q in questions])
+    assert memory.export(tmp_path / "out.jsonl", without=(tests,))["left_out"] == 2
+
+
+def test_logged_and_stored_chains_of_a_problem_share_its_split(tmp_path):
+    memory = a_memory(tmp_path, 60)
+    for i in range(60):
+        problem, chain, _ = a_chain(i)
+        memory.log("demo", chain["question"], ["So " + chain["steps"][0], *chain["steps"][1:]], truth=problem["answer"])
+    assert memory.export(tmp_path / "out.jsonl", remembered=True)["chains"] == 120
+    splits = {}
+    for r in latents.chains_of_file(str(tmp_path / "out.jsonl"), "chains"):
+        splits.setdefault(r["question"], []).append(r["split"])
+    assert all(len(of) == 2 and of[0] == of[1] for of in splits.values())
+    assert {of[0] for of in splits.values()} == {"train", "val"}
 
 
 def test_feedback_becomes_chains(tmp_path):
@@ -392,6 +453,13 @@ def test_feedback_becomes_chains(tmp_path):
     records = latents.chains_of_file(str(tmp_path / "chains.jsonl"), "chains")
     assert len(records) == 3 and all(r["is_valid"] and r["split"] in ("train", "val") for r in records)
     assert verify.check_chains(tmp_path / "chains.jsonl")["accepted"] == 3
+    test = latents.record(a_chain(9)[1] | {"is_valid": True}, "dev-9", "test")  # with leave, and a test chain for ever
+    write_latents(tmp_path / "l", [(test, a_chain(9)[2])], dataset="candidates", split="test", **ORIGIN)
+    argv = ["--latents", tmp_path / "l", "--allow_test", "--memory", memory.path]
+    assert result_of(mem.main, "remember", *argv)["remembered"] == 1
+    assert exported(remembered=True) == ["Bob", "Eva", "Tom", "Tom"]
+    records = latents.chains_of_file(str(tmp_path / "chains.jsonl"), "chains")
+    assert {r["problem_id"] for r in records if r["split"] == "test"} == {"candidates-test-dev-9"}
     refused(ValueError, "nobody", memory.rate, "nobody", "up")
     refused(ValueError, "sideways", memory.rate, good, "sideways")
 
@@ -409,6 +477,8 @@ def test_memory_command_line(tmp_path, monkeypatch):
         write_latents(folder, [(latents.record(c | {"is_valid": i != 2}, p["id"], split), h)
                                for i, (p, c, h) in enumerate(chains)], dataset="toy", split=split, **ORIGIN)
 
+    for wrong in ("--id x --steps a", "--question q --position 1"):
+        refused(SystemExit, "2", use, "recall", *wrong.split())  # what is wrong, stderr says
     for command in ("stats", "recall --id x", "forget --everything", "export", "rate --id x --rating up", "latents"):
         refused(SystemExit, "no such memory", use, *command.split())
     folder_of("test")
