@@ -20,8 +20,9 @@ rjepa_step           length-bucketed batches without what is padding, hidden or 
 tjepa_packed         T-JEPA's first phase on packed documents without padding, against padded ones with it (shape of
                      tjepa-small); both encode what is visible alone
 attention            model.attend against SDPA at the shape of nanojepa-small, forward and backward
-generate             decoding with the KV cache, against recomputing the whole row for every token
-speaker_cache        the Speaker writing 256 tokens, against recomputing all of them for every token (tjepa-speak)
+generate             decoding with the KV cache, against recomputing the whole row for every token; always in fp32
+speaker_cache        the Speaker writing 256 tokens, against recomputing all of them for every token (tjepa-speak);
+                     always in fp32
 extract              LLM.read_coded, against AutoModelForCausalLM with output_hidden_states on right-padded batches
                      of 16 in file order: --llm, layer -2, same dtype, same tokens pooled. Ours are two batches, at
                      the quartiles of length, of those that a shard of 512 chains makes. max_difference: of the two in

@@ -156,6 +156,7 @@ class RJEPAConfig(RunConfig):
     mask_max: float = 0.7  # ... to this
     suffix_share: float = 0.3  # share of the chains that hide everything from some step on
     single_share: float = 0.2  # share of the chains that hide one step alone, as the leave-one-out energy does
+    gap_share: float = 0.0  # for PLAN: share that hide a step which the LLM has not read either; it reads them first
 
     # objective: L1(z_pred, z_target) + lambda_* times each of the following
     lambda_variance: float = 0.01  # hinge on the std of every dimension of z_pred
@@ -176,7 +177,9 @@ class RJEPAConfig(RunConfig):
         positive(self, "tau margin")
         not_negative(self, "dim")
         check(self, "mask_min", 0 <= self.mask_min <= self.mask_max <= 1, "needs 0 <= mask_min <= mask_max <= 1")
-        shares(self, "suffix_share single_share")
+        shares(self, "suffix_share single_share gap_share")
+        check(self, "gap_share", not self.gap_share or not (self.lambda_margin or self.shuffle_steps),
+              "does not go with lambda_margin and shuffle_steps: their chains have no gap")
         check(self, "suffix_share", self.suffix_share + self.single_share <= 1, "and single_share make more than 1")
         for name in ("adapters_only", "held_out"):
             check(self, name, not getattr(self, name) or bool(self.init_from), "needs --init_from RUN")

@@ -164,6 +164,8 @@ class LatentJob(Job):
             config.dataset = dataset if known else config.dataset
             runs.say(f"{folder} is of --dataset {dataset}" + ("" if known else ": say so when the run is evaluated"))
         self.train, self.val = chains_to_train_on(config, rows, manifest, folder, config)
+        if config.gap_share:
+            read_without_a_step(llm_of(config, device=config.device), self.train, np.random.default_rng(config.seed))
         latents.join(self.val)  # as copies: whole shards can go once the training chains are in a table, too
         self.batches = latents.Batches(self.train, config)
         parts = [[r["id"], r["steps"], r.get("wrong_step")] for r in self.train]
@@ -200,6 +202,16 @@ class LatentJob(Job):
             if len(found := torch.cat(values)):
                 row.copy_(torch.quantile(found, torch.linspace(0, 1, len(row))))
         return {**sums, **latent_figures(torch.cat(z_pred), torch.cat(z_target), torch.cat(z_copy))}
+
+
+def read_without_a_step(llm, chains: list[dict], rng):
+    """Sets "hole", a random step of each chain, and "gapped", the LLM's latents of the chain without it, as PLAN finds
+    it: the states of later steps would tell of what the LLM has read."""
+    runs.say(f"reading {len(chains):,} chains with a step left out")
+    holes = [int(rng.integers(1, len(c["h"]))) for c in chains]
+    left = [(c["question"], c["steps"][: k - 1] + c["steps"][k:]) for c, k in zip(chains, holes, strict=True)]
+    for c, k, z in zip(chains, holes, llm.read_chains(left), strict=True):
+        c["hole"], c["gapped"] = k, z
 
 
 class WorldJob(Job):
@@ -284,8 +296,7 @@ class GuideJob(WorldJob):
 class SpeakJob(WorldJob):
     """To train a Speaker on an R-JEPA's latents: one hidden step of each chain, put into words.
 
-    The LLM reads every chain of two steps and more once without that step, as PLAN finds it: the states of later steps
-    would tell of it.
+    The LLM reads every chain of two steps and more once without that step.
     """
 
     def __init__(self, config, out: Path):
@@ -293,12 +304,8 @@ class SpeakJob(WorldJob):
         self.train, self.val = ([c for c in part if len(c["steps"]) > 1] for part in (self.train, self.val))
         at_least_two(self.val, f"chains of two steps and more in {self.world_config.latents}")
         rng = np.random.default_rng(config.seed)
-        runs.say(f"reading {len(self.train) + len(self.val):,} chains with a step left out")
         for part in (self.train, self.val):
-            holes = [int(rng.integers(1, len(c["h"]))) for c in part]
-            left = [(c["question"], c["steps"][: k - 1] + c["steps"][k:]) for c, k in zip(part, holes, strict=True)]
-            for c, k, z in zip(part, holes, self.llm.read_chains(left), strict=True):
-                c["hole"], c["gapped"] = k, z
+            read_without_a_step(self.llm, part, rng)
         self.batches = latents.Batches(self.train, config)
         texts = [c["question"] for c in self.train] if config.reads != "nothing" else []
         self.tokenizer = pick_tokenizer(config, out, texts + [s for c in self.train for s in c["steps"]])

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import data
 import verify
@@ -385,7 +386,8 @@ def collate(chains: list[dict], config, rng, device=None, with_wrong: bool | Non
     """Chains with latents "h" (and "wrong_h", "wrong_step") -> the batch that RJEPA.forward documents.
 
     with_wrong: whether it has wrong chains, None: if one of these has. Of several processes all must say the same. A
-    counterfactual (which has a wrong_step) is masked as its chain, any other wrong chain by a mask of its own.
+    counterfactual (which has a wrong_step) is masked as its chain, any other wrong chain by a mask of its own. Where
+    they have "gapped" latents and a "hole" (jobs.read_without_a_step) config.gap_share of them hide that step alone.
     joined: (table, starts [B, 2]) as `join` makes it, where the table is there already, maybe on the device. The masks
     stay on the CPU: who asks where they are True need not wait for a GPU.
     """
@@ -402,12 +404,21 @@ def collate(chains: list[dict], config, rng, device=None, with_wrong: bool | Non
     is_real = np.arange(lengths.max()) < lengths[:, None]
     order = shuffled(lengths - 1, rng)[row] if config.shuffle_steps else np.arange(lengths.max())
     order = np.where(is_real, order, 0)
-    is_hidden, is_target = (x[row] for x in draw_masks(lengths - 1, config, rng))
+    is_hidden, is_target = draw_masks(lengths - 1, config, rng)
+    if has_gap := "gapped" in chains[0]:
+        is_gapped, hole = rng.random((B, 1)) < config.gap_share, np.array([[c["hole"]] for c in chains])
+        for mask in (is_hidden, is_target):
+            mask[:B] = np.where(is_gapped, np.arange(mask.shape[1]) == hole, mask[:B])
+    is_hidden, is_target = is_hidden[row], is_target[row]
     both = {"is_real": is_real, "is_visible": is_real & ~is_hidden, "is_target": is_target}
     both = {k: torch.from_numpy(v) for k, v in both.items()}
     rows = torch.from_numpy(starts.T.reshape(-1)[: len(lengths), None] + order)
     both["h"] = to_device(table[to_device(rows, table.device)], device)
     batch = {k: v[:B] for k, v in both.items()}
+    if has_gap:
+        gapped = with_slots([c["gapped"] for c in chains], hole[:, 0].tolist(), device)[0].to(batch["h"].dtype)
+        gapped = F.pad(gapped, (0, 0, 0, batch["h"].shape[1] - gapped.shape[1]))
+        batch["context_h"] = torch.where(to_device(torch.from_numpy(is_gapped)[..., None], device), gapped, batch["h"])
     if pairs:
         batch |= {f"wrong_{k}": v[B:] for k, v in both.items()}
         wrong_step = np.array([c.get("wrong_step", 2**31) for c in chains])

@@ -928,7 +928,8 @@ class RJEPA(Model):
         """A batch of latents.collate -> {"loss" and its named parts}: means, scalars.
 
         h [B, S, D] as extracted, at padding any finite numbers; is_real, is_visible, is_target bool [B, S] (neither
-        visible nor target: hidden, not asked for). Masks may lie on the CPU (see `to_device`).
+        visible nor target: hidden, not asked for). Masks may lie on the CPU (see `to_device`). context_h, where it is
+        there: what is seen in h's place, of chains that the LLM has read without the step that is hidden.
         With wrong chains for some of them: wrong_h and the same three masks with wrong_ before their names; is_wrong
         bool [B, S]: of counterfactuals, whose masks are h's, the steps from the wrong one on (of 2 to 6 % of them the
         text is h's, the state is not); right_counts, wrong_counts bool [B, S]: the targets that the margin compares.
@@ -961,7 +962,7 @@ class RJEPA(Model):
             visible = torch.cat((visible, batch["wrong_is_visible"] & read[B:]))
             targets = torch.cat((is_target, batch["wrong_is_target"] & read[B:]))
         at = flat_index(is_target, device)  # (N,) of the B S positions
-        z_pred = self.predict(h_all[: len(visible)], visible, targets)
+        z_pred = self.predict(batch.get("context_h", h_all[: len(visible)]), visible, targets)
         parts = self.compare(z_pred[: len(at)], z_all[:B], h, at, to_device(is_step, device), wrong)
         parts["margin"] = z_pred.new_zeros(())
         if margin:

@@ -1774,6 +1774,37 @@ def test_target_encoders_of_the_ablations(kind):
         assert torch.allclose(target, p if kind != "ema" else p - 0.9, atol=1e-6)
 
 
+def test_a_gap_is_learnt_from_what_the_llm_reads_without_the_step(world, tmp_path, monkeypatch):
+    chains = latents.training_chains(*latents.load_latents(world.config.latents), "here")[0][:24]
+    jobs.read_without_a_step(world.llm, chains, np.random.default_rng(0))
+    config = dataclasses.replace(world.config, gap_share=0.5, lambda_margin=0.0)
+    batch = latents.collate(chains, config, np.random.default_rng(1))
+    n_gapped = n_changed = 0
+    for i, c in enumerate(chains):
+        n, k, seen = len(c["h"]), c["hole"], batch["context_h"][i]
+        whole, rest = batch["h"][i, :n], [s for s in range(n) if s != k]
+        if seen[k].any():  # as every other chain
+            assert torch.equal(seen, batch["h"][i])
+            continue
+        assert batch["is_target"][i].nonzero().tolist() == [[k]]
+        assert batch["is_visible"][i].nonzero().flatten().tolist() == rest
+        assert torch.equal(whole, c["h"]) and torch.equal(seen[rest], c["gapped"].to(seen.dtype))
+        again = world.llm.step_latents(c["question"], [c["steps"][s - 1] for s in rest[1:]])
+        torch.testing.assert_close(c["gapped"], again, rtol=1e-3, atol=1e-3)
+        n_gapped, n_changed = n_gapped + 1, n_changed + (k < n - 1 and not torch.equal(seen[rest], whole[rest]))
+    assert 4 <= n_gapped <= 20 and n_changed >= 2 and "wrong_h" in batch
+    monkeypatch.setattr(world.model, "config", config)
+    with torch.no_grad():
+        losses = [float(world.model(b)["l1"]) for b in (batch, {k: v for k, v in batch.items() if k != "context_h"})]
+    assert losses[0] != losses[1]
+
+    start = functools.partial(train_rjepa, folder=world.config.latents, gap_share=0.5)
+    stopped(tmp_path / "cut", monkeypatch, start=start)
+    assert start(tmp_path / "cut")["steps"] == start(tmp_path / "whole")["steps"] == 12
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    refused(ValueError, "--gap_share 0.5: does not go with", rjepa_config, gap_share=0.5, lambda_margin=1.0)
+
+
 def test_an_rjepa_run_resumes_to_the_same_weights_and_scores(small_rjepa, tmp_path, monkeypatch):
     whole, folder, result = small_rjepa
     assert {"l1", "l1_predict_mean", "l1_copy", "effective_rank", "std"} <= set(result["val"])
