@@ -49,7 +49,8 @@ def load_chains(run: str, config, folder, limit: int = 0, logprobs: bool = False
     Of the folder that the run was trained on only those that its `where` let in. Raises ValueError where they are of
     another LLM, layer or pooling, or have no logprobs and should.
     """
-    rows, manifest = latents.load_latents(folder, config.where * (str(folder) == config.latents))
+    is_own = bool(config.latents) and Path(folder).resolve() == Path(config.latents).resolve()
+    rows, manifest = latents.load_latents(folder, config.where * is_own)
     latents.check_same_llm(config, manifest, f"{run} and {folder}")
     if logprobs and any(r["logprobs"] is None for r in rows):
         raise ValueError(f"{folder} holds no logprobs: extract with --logprobs")

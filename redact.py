@@ -5,8 +5,8 @@
 
 E-mail addresses, phone and card numbers, IBANs, IP addresses, API keys, passwords that are called so. What is found is
 what is written as usual: numbers in words, "ann at example dot com", ten digits in a row, local numbers of other
-countries without a word such as "call" before them, passwords without a digit or sign, cards next to a comma and a
-digit, and account numbers of other kinds pass.
+countries without a word such as "call" before them or of eight digits that are not in pairs, passwords without a digit
+or sign, cards next to a comma and a digit, and account numbers of other kinds pass.
 """
 
 import functools
@@ -30,7 +30,8 @@ MORE_KEYS = [re.compile(pattern, re.S) for pattern in (
     r"(?<![A-Za-z0-9])(?:sk|rk|pk)[-_][\w-]{20,}",  # OpenAI, Anthropic, Stripe
     r"(?<![A-Za-z0-9])(?:hf_\w{20,}|npm_\w{20,}|github_pat_\w{20,}|AIza[\w-]{30,})",
     r"(?<![A-Za-z0-9])eyJ[\w=-]+\.[\w=-]+(?:\.[\w.+/=-]*)?",  # JSON web tokens
-    r"(?i:\bpassw(?:or)?d|\bpwd|\bpassphrase)(?!\D{0,9}\d+[*^]\d)(?:\s+is)?\s{0,3}[:=]?\s{0,3}[\"']?(?=[^\s\"']{0,64}[\d!@#$%&*])"
+    r"(?i:\bpassw(?:or)?d|\bpwd|\bpassphrase)(?!\D{0,9}\d+(?:\s*[*^]\s*\d+)+(?:\s*=|[\s.]|$))"
+    r"(?:\s+is)?\s{0,3}[:=]?\s{0,3}[\"']?(?=[^\s\"']{0,64}[\d!@#$%&*])"
     r"[^\s\"',;()]{6,}",
     r"\b(?i:bearer)\s+[\w.~+/-]{16,}=*",
     r"(?i:api[_-]?key|(?:access|secret)[_-]?key|secret|token|passw(?:or)?d|pwd)[\"']?\s{0,3}[:=]\s{0,3}[\"']?"
@@ -47,8 +48,9 @@ IPV4 = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?!\w|\.\d)")
 NUMBERING = re.compile(r"(?:version|release|section|chapter|clause|figure|table|§|\bv\.?)\s*$", re.I)
 SEVEN_DIGITS = re.compile(r"\d(?:[^\w,=*+<>$%:;?!\"'\n]{0,4}\d){6}")
 PHONE_CUE = re.compile(r"\b(?:(?:tele)?phone|telefon|tel|mobile|cell|fax|whatsapp|call|dial|ring|text)\b[^\d+(\n]{0,15}"
-                       r"(\+?\(?\d[\d ()./-]{6,18}\d)(?!\d|\s*=)", re.I)
-NO_PHONE = re.compile(r" - .* - | / .* / |\d/\d+/\d|\b\d{4}-\d\d-\d\d\b")  # a sum, a date
+                       r"(\+?\(?\d[\d ()./-]{7,18}\d)(?!\d|\s*=)", re.I)
+NO_PHONE = re.compile(r"^[1-9].* - .* - |^[1-9].* / .* / |\d/\d+/\d|\b\d{4}-\d\d-\d\d\b")  # a sum, a date
+IN_PAIRS = re.compile(r"\d\d(?:[ .]\d\d){3}")
 
 
 @functools.cache
@@ -87,7 +89,7 @@ def phone_spans(text: str) -> list[tuple[int, int]]:
     if not SEVEN_DIGITS.search(text):  # there is no shorter one, and the search for one is slow
         return []
     spans = [match.span(1) for match in PHONE_CUE.finditer(text)
-             if sum(map(str.isdigit, match[1])) > 7 and not NO_PHONE.search(match[1])]
+             if (sum(map(str.isdigit, match[1])) > 8 or IN_PAIRS.fullmatch(match[1])) and not NO_PHONE.search(match[1])]
     dialled = re.sub(r"(?<![\w.,])00(?=[1-9]\d)", " +", text)  # 0049 30 ... is +49 30 ...; of the same length
     for match in phonenumbers.PhoneNumberMatcher(dialled, REGION, phonenumbers.Leniency.STRICT_GROUPING,
                                                  max_tries=len(text) + 1):

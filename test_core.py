@@ -1387,6 +1387,7 @@ def test_check_expression(text, is_valid):
     ("18 000 + 2 000 = 20 000", "18 000 + 2 000 = 21 000"),
     ("3 + 4 = **7** pens", "3 + 4 = **8** pens"), ("**3 + 4 = 7**, 2**3 = 8", "**3 + 4 = 7**, 2**3 = 9"),
     (r"\(3 \times 4 = 12\)", r"\(3 \times 4 = 13\)"), (r"$6 \div 2 = \$3$", r"$6 \div 2 = \$4$"),
+    ("**2 + 5** = 7, 2**3 - 2**-1 = 7.5", "**2 + 5** = 7, 2**3 - 2**-1 = 7"),
     ("5 cm * 4 cm = 20 cm^2", "5 cm * 4 cm = 21 cm^2"), ("__So__ 2^3 = 8", "__So__ 2^3 = 6")])
 def test_check_step_finds_the_slip(right, wrong):
     assert verify.check_step(right) == verify.Verdict(True, "ok")
@@ -1397,7 +1398,8 @@ def test_check_step_finds_the_slip(right, wrong):
 @pytest.mark.parametrize("text", [
     "She likes apples.", "", "2x = 80", "1.5 * original length = 140", "x - 5 + 3 = 8", "22 - 16 = 16 + x - 16",
     "A = 5", "1 dozen = 12 eggs", "2 dozen cups + 10 spoons = 34", "5:30 + 2 = 7:30", "8 packs of 5 bags * $4 = $160",
-    "4 - 2 = 2 hours = 120 minutes", "3 >= 4 - 2 and 2 <= 5"])
+    "4 - 2 = 2 hours = 120 minutes", "3 >= 4 - 2 and 2 <= 5", r"2\pi \times 5 = 31.4", r"\log_2 8 \times 2 = 6",
+    r"\sin(30) \times 2 = 1", r"\sin 30 \times 2 = 1", r"a_1 \times 3 = 6", r"\dfrac12 \times 4 = 2"])
 def test_check_step_leaves_unjudged_what_is_not_plain_arithmetic(text):
     assert verify.check_step(text).is_valid
 
@@ -2644,7 +2646,7 @@ def test_an_evaluation_looks_at_the_chains_that_it_was_told_to(tmp_path, capsys)
     assert {r["id"] for r in rows} > {r["id"] for r in long}
     by_split = {split: [r for r in long if r["split"] == split] for split in ("train", "val")}
     other = str(latents_folder(tmp_path / "other", n=20))
-    for argv, of in (((), by_split["val"]), (("--latents", folder), long), (("--latents", other), rows[:40]),
+    for argv, of in (((), by_split["val"]), (("--latents", f"{folder}/"), long), (("--latents", other), rows[:40]),
                      (("--latents", folder, "--split", "train"), by_split["train"])):
         assert result_of(eval_alignment.main, run, "--device", "cpu", *argv)["n"] == len(of), argv
     refused(SystemExit, "0 chain to look at, of the split test", eval_alignment.main,

@@ -195,8 +195,9 @@ SENTENCE = set("and or so is are was were then if because but that which equals 
 SCALE = set("dozen dozens hundred thousand million billion trillion k cents cent am pm remainder".split())
 
 
-SPELLINGS = [(r"\*\*(?! )([^*]+)(?<! )\*\*(?![\w(])", r"\1"),  # Markdown, LaTeX
-             (r"\\times\b|\\cdot\b", "*"), (r"\\div\b", "/"), (r"\\[()$\[\]]?", ""),
+SPELLINGS = [(r"(?<![\w)])\*\*(?! )([^*]+)(?<! )\*\*(?![\w(-]|\.\d)", r"\1"),  # Markdown, LaTeX
+             (r"\\times\b|\\cdot\b", "*"), (r"\\div\b", "/"),
+             (r"\\(?!text)[a-zA-Z]+|_\{?\d+\}?", " 0:0 "), (r"\\[()$\[\]]?", ""),  # \pi, a_1: left unjudged
              (r"(?<=[a-z]{2})\^\d\b", ""),  # cm^2
              (r"^\s*[-*]\s+", ""), (r"(?<=\d)\.\.+", ""),  # a bullet; 8.333...
              (r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d,]|\.\d)", lambda match: match[0].replace(" ", "")),  # 18 000
@@ -382,7 +383,8 @@ def check_math(prediction, truth):
     texts = [re.sub(r"(?<!\\)(?:\$|\\[()\[\]])|\s+", " ", text) for text in texts]
     if texts[0] == texts[1]:
         return True
-    if len({tuple(re.findall(r"\d_\{?(\d+)", text)) for text in texts}) > 1:  # 12 in base 8 is not 12
+    said, true = ([base for base in re.findall(r"\d_\{?(\d+)", text) if base != "10"] for text in texts)
+    if said and said != true:  # 12 in base 8 is not 12
         return False
     with _math_lock:
         if _math_process is None or _math_process.poll() is not None:
