@@ -272,14 +272,15 @@ def numbers(text: str) -> list:
 def evaluate_plan(run: str, args) -> dict:
     """PLAN on chains of three steps and more from which a middle one is taken before the LLM reads them.
 
-    `retrieval`: the true step's latent (as the LLM had it in the whole chain) among 100, in the LLM's standardised
-    space by cosine, the chain's other steps among them; against the step before (copy), the mean of both neighbours,
-    the mean training latent of the position, and the prediction from the steps before alone (next_step). Another
-    chain's step has its latent from there, and its topic with it; under NAME_placed the LLM has read every candidate in
-    the gap's place (first --logprob_limit chains), under NAME_centred these less their mean. There is what the LLM
-    itself knows: every candidate's mean logprob after the steps before (llm_logprob), or that of it and all that
-    follows (llm_chain). It has just read some of them, and such a line again is likely; with NAME_others none is of
-    this chain. p_plan: `paired_p` with the prediction, of llm_X with plan_placed.
+    `retrieval`: the true step's latent (as the LLM had it in the whole chain) among 100 (those of other chains are
+    drawn with replacement), in the LLM's standardised space by cosine, the chain's other steps among them; against the
+    step before (copy), the mean of both neighbours, the mean training latent of the position, and the prediction from
+    the steps before alone (next_step). Another chain's step has its latent from there, and its topic with it; under
+    NAME_placed the LLM has read every candidate in the gap's place (first --logprob_limit chains), under NAME_centred
+    guess and candidates are each less these candidates' mean. There is what the LLM itself knows: every candidate's
+    mean logprob after the steps before (llm_logprob), or that of it and all that follows (llm_chain). It has just read
+    some of them, and such a line again is likely; with NAME_others none is of this chain. p_plan: `paired_p` with the
+    prediction, of llm_X with plan_placed.
     `together`: what PLAN's cosine adds (`adds`) to scores of plan_placed_others' candidates that need no world model.
     `decoded`: share of texts whose equations hold, whose last number is the true step's, and both. The Speaker says
     the predicted latent (and another chain's, `shuffled`; with what is before the gap alone, `before`, unless it reads
