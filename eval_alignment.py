@@ -187,18 +187,22 @@ def ranking_figures(score: np.ndarray, is_valid: np.ndarray, group: list[str]) -
             "auroc_within": pairwise([score[m] for m in members], [is_valid[m] for m in members])}
 
 
-def add_ranks(ranks: dict, guesses: dict, among: torch.Tensor, own: list[int], k: int, of: str = ""):
+def add_ranks(ranks: dict, guesses: dict, among: torch.Tensor, own: list[int], k: int, of: str = "") -> dict:
     """Adds to `ranks` that of among[0], from 1, among [n, C] by cosine to each guess [C]; ties count against it.
 
     It is step k of a chain, after it come the chain's `own` other steps: baselines may not pick its neighbours. Under
-    NAME_others among other chains' steps alone, which no method has been given. `of` follows every name.
+    NAME_others among other chains' steps alone, which no method has been given. `of` follows every name. -> the right
+    one's score and those of other chains' steps, by guess.
     """
+    rest, scores = [0, *range(1 + len(own), len(among))], {}
     near = [i for i, s in enumerate(own, 1) if abs(s - k) == 1]
     for name, guess in guesses.items():
         score = F.cosine_similarity(guess[None], among)
         score[near if name in ("copy", "neighbours") else []] = -2.0
         ranks.setdefault(f"{name}{of}", []).append(1 + int((score[1:] >= score[0]).sum()))
         ranks.setdefault(f"{name}{of}_others", []).append(1 + int((score[1 + len(own) :] >= score[0]).sum()))
+        scores[name] = score[rest].cpu().numpy()
+    return scores
 
 
 def rank_figures(ranks: dict[str, list[int]]) -> dict:
@@ -339,14 +343,11 @@ def evaluate_plan(run: str, args) -> dict:
             placed, means = llm.read_next(chains[c]["question"], steps[: k - 1], texts, steps[k:])
             placed = space(placed)
             middle = placed.mean(0)
-            add_ranks(ranks, guesses, placed, own, k, of="_placed")
+            weighed.append(add_ranks(ranks, guesses, placed, own, k, of="_placed"))
             add_ranks(ranks, {name: guess - middle for name, guess in guesses.items()}, placed - middle, own, k,
                       of="_centred")
-            rest = [0, *range(1 + len(own), len(where))]
-            weighed.append({name: F.cosine_similarity(guess[None], placed[rest]).cpu().numpy()
-                            for name, guess in guesses.items()})
-            weighed[-1] |= {"llm_logprob": means[rest, 0].cpu().numpy(), "llm_chain": means[rest, 1].cpu().numpy()}
             for name, values in zip(("llm_logprob", "llm_chain"), means.T, strict=True):
+                weighed[-1][name] = torch.cat((values[:1], values[1 + len(own) :])).cpu().numpy()
                 for of, others in (("", values[1:]), ("_others", values[1 + len(own) :])):
                     ranks.setdefault(name + of, []).append(1 + int((others >= values[0]).sum()))
     retrieval, hits = rank_figures(ranks), {name: np.array(r) == 1 for name, r in ranks.items()}

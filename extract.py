@@ -394,7 +394,7 @@ def written_for(config, problems: list[dict], dataset: str, split: str, args) ->
     Valid are those whose answer is right, whatever the split: the chains are judged, not trained on.
     """
     what = [[p["id"], p["question"]] for p in problems], args.top_p, args.max_new_tokens
-    kind = "written" if split == "test" else "judged"  # otherwise than they once were
+    kind = "written" if split == "test" else "judged"  # not the folders that the gate judged, too
     name = (f"{kind}-{dataset}-{split}-{len(problems)}-{runs.llm_label(config, args.llm)}-layer{config.layer}"
             f"-{config.pooling}-k{args.k}-t{args.temperature}-seed{args.seed}-{runs.digest(json.dumps(what))[:6]}")
     folder = Path("out/latents") / name
