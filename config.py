@@ -178,8 +178,8 @@ class RJEPAConfig(RunConfig):
         not_negative(self, "dim")
         check(self, "mask_min", 0 <= self.mask_min <= self.mask_max <= 1, "needs 0 <= mask_min <= mask_max <= 1")
         shares(self, "suffix_share single_share gap_share")
-        check(self, "gap_share", not self.gap_share or not (self.lambda_margin or self.shuffle_steps),
-              "does not go with lambda_margin and shuffle_steps: their chains have no gap")
+        check(self, "gap_share", not (self.gap_share and self.shuffle_steps),
+              "does not go with shuffle_steps: a chain with a gap keeps its order")
         check(self, "suffix_share", self.suffix_share + self.single_share <= 1, "and single_share make more than 1")
         for name in ("adapters_only", "held_out"):
             check(self, name, not getattr(self, name) or bool(self.init_from), "needs --init_from RUN")

@@ -387,7 +387,8 @@ def collate(chains: list[dict], config, rng, device=None, with_wrong: bool | Non
 
     with_wrong: whether it has wrong chains, None: if one of these has. Of several processes all must say the same. A
     counterfactual (which has a wrong_step) is masked as its chain, any other wrong chain by a mask of its own. Where
-    they have "gapped" latents and a "hole" (jobs.read_without_a_step) config.gap_share of them hide that step alone.
+    they have "gapped" latents and a "hole" (jobs.read_without_a_step) config.gap_share of them hide that step alone,
+    and count for no margin.
     joined: (table, starts [B, 2]) as `join` makes it, where the table is there already, maybe on the device. The masks
     stay on the CPU: who asks where they are True need not wait for a GPU.
     """
@@ -405,7 +406,8 @@ def collate(chains: list[dict], config, rng, device=None, with_wrong: bool | Non
     order = shuffled(lengths - 1, rng)[row] if config.shuffle_steps else np.arange(lengths.max())
     order = np.where(is_real, order, 0)
     is_hidden, is_target = draw_masks(lengths - 1, config, rng)
-    if has_gap := "gapped" in chains[0]:
+    has_gap, is_gapped = "gapped" in chains[0], np.zeros((B, 1), bool)
+    if has_gap:
         is_gapped, hole = rng.random((B, 1)) < config.gap_share, np.array([[c["hole"]] for c in chains])
         for mask in (is_hidden, is_target):
             mask[:B] = np.where(is_gapped, np.arange(mask.shape[1]) == hole, mask[:B])
@@ -423,7 +425,7 @@ def collate(chains: list[dict], config, rng, device=None, with_wrong: bool | Non
         batch |= {f"wrong_{k}": v[B:] for k, v in both.items()}
         wrong_step = np.array([c.get("wrong_step", 2**31) for c in chains])
         is_wrong = is_real[:B] & (order[:B] >= wrong_step[:, None])
-        counts = is_wrong | other[:, None]
+        counts = (is_wrong | other[:, None]) & ~is_gapped  # what is predicted from a gap is not compared
         more = {"is_wrong": is_wrong, "right_counts": is_target[:B] & counts, "wrong_counts": is_target[B:] & counts}
         batch |= {k: torch.from_numpy(v) for k, v in more.items()}
     n = int(lengths[:B].sum())

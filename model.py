@@ -962,7 +962,8 @@ class RJEPA(Model):
             visible = torch.cat((visible, batch["wrong_is_visible"] & read[B:]))
             targets = torch.cat((is_target, batch["wrong_is_target"] & read[B:]))
         at = flat_index(is_target, device)  # (N,) of the B S positions
-        z_pred = self.predict(batch.get("context_h", h_all[: len(visible)]), visible, targets)
+        seen = torch.cat((batch["context_h"], h_all[B:])) if "context_h" in batch else h_all
+        z_pred = self.predict(seen[: len(visible)], visible, targets)
         parts = self.compare(z_pred[: len(at)], z_all[:B], h, at, to_device(is_step, device), wrong)
         parts["margin"] = z_pred.new_zeros(())
         if margin:

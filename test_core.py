@@ -1779,7 +1779,7 @@ def test_target_encoders_of_the_ablations(kind):
 def test_a_gap_is_learnt_from_what_the_llm_reads_without_the_step(world, tmp_path, monkeypatch):
     chains = latents.training_chains(*latents.load_latents(world.config.latents), "here")[0][:24]
     jobs.read_without_a_step(world.llm, chains, np.random.default_rng(0))
-    config = dataclasses.replace(world.config, gap_share=0.5, lambda_margin=0.0)
+    config = dataclasses.replace(world.config, gap_share=0.5, lambda_margin=0.5)
     batch = latents.collate(chains, config, np.random.default_rng(1))
     n_gapped = n_changed = 0
     for i, c in enumerate(chains):
@@ -1797,14 +1797,18 @@ def test_a_gap_is_learnt_from_what_the_llm_reads_without_the_step(world, tmp_pat
     assert 4 <= n_gapped <= 20 and n_changed >= 2 and "wrong_h" in batch
     monkeypatch.setattr(world.model, "config", config)
     with torch.no_grad():
-        losses = [float(world.model(b)["l1"]) for b in (batch, {k: v for k, v in batch.items() if k != "context_h"})]
-    assert losses[0] != losses[1]
+        losses = [world.model(b) for b in (batch, {k: v for k, v in batch.items() if k != "context_h"})]
+    assert losses[0]["l1"] != losses[1]["l1"]
+    is_gapped = (batch["context_h"] == 0).all(-1).logical_and(batch["is_real"]).any(1)  # a step that nobody has read
+    assert is_gapped.sum() == n_gapped and not batch["right_counts"][is_gapped].any()
+    assert batch["right_counts"].any() and losses[0]["margin"] > 0  # of the other chains, as without gaps
+    assert torch.isclose(losses[0]["margin"], losses[1]["margin"], atol=1e-6)
 
     start = functools.partial(train_rjepa, folder=world.config.latents, gap_share=0.5)
     stopped(tmp_path / "cut", monkeypatch, start=start)
     assert start(tmp_path / "cut")["steps"] == start(tmp_path / "whole")["steps"] == 12
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
-    refused(ValueError, "--gap_share 0.5: does not go with", rjepa_config, gap_share=0.5, lambda_margin=1.0)
+    refused(ValueError, "--gap_share 0.5: does not go with", rjepa_config, gap_share=0.5, shuffle_steps=True)
 
 
 def test_an_rjepa_run_resumes_to_the_same_weights_and_scores(small_rjepa, tmp_path, monkeypatch):
