@@ -156,7 +156,7 @@ class RJEPAConfig(RunConfig):
     mask_max: float = 0.7  # ... to this
     suffix_share: float = 0.3  # share of the chains that hide everything from some step on
     single_share: float = 0.2  # share of the chains that hide one step alone, as the leave-one-out energy does
-    gap_share: float = 0.0  # for PLAN: share that hide a step which the LLM has not read either; it reads them first
+    gap_share: float = 0.0  # for PLAN: share that hide a step which the LLM has not read either (read once, kept)
 
     # objective: L1(z_pred, z_target) + lambda_* times each of the following
     lambda_variance: float = 0.01  # hinge on the std of every dimension of z_pred

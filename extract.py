@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
@@ -420,6 +421,31 @@ def gold_for(config, problems: list[dict], dataset: str, split: str, args) -> Pa
                 {"dataset": dataset, "split": split, "seed": args.seed}, [(llm.layer, llm.pooling)], True, 512,
                 llm.token_budget)
     return folder
+
+
+def leave_out_a_step(config, chains: list[dict], device: str = "auto"):
+    """Sets "hole", a random step of each chain, and "gapped", the LLM's latents of the chain without it, as PLAN finds
+    it: the states of later steps would tell of what the LLM has read.
+
+    config: of the R-JEPA, whose seed draws the steps. Read where they are not there yet, into a folder beside its
+    latents.
+    """
+    rng, left = np.random.default_rng(config.seed), []
+    for c in chains:
+        c["hole"] = k = int(rng.integers(1, len(c["h"])))
+        steps = c["steps"][: k - 1] + c["steps"][k:]
+        left.append(latents.record(c | {"steps": steps, "is_valid": False}, c["problem_id"], c["split"]))
+    what = [config.llm_weights, [[c["id"], c["question"], c["steps"]] for c in left]]
+    folder = Path(f"{Path(config.latents)}-gaps-{runs.digest(json.dumps(what))[:6]}")
+    if not is_kept(folder):
+        runs.say(f"{len(chains):,} chains with a step left out -> {folder}")
+        llm = llm_of(config, device=device)
+        extract(llm, left, folder, {"dataset": config.dataset, "split": "train", "seed": config.seed},
+                [(llm.layer, llm.pooling)], False, 512, llm.token_budget)
+    rows, manifest = latents.load_latents(folder)
+    latents.check_same_llm(config, manifest, f"{config.latents} and {folder}")
+    for c, row in zip(chains, rows, strict=True):
+        c["gapped"] = row["h"]
 
 
 def run(args) -> dict:

@@ -19,6 +19,7 @@ import torch
 import benchmarks
 import config as cfg
 import data
+import extract
 import latents
 import runs
 from llm import llm_of
@@ -165,7 +166,7 @@ class LatentJob(Job):
             runs.say(f"{folder} is of --dataset {dataset}" + ("" if known else ": say so when the run is evaluated"))
         self.train, self.val = chains_to_train_on(config, rows, manifest, folder, config)
         if config.gap_share:
-            read_without_a_step(llm_of(config, device=config.device), self.train, np.random.default_rng(config.seed))
+            extract.leave_out_a_step(config, self.train, config.device)
         latents.join(self.val)  # as copies: whole shards can go once the training chains are in a table, too
         self.batches = latents.Batches(self.train, config)
         parts = [[r["id"], r["steps"], r.get("wrong_step")] for r in self.train]
@@ -204,16 +205,6 @@ class LatentJob(Job):
         return {**sums, **latent_figures(torch.cat(z_pred), torch.cat(z_target), torch.cat(z_copy))}
 
 
-def read_without_a_step(llm, chains: list[dict], rng):
-    """Sets "hole", a random step of each chain, and "gapped", the LLM's latents of the chain without it, as PLAN finds
-    it: the states of later steps would tell of what the LLM has read."""
-    runs.say(f"reading {len(chains):,} chains with a step left out")
-    holes = [int(rng.integers(1, len(c["h"]))) for c in chains]
-    left = [(c["question"], c["steps"][: k - 1] + c["steps"][k:]) for c, k in zip(chains, holes, strict=True)]
-    for c, k, z in zip(chains, holes, llm.read_chains(left), strict=True):
-        c["hole"], c["gapped"] = k, z
-
-
 class WorldJob(Job):
     """What GuideJob and SpeakJob share: the frozen R-JEPA that init_from names, and the verified chains it saw."""
 
@@ -232,7 +223,6 @@ class WorldJob(Job):
         config.world = runs.weights_digest(config.init_from)
         self.identity = {"chains": runs.digest(json.dumps([parts, manifest], sort_keys=True)),
                          "world model": config.world}
-        self.llm = llm_of(self.world_config, device=config.device)
 
     def batch(self, index: int, device) -> dict:
         return self.collate(*self.batches.chains(index), device)
@@ -249,6 +239,7 @@ class GuideJob(WorldJob):
 
     def __init__(self, config, out: Path):
         super().__init__(config, out)
+        self.llm = llm_of(self.world_config, device=config.device)
         config.z_dim, config.h_dim = self.world_config.n_embd, self.llm.dim
         self.llm.model.requires_grad_(False)
 
@@ -303,9 +294,8 @@ class SpeakJob(WorldJob):
         super().__init__(config, out)
         self.train, self.val = ([c for c in part if len(c["steps"]) > 1] for part in (self.train, self.val))
         at_least_two(self.val, f"chains of two steps and more in {self.world_config.latents}")
-        rng = np.random.default_rng(config.seed)
-        for part in (self.train, self.val):
-            read_without_a_step(self.llm, part, rng)
+        extract.leave_out_a_step(dataclasses.replace(self.world_config, seed=config.seed), self.train + self.val,
+                                 config.device)
         self.batches = latents.Batches(self.train, config)
         texts = [c["question"] for c in self.train] if config.reads != "nothing" else []
         self.tokenizer = pick_tokenizer(config, out, texts + [s for c in self.train for s in c["steps"]])

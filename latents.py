@@ -387,7 +387,7 @@ def collate(chains: list[dict], config, rng, device=None, with_wrong: bool | Non
 
     with_wrong: whether it has wrong chains, None: if one of these has. Of several processes all must say the same. A
     counterfactual (which has a wrong_step) is masked as its chain, any other wrong chain by a mask of its own. Where
-    they have "gapped" latents and a "hole" (jobs.read_without_a_step) config.gap_share of them hide that step alone,
+    they have "gapped" latents and a "hole" (extract.leave_out_a_step) config.gap_share of them hide that step alone,
     and count for no margin.
     joined: (table, starts [B, 2]) as `join` makes it, where the table is there already, maybe on the device. The masks
     stay on the CPU: who asks where they are True need not wait for a GPU.

@@ -1778,7 +1778,16 @@ def test_target_encoders_of_the_ablations(kind):
 
 def test_a_gap_is_learnt_from_what_the_llm_reads_without_the_step(world, tmp_path, monkeypatch):
     chains = latents.training_chains(*latents.load_latents(world.config.latents), "here")[0][:24]
-    jobs.read_without_a_step(world.llm, chains, np.random.default_rng(0))
+    extract.leave_out_a_step(world.config, chains, "cpu")
+    kept = [(c["hole"], c["gapped"]) for c in chains]
+    with monkeypatch.context() as without_llm:  # it is read once
+        without_llm.delattr(extract, "llm_of")
+        extract.leave_out_a_step(world.config, chains, "cpu")
+    assert all(k == c["hole"] and torch.equal(z, c["gapped"]) for (k, z), c in zip(kept, chains, strict=True))
+    extract.leave_out_a_step(dataclasses.replace(world.config, seed=2), chains, "cpu")
+    assert [k for k, _ in kept] != [c["hole"] for c in chains]
+    folder = next(Path(world.config.latents).parent.glob("latents-gaps-*"))
+    refused(ValueError, "the gate accepts none", train_rjepa, tmp_path / "gaps", folder)
     config = dataclasses.replace(world.config, gap_share=0.5, lambda_margin=0.5)
     batch = latents.collate(chains, config, np.random.default_rng(1))
     n_gapped = n_changed = 0
@@ -1792,7 +1801,7 @@ def test_a_gap_is_learnt_from_what_the_llm_reads_without_the_step(world, tmp_pat
         assert batch["is_visible"][i].nonzero().flatten().tolist() == rest
         assert torch.equal(whole, c["h"]) and torch.equal(seen[rest], c["gapped"].to(seen.dtype))
         again = world.llm.step_latents(c["question"], [c["steps"][s - 1] for s in rest[1:]])
-        torch.testing.assert_close(c["gapped"], again, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(c["gapped"].float(), again.float(), rtol=1e-2, atol=1e-2)
         n_gapped, n_changed = n_gapped + 1, n_changed + (k < n - 1 and not torch.equal(seen[rest], whole[rest]))
     assert 4 <= n_gapped <= 20 and n_changed >= 2 and "wrong_h" in batch
     monkeypatch.setattr(world.model, "config", config)
