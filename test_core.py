@@ -363,6 +363,15 @@ def test_jepa_predicts_by_position_and_trains_no_target():
     assert all(p.grad is not None for p in core.predictor.parameters())
 
 
+def test_dropout_is_where_it_belongs_and_a_frozen_copy_has_none():
+    net, n = m.Transformer(3, 2, 8, dropout=0.5, cross=True).train(), []
+    for part in (parts := [part for part in net.modules() if isinstance(part, torch.nn.Dropout)]):
+        part.register_forward_hook(lambda *_: n.append(1))
+    net(torch.randn(1, 4, 8), context=torch.randn(1, 2, 8))
+    assert len(n) == 1 + 3 * 3 and {part.p for part in parts} == {0.5}  # on the way in, three in a block
+    assert {part.p for part in m.frozen_copy(net).modules() if isinstance(part, torch.nn.Dropout)} == {0.0}
+
+
 def test_ema_equals_its_closed_form():
     online, momenta = torch.nn.BatchNorm1d(3), [0.9, 0.5, 0.99]
     target = m.frozen_copy(online)
@@ -517,15 +526,43 @@ def test_loss_equals_a_hand_value():
     torch.testing.assert_close(losses["loss"], losses["lm_loss"] + 0.5 * (1 - cos), atol=1e-5, rtol=1e-5)
 
 
-def test_the_target_gets_no_gradient_and_lambda_0_runs_no_answer_row():
-    net, rows = tiny_model(answer_context="question", token_loss_on="answer").train(), examples(8)
+@pytest.mark.parametrize("context", ["isolated", "latent", "question"])
+def test_the_target_gets_no_gradient_and_lambda_0_runs_no_answer_row(context):
+    net, rows = tiny_model(answer_context=context, token_loss_on="answer").train(), examples(8)
     batch = data.collate(rows, net.config)
     only_target = [t for t in range(290) if any(t in e["target"] for e in rows)
                    and not any(t in e["question"] for e in rows)]  # fmt: skip
     (1 - net(batch)["cos"]).backward()
     assert net.embed.weight.grad[only_target].abs().max() == 0
     plain = data.collate(rows, dataclasses.replace(net.config, lambda_jepa=0.0))
-    assert "target_idx" not in plain and "target_idx" in batch
+    name = "target_at" if context == "isolated" else "target_idx"
+    assert name not in plain and name in batch
+
+
+def test_with_a_latent_between_the_answer_teaches_it_and_all_tokens_count_alike():
+    net, rows = tiny_model(answer_context="latent"), examples(4)
+    losses = net(data.collate(rows, net.config))
+    parts = []
+    for e in rows:
+        q, a = [*e["question"], net.pred_id], [*e["answer"], net.eos_id]
+        answer = torch.cat((net.prefix(net.predict_latent([q])[0])[None], net.embed(torch.tensor(e["answer"]))))
+        for x, targets in ((net.embed(torch.tensor(q[:-2])), q[1:-1]), (answer, a)):
+            logits = F.linear(net.transformer(x[None], is_causal=True)[0], net.embed.weight)
+            parts.append(F.cross_entropy(logits, torch.tensor(targets), reduction="none"))
+    torch.testing.assert_close(losses["lm_loss"], torch.cat(parts).mean(), atol=1e-5, rtol=1e-5)
+    net.prefix.register_forward_pre_hook(lambda module, x: parts.append(x[0].requires_grad))
+    net(data.collate(rows, net.config))
+    assert parts.pop() is True
+
+
+def test_answers_are_pooled_and_standardised_by_hand():
+    rows = [[9, 1, 2, 9], [9, 3, 9]]
+    assert m.pool_weights(rows, "last").tolist() == [[0, 0, 0, 1], [0, 0, 1, 0]]
+    torch.testing.assert_close(m.pool_weights(rows, "mean"), torch.tensor([[0, 1, 1, 1], [0, 1.5, 1.5, 0]]) / 3)
+    z, standardize = 3 + 2 * torch.randn(50, 4), m.Standardize(4).train()
+    torch.testing.assert_close(standardize(z), (z - z.mean(0)) / z.std(0, correction=0))  # by the batch
+    standardize.fit(z)
+    torch.testing.assert_close(standardize.eval()(z[:1]), ((z - z.mean(0)) / z.std(0, correction=0))[:1])
 
 
 def test_targets_are_the_next_tokens_and_never_pred():
@@ -626,6 +663,25 @@ def test_alignment_tells_learning_from_collapse():
     assert constant["predict_mean_cos"] >= constant["cos_matched"] - 1e-6
     same = m.alignment(target, torch.ones(64, 32))  # all targets equal: a tie of all is chance
     assert same["retrieval_top1"] == pytest.approx(1 / 64) == same["chance_top1"]
+
+
+def test_figures_of_collapse_equal_hand_values():
+    pred, target, copied = torch.randn(30, 3), 2 * torch.randn(30, 3).square(), torch.randn(30, 3)
+    p = F.normalize(pred, dim=-1)
+    for error, constant in (("l1", target.median(0).values), ("mse", target.mean(0))):
+        found = m.latent_figures(pred, target, copied, error)
+        distances = [(x - target).abs() ** (1 + (error == "mse")) for x in (pred, copied, constant)]
+        assert [found[error + name] for name in ("", "_copy", "_predict_mean")] == pytest.approx(
+            [float(d.mean()) for d in distances], rel=1e-5)
+        assert [found["std"], found["target_std"]] == pytest.approx([float(x.std(0).mean()) for x in (pred, target)])
+        assert found["mean_cos"] == pytest.approx(float((p @ p.T - torch.eye(30)).sum() / (30 * 29)), abs=1e-5)
+        assert (found["effective_rank"], found["target_effective_rank"]) == (
+            m.effective_rank(pred), m.effective_rank(target))
+    collapsed = torch.randn(1, 3) + 1e-3 * torch.randn(30, 3)
+    found = m.alignment(collapsed, target)
+    assert found["std"] < 0.01 < 0.2 < found["target_std"] == pytest.approx(
+        m.alignment(9 * target, target)["std"], rel=0.02)
+    assert found["effective_rank"] < 1.2 < found["target_effective_rank"]
 
 
 def test_mfu_is_given_for_known_devices_alone():
@@ -871,8 +927,9 @@ def finished(tmp_path_factory):
     return folder, run(folder)
 
 
-def test_the_held_out_token_loss_is_a_mean_over_tokens(tmp_path):
-    config = tiny(dropout=0.0)
+@pytest.mark.parametrize("context", ["isolated", "latent"])
+def test_the_held_out_token_loss_is_a_mean_over_tokens(tmp_path, context):
+    config = tiny(dropout=0.0, answer_context=context)
     job = jobs.TextJob(config, tmp_path)
     torch.manual_seed(0)
     net, found = m.NanoJEPA(config), []
@@ -918,6 +975,31 @@ def test_sigkill_at_any_write_loses_nothing(tmp_path, finished):
     ends = forked(f"print([life(kill, t.run, {str(tmp_path / 'run')!r}) for kill in {[*kills, None]}])")
     assert ends == [signal.SIGKILL] * len(kills) + [0]
     assert weights(tmp_path / "run") == weights(finished[0])
+
+
+def test_a_run_follows_its_schedules_and_adds_up_micro_batches(tmp_path, monkeypatch):
+    rates = [train.learning_rate(i, 11, SimpleNamespace(lr=2.0, warmup_ratio=0.2, min_lr_ratio=0.1)) for i in range(11)]
+    assert rates[:3] == [1.0, 2.0, 2.0] and (rates[6], rates[10]) == pytest.approx((1.1, 0.2))
+    momenta = []
+    monkeypatch.setattr(m.NanoJEPA, "update_target", lambda net, momentum: momenta.append(momentum))
+    fields = dict(dropout=0.0, max_steps=3, grad_accum=2, grad_clip=0.05, lr=0.01, ema_start=0.5, ema_end=0.9, seed=7)
+    run(tmp_path / "run", **fields)
+    assert momenta == pytest.approx([0.5, 0.7, 0.9])
+    config = tiny(**fields)
+    job = jobs.TextJob(config, tmp_path / "none")
+    torch.manual_seed(7)
+    net = runs.build_model(config).train()
+    optimizer, logged = m.configure_optimizers(net, config), verify.read_jsonl(tmp_path / "run" / "log.jsonl")
+    for step, row in enumerate(row for row in logged if row["split"] == "train"):
+        losses = [net(job.batch(2 * step + i, "cpu"))["loss"] for i in (0, 1)]
+        optimizer.zero_grad()
+        (sum(losses) / 2).backward()
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 0.05)
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = row["lr"]
+        optimizer.step()
+        assert (row["loss"], row["grad_norm"]) == pytest.approx(((sum(losses) / 2).item(), norm.item()), rel=1e-4)
+    torch.testing.assert_close(runs.load_run(tmp_path / "run", "cpu")[0].embed.weight, net.embed.weight, atol=1e-5,
+                               rtol=1e-4)
 
 
 def test_finished_foreign_and_changed_runs_are_refused(finished, tmp_path):
@@ -1028,6 +1110,12 @@ def test_the_nearest_of_a_few_texts_are_told_by_their_own_cosine():
     stored = torch.randn(3, 8)
     found = infer.nearest_texts(stored[1], stored, ["a", "b", "c"], 1)
     assert found[0]["text"] == "b" and found[0]["cos"] == pytest.approx(1.0)
+    asked = stored[1] + stored[2]
+    cos = F.cosine_similarity(asked[None], stored).sort(descending=True).values.tolist()
+    assert [one["cos"] for one in infer.nearest_texts(asked, stored, ["a", "b", "c"], 3)] == pytest.approx(cos)
+    stored = torch.randn(16, 8) + 99
+    found = infer.nearest_texts(stored[1], stored, [*map(str, range(16))], 16)
+    assert found[0]["text"] == "1" and found[1]["cos"] < 0.99  # less what all have in common
 
 
 @pytest.mark.parametrize("n, size", [(2, 1), (3, 2), (5, 4), (64, 64), (65, 64), (7, 100), (200, 64)])
@@ -1133,8 +1221,25 @@ def test_evaluation_scripts_report_what_the_contract_names(finished):
     result = script(eval_alignment, "--limit", "12")
     names = "cos_matched cos_mismatched gap retrieval_top1 chance_top1 effective_rank std predict_mean_cos n"
     assert set(names.split()) <= set(result) and result["n"] == 12 and result["counterfactual"]["n"] > 0
+    assert 0 < result["lexical"]["cos_matched"] < 0.99
     assert 0 < result["lexical"]["retrieval_top1"] <= 1 and result["lexical"]["counterfactual"]["n"] > 0
     assert result == script(eval_alignment, "--limit", "12")
+    net, config = runs.load_run(folder, "cpu")
+    tokenizer = runs.load_tokenizer(folder, config)
+    problems = data.load_problems("synthetic", "test", limit=40, max_steps=config.max_problem_steps)
+    coded = data.encode_problems(problems, tokenizer, config)
+    questions, answers = [e["question"] for e in coded], [e["target"] for e in coded]
+    kept, *versions = found = [part[1:] for part in eval_alignment.counterfactuals(problems, config, 1)]
+    right, wrong = (net.encode_answers([tokenizer.encode(text) for text in texts]) for texts in versions)
+    with patch.object(eval_alignment, "counterfactuals", lambda *_: found):  # the first problem has none
+        result = script(eval_alignment, "--limit", "40")
+    assert result["counterfactual"] == eval_alignment.nearer(net.encode(questions, answers)[0][kept], right, wrong)
+    torch.manual_seed(1)
+    untrained = runs.build_model(config).eval()
+    untrained.fit_standardize(answers)
+    control = m.alignment(*untrained.encode(questions, answers))
+    assert result["untrained"].pop("retrieval_ci95") == control.pop("retrieval_ci95")
+    assert result["untrained"] == pytest.approx(control, rel=1e-4)
     result = script(evaluate_accuracy, "--limit", "6", "--k", "3", "--max_new_tokens", "12")
     assert (result["n"], result["k"]) == (6, 3) and {"random", "majority", "oracle"} <= set(result["methods"])
     for name, figures in result["methods"].items():
@@ -1160,9 +1265,34 @@ def test_accuracy_by_hand():
     assert evaluate_accuracy.pairwise(-scores, right) == 0.0
     assert evaluate_accuracy.pairwise(scores[1:], right[1:]) is None
     lo, hi = evaluate_accuracy.interval(np.array([0.0, 1.0, 0.5] * 50), seed=1)
-    assert 0.4 < lo < 0.5 < hi < 0.6
+    assert (lo, hi) == pytest.approx((0.4347, 0.5653), abs=0.005)
     lo, hi = evaluate_accuracy.interval(np.zeros(1319), seed=1)  # none right is no certainty
     assert lo == 0 and 0.002 < hi < 0.004
+
+
+def test_figures_of_a_runs_answers_equal_hand_values(tmp_path, monkeypatch):
+    slip = "2+2 = 5\n#### "
+    texts = [["4", slip + "5", slip + "5"], ["#### 6", "6", slip + "7"], ["8", "9", "10"],
+             ["1+1 = 3", slip + "8", slip + " 8"], ["2", "6", "none"]]
+    problems = [{"id": str(i), "question": f"Q{i}?", "answer": f"#### {n}"} for i, n in enumerate((4, 6, 8, 8, 1))]
+    monkeypatch.setattr(runs, "load_run", lambda *_: (None, tiny()))
+    monkeypatch.setattr(runs, "load_tokenizer", lambda *_: SimpleNamespace(encode=lambda text: [1]))
+    monkeypatch.setattr(eval_alignment, "held_out", lambda *_: problems)
+    monkeypatch.setattr(evaluate_accuracy, "generate", lambda model, questions, tokenizer, args: [
+        row[: args.k] for row in texts])
+    found = evaluate_accuracy.evaluate_run(str(tmp_path), evaluate_accuracy.Args(run="", k=3))
+    assert (found["random"], found["oracle"], found["unparsed"]) == pytest.approx((6 / 15, 4 / 5, 1 / 15))
+    by = {name: (figures["accuracy"], figures["pairwise"], figures["recovered"])
+          for name, figures in found["methods"].items()}
+    assert by == {name: pytest.approx(values) for name, values in {
+        "random": (0.4, None, 0), "shortest": (0.6, (1 + 1 + 0.75 + 0) / 4, 0.5), "majority": (0.6, None, 0.5),
+        "gate": (0.6, (1 + 1 + 0.5 + 0.5) / 4, 0.5), "gate_majority": (0.8, None, 1), "oracle": (0.8, None, 1),
+        "constant": (0.4, None, None), "shuffled": (1 / 15, None, None)}.items()}
+    assert found["methods"]["majority"]["expected"] == pytest.approx((0 + 1 + 1 / 3 + 1 + 0) / 5)
+    assert found["methods"]["gate_majority"]["expected"] == pytest.approx((1 + 1 + 1 / 3 + 1 + 0) / 5)
+    found = evaluate_accuracy.evaluate_run(str(tmp_path), evaluate_accuracy.Args(run="", k=1))["methods"]
+    assert (found["greedy"]["accuracy"], found["greedy_strict"]["accuracy"]) == (0.6, 0.2)
+    assert (found["constant"]["accuracy"], found["shuffled"]["accuracy"]) == (0.4, 0.0)
 
 
 def test_importing_a_script_runs_nothing():
@@ -1257,6 +1387,23 @@ def test_counterfactual_on_a_known_problem():
     assert seen == {1, 2}
     with pytest.raises(ValueError, match="without ambiguity"):
         data.counterfactual({**problem, "answer": "So 78.\n#### 78"}, data.make_chain(problem), 0)
+
+
+@pytest.mark.parametrize("question, lines, steps", [
+    ("Al has 2 boxes of 3 pens, and 6 cups.", "2*3=6;6+6=12", {2}),  # 6 is told, too
+    ("Al has 180 pens for 3 shops.", "180/3=60;60*2=120", {2}),  # 60 may be minutes
+    ("Al buys 2 pens at 3 and 2 cups at 3.", "2*3=6;2*3=6;6+6=12", {3}),  # which 6?
+    ("Al pays 200 for 5 pens at 6 and 10 cups at 14.", "5*6=30;10*14=140;30+140=170;200-170=30", {3, 4}),
+    ("Al has 100 pens and 2 boxes.", "100/2=50;10 is 50/5=10", {2}),  # 10 before it is reckoned
+    ("Al has 32 pens and 25 cups.", "32/4=8;8+1=9!;8+25=33", {3}),  # a sum without annotation
+    ("Al has 2 boxes of 3 pens.", "2*3=6;4*5=20", {2}),  # the answer does not follow from 6
+    ("Al hiked 24 miles in 6 hours.", "24/6=4", {1}), ("Al has 36 eggs at .5 each.", "36*.5=18", {1})])
+def test_a_counterfactual_changes_no_number_that_may_come_from_elsewhere(question, lines, steps):
+    lines = [re.sub(r"(\S+)=(\d+)$", r"\1=<<\1=\2>>\2", line).strip("!") for line in lines.split(";")]
+    problem = {"id": "g", "question": question, "answer": "\n".join([*lines, f"#### {lines[-1].split('>>')[1]}"])}
+    found = [data.counterfactual(problem, data.make_chain(problem), seed) for seed in range(40)]
+    assert {wrong_step for _, wrong_step in found} == steps
+    assert not any("." in chain["answer"] or "24/4" in chain["steps"][0] for chain, _ in found)  # 4 was the result
 
 
 def test_an_annotation_that_repeats_many_terms_is_searched_once():
@@ -1757,6 +1904,78 @@ def test_the_margin_takes_wrong_chains_of_any_length():
     assert math.isclose(float(model(batch)["margin"].detach()), margin, rel_tol=1e-4)
 
 
+def test_predictions_in_the_llms_space_and_orders_of_steps():
+    model, z = rjepa_model(), torch.randn(4, 16)
+    model.fit_standardize(torch.randn(99, 12) * torch.arange(1, 13) + 5)
+    assert torch.allclose(model.standardize(model.to_llm(z)), model.w_out(z), atol=1e-5)
+    orders = latents.shuffled(np.array([3] * 99 + [4]), np.random.default_rng(0))[:99]
+    assert len(np.unique(orders, axis=0)) == 6 and (orders[:, [0, 4]] == (0, 4)).all()
+
+
+def test_targets_without_positions_do_not_know_their_order():
+    h, is_real = latents.pad_latents([torch.randn(5, 12)])
+    order = torch.tensor([0, 3, 1, 4, 2])
+    for positions in (True, False):
+        model = rjepa_model(target_positions=positions)
+        one, two = model.targets(h, is_real)[:, order], model.targets(h[:, order], is_real)
+        assert torch.allclose(one, two, atol=1e-5) != positions
+
+
+def test_a_gap_is_after_the_highest_next_step_energy():
+    model = SimpleNamespace(quantiles=torch.stack((torch.ones(101), torch.ones(101), torch.linspace(0, 1, 101))))
+    find = functools.partial(infer.find_gap, model)
+    assert find(torch.tensor([5.0, 0.2, 0.95, 0.5])) == (3, pytest.approx(0.9))
+    assert find(torch.tensor([5.0, model.quantiles[2, 90], 0.8]))[0] is None  # it must be above
+    assert find(torch.tensor([5.0, 0.7]), 0.5) == (2, 0.5) and find(torch.tensor([5.0]))[0] is None
+
+
+def test_held_out_figures_weigh_tokens_and_chains_alike():
+    """A mean over batches is one over what they hold; controls read another chain's latent."""
+    def job_of(kind, n, **fields):
+        job = object.__new__(kind)
+        job.config, job.val = fields.pop("config"), [{"problem_id": i, **fields} for i in range(n)]
+        return job
+
+    for share, shares in ((1.0, (0.0, 1.0, 1.0)), (0.5, (0.0, 1.0, 0.0))):
+        job, asked = job_of(jobs.SpeakJob, 5, config=SimpleNamespace(batch_size=3, predicted_share=share)), []
+
+        def collate(part, rng, device, share, asked=asked):
+            asked.append(share)
+            own = torch.tensor([c["problem_id"] for c in part])
+            return {"context": own[:, None, None].clone(), "own": own, "is_text": torch.ones(len(part), 4),
+                    "n_tokens": 99}
+
+        job.collate = collate
+        found = job.figures(lambda b: {"lm_loss": (b["context"][:, 0, 0] == b["own"]).float().mean() * len(b["own"])},
+                            "cpu", contextlib.nullcontext)
+        assert found == pytest.approx({"lm_loss": 13 / 5, "lm_loss_predicted": 13 / 5, "lm_loss_shuffled": 0})
+        assert tuple(asked) == 2 * shares
+    job = job_of(jobs.GuideJob, 5, config=SimpleNamespace(batch_size=3))
+    job.collate = lambda part, rng, device: {"z_pred": 1.0, "z_other": 2.0, "n_tokens": len(part)}
+    found = job.figures(lambda b: {k: b["z_pred"] * b["n_tokens"] for k in ("ce", "ce_llm", "bias")}, "cpu",
+                        contextlib.nullcontext)
+    assert found == pytest.approx({"ce_llm": 13 / 5, "ce": 13 / 5, "ce_shuffled": 26 / 5, "bias": 13 / 5})
+    model, job = rjepa_model(), job_of(jobs.LatentJob, 0, config=rjepa_config(batch_size=3, shuffle_steps=True))
+    job.val, predicted = latent_chains(5), []
+    with torch.no_grad():
+        found = job.figures(model, "cpu", contextlib.nullcontext)
+        for start in (0, 3):
+            part = job.val[start : start + 3]
+            batch = latents.collate(part, rjepa_config(), np.random.default_rng([0, start]))
+            z, (chain, step) = model.targets(batch["h"], batch["is_real"]), batch["is_target"].nonzero(as_tuple=True)
+            z_pred = model.predict(batch["h"], batch["is_visible"], batch["is_target"])
+            predicted.append([z_pred, z[chain, step], z[chain, step - 1]])
+    expected = m.latent_figures(*map(torch.cat, zip(*predicted, strict=True)))
+    assert {k: found[k] for k in expected} == pytest.approx(expected, rel=1e-4)
+    e = infer.energies(model, [c["h"] for c in job.val])
+    highest = [one["next_step"][1:].max() for one in e if len(one["next_step"]) > 1]
+    rows = [torch.cat([one[mode] for one in e]) for mode in model.ENERGIES] + [torch.stack(highest)]
+    for row, values in zip(model.quantiles, rows, strict=True):
+        torch.testing.assert_close(row, torch.quantile(values, torch.linspace(0, 1, 101)), atol=1e-4, rtol=1e-4)
+    model.forward = lambda batch: {"loss": torch.tensor(float(len(batch["h"])))}
+    assert job.figures(model, "cpu", contextlib.nullcontext)["loss"] == pytest.approx(13 / 5)
+
+
 @pytest.mark.parametrize("kind", ["ema", "copy", "online"])
 def test_target_encoders_of_the_ablations(kind):
     model, ablation = rjepa_model(), rjepa_model(target_encoder=kind)  # the same weights, targets equal to them so far
@@ -1804,6 +2023,7 @@ def test_a_gap_is_learnt_from_what_the_llm_reads_without_the_step(world, tmp_pat
         torch.testing.assert_close(c["gapped"].float(), again.float(), rtol=1e-2, atol=1e-2)
         n_gapped, n_changed = n_gapped + 1, n_changed + (k < n - 1 and not torch.equal(seen[rest], whole[rest]))
     assert 4 <= n_gapped <= 20 and n_changed >= 2 and "wrong_h" in batch
+    assert {len(c["h"]) - c["hole"] for c in chains} > {1, 2}  # the last step, too
     monkeypatch.setattr(world.model, "config", config)
     with torch.no_grad():
         losses = [world.model(b) for b in (batch, {k: v for k, v in batch.items() if k != "context_h"})]
@@ -1900,6 +2120,12 @@ def test_training_takes_verified_chains_alone_and_none_of_a_test_split(small_rje
     names = {r["id"] for r in chains + val}
     assert names == {r["id"] for r in rows[20:] if "+wrong" not in r["id"]}
     assert all(torch.equal(r["wrong_h"][: r["wrong_step"]], r["h"][: r["wrong_step"]]) for r in chains)
+    good = next(r for r in rows if r["is_valid"])
+    for row, about in ((good | {"split": "test"}, manifest), (good, manifest | {"split": "test"})):
+        refused(ValueError, "test split", latents.training_chains, [row], about, "here")
+    other = good | {"is_valid": False, "h": good["h"][:-1], "wrong_step": 1}  # no counterfactual of this chain
+    [alone] = sum(latents.training_chains([good, other], manifest, "here"), [])
+    assert "wrong_h" not in alone and "wrong_step" not in alone
 
 
 def test_pairs_are_balanced_over_both_directions_of_two_sources():
@@ -1908,6 +2134,7 @@ def test_pairs_are_balanced_over_both_directions_of_two_sources():
     sources = [["a", "b"]] * 4
     assert evaluate_accuracy.balanced_pairwise(scores, right, sources) == 0.5
     assert evaluate_accuracy.pairwise(scores, np.array(right)) == 0.75
+    assert evaluate_accuracy.balanced_pairwise([np.ones(2)] * 2, right[-2:], sources[:2]) == 0.5  # ties
 
 
 def test_nearer_counts_ties_half_and_paired_p_is_mcnemars():
@@ -2045,6 +2272,10 @@ def test_a_benchmark_is_scored_as_its_kind(tmp_path, monkeypatch):
     found = run("bbh", [" False"], input="1 < 2 is", target="True")
     assert found["methods"]["greedy"]["accuracy"] == 0.5 and found["macro"] == 0.5 and len(found["subjects"]) == 23
     assert found["methods"]["shuffled"]["accuracy"] == 0.5
+    monkeypatch.setattr(evaluate_accuracy, "complete", lambda llm, texts, *_: [
+        [" True" if "2 < 3" in text else " False"] for text in texts])
+    found = run("bbh", input="2 < 3 is", target="True")["methods"]
+    assert (found["greedy"]["accuracy"], found["shuffled"]["accuracy"]) == (1, 0)
     likely = {" a dog": -1.2, " a cat": -1.1, " a fish": -9.0}
     monkeypatch.setattr(tiny_llm(), "loglikelihoods", lambda pairs: [(likely[t], 1) for _, t in pairs], raising=False)
     found = run("arc_easy")
@@ -2054,6 +2285,10 @@ def test_a_benchmark_is_scored_as_its_kind(tmp_path, monkeypatch):
     found = run("arc_easy")
     assert (found["methods"]["acc"]["accuracy"], found["methods"]["acc_norm"]["accuracy"]) == (0.0, 1.0)
     assert found["random"] == pytest.approx(1 / 3) and found["metric"] == "acc_norm"
+    monkeypatch.setattr(tiny_llm(), "loglikelihoods", lambda pairs: [
+        (likely[t] if ARC_ROW["question"] in asked else -9.0 * (t != " a dog"), 1) for asked, t in pairs])
+    found = run("arc_easy")["methods"]
+    assert (found["acc_norm"]["accuracy"], found["no_question"]["accuracy"]) == (1, 0)
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate_accuracy, "load_llm", lambda *_: tiny_llm())
@@ -2495,6 +2730,8 @@ def test_gold_chains_and_their_counterfactuals():
     half_said = {"id": "p", "question": "He has 2 bags of 36.", "answer": "2 * 36 = <<2*36=72>>72\n"
                                                                          "144 - 72 = <<72=72>>72\n#### 72"}
     assert len(latents.gold_chains([half_said], "train", True, 1)) == 1
+    [slip] = latents.gold_chains([half_said | {"answer": "2 + 36 = <<2+36=39>>39\n#### 39"}], "train", True, 1)
+    assert not slip["is_valid"] and slip["wrong_step"] is None
 
 
 def test_chains_of_files(tmp_path):
@@ -2512,6 +2749,10 @@ def test_chains_of_files(tmp_path):
     assert record["split"] == "train" and read("chains", split="val")[0]["split"] == "val"
     assert read("chains", steps=["a", "A: 1/2"])[0]["steps"] == ["a", "#### 1/2"]
     assert verify.check_answer("#### 1/2", "0.5") and not verify.check_answer("#### 1/2", "1")
+    for fields in ({"id": "gsm8k-test-3", "problem_id": "x"}, {"problem_id": "gsm8k-test-3"}, {"split": "test"}):
+        assert read("chains", **fields)[0]["split"] == "test"
+    a_20th = next(str(i) for i in range(200) if read("chains", id=str(i))[0]["split"] == "val")
+    assert read("chains", id=a_20th, split="train")[0]["split"] == "train"
     assert read("chains", problem_id=None)[0]["problem_id"] == "p"
     more = [{"id": "p2", "question": "Q"}, {"id": "r", "question": "R"}, {"id": "s", "question": "S"},
             {"id": "s2", "question": "S", "problem_id": "x"}]
@@ -2838,6 +3079,8 @@ def test_plan_and_rerank_commands(world, tmp_path):
     assert 0 <= fitted["accuracy"] <= 1 and 0 <= fitted["energy"] <= 1
     found = use("rerank", world.rjepa, "--question", QUESTION, "--k", 3, "--max_new_tokens", 40)
     assert len(found["candidates"]) == 3 and found["alpha"] == fitted["alpha"]
+    with patch.object(infer, "weights_digest", lambda run: "trained again"):
+        assert infer.fitted_weights(world.rjepa) is None
     scores = [c["score"] for c in found["candidates"] if c["score"] is not None]
     assert scores and scores == sorted(scores, reverse=True)
     chains = [{"steps": steps, "logprob": logprob, "h": torch.randn(1 + len(steps), world.config.dim)}
@@ -2854,6 +3097,64 @@ def test_plan_and_rerank_commands(world, tmp_path):
     assert methods["majority"]["p_majority"] == 1 and 0 < methods["majority_logprob"]["p_logprob"] <= 1
     assert methods["random"]["accuracy"] == 0.5  # the gate sees neither labels nor answers, and finds them:
     assert all(methods[name]["accuracy"] == 1 for name in methods if name.startswith("gate")) and "gate" in methods
+
+
+def test_ways_of_picking_a_candidate_equal_hand_values(tmp_path, monkeypatch):
+    def candidate(question, source, is_valid, answer, loo, ahead, logprob, n_tokens, step="1+1 = 2"):
+        steps, i = [step, f"#### {answer}"] if answer else [], len(rows)
+        h = torch.full((1 + len(steps), 12), float(i)) + torch.randn(12)
+        h[:, 0] = i
+        rows.append({"problem_id": question, "is_valid": is_valid, "steps": steps, "source": source, "h": h,
+                     "n_tokens": [3, 1, n_tokens - 1][: len(h)], "logprobs": [-50.0, logprob, logprob][: len(h)]})
+        tables.append([torch.tensor(x[: len(steps)]) for x in (loo, ahead)])
+
+    rows, tables, slip = [], [], "1+1 = 3"
+    candidate("q0", "a", True, "7", (1.0, 1.0), (5.0, 5.0), -3.0, 9)
+    candidate("q0", "b", False, "8", (2.0, 0.5), (4.0, 4.0), -1.0, 5)
+    candidate("q0", "b", False, "8", (10.0, 10.0), (6.0, 6.0), -2.5, 12)
+    candidate("q1", "b", True, "1", (4.0, 1.0), (1.0, 1.0), -1.0, 4)
+    candidate("q1", "a", False, "2", (1.0, 2.0), (2.0, 2.0), -2.0, 6, slip)
+    candidate("q1", "b", False, "2", (9.0, 9.0), (7.0, 7.0), -2.0, 8, slip)
+    candidate("q1", "b", False, "none", (5.0, 5.0), (6.0, 6.0), -5.0, 7)
+    candidate("q2", "a", True, "3", (1.0, 1.0), (2.0, 2.0), -1.1, 5)
+    candidate("q2", "b", True, "3", (2.0, 2.0), (4.0, 4.0), -1.5, 8)
+    candidate("q2", "b", False, "4", (3.0, 3.0), (1.0, 1.0), -1.0, 6)
+    candidate("q3", "a", True, "5", (1.0, 1.0), (1.0, 1.0), -2.0, 3)
+    candidate("q3", "b", False, "", (), (), 0.0, 0)  # nothing written
+    candidate("q4", "a", False, "6", (1.0, 1.0), (1.0, 1.0), -2.0, 3)
+    candidate("q4", "b", False, "6", (2.0, 2.0), (2.0, 2.0), -1.0, 4)
+    config = rjepa_config()
+    net, other = rjepa_model(), rjepa_model()
+    net.quantiles[0] = torch.linspace(0, 10, 101)
+
+    def energies(model, h):
+        found = [tables[int(z[0, 0])] for z in h]
+        if model is other:  # another scale
+            found = [(1e3 * ahead, loo) for loo, ahead in found]
+        elif model is not net:
+            assert (model.h_mean != 0).all()  # it has seen the latents' mean and std, as ours has
+            found = [(10 - loo, 10 - ahead) for loo, ahead in found]
+        return [dict(zip(m.RJEPA.ENERGIES, pair, strict=True)) for pair in found]
+
+    monkeypatch.setattr(infer, "load_world_model", lambda run, device: ({"net": net, "other": other}[run], config))
+    monkeypatch.setattr(infer, "load_chains", lambda *_, **options: rows)
+    monkeypatch.setattr(infer, "energies", energies)
+    monkeypatch.setattr(latents, "read_manifest", lambda folder: None)
+    monkeypatch.setattr(latents, "check_same_llm", lambda *_: None)
+    args = evaluate_accuracy.Args(run="net", latents="x", also=("other",), ensemble=True)
+    found = evaluate_accuracy.evaluate_candidates("net", args)
+    assert (found["random"], found["oracle"]) == pytest.approx(((1 / 3 + 1 / 4 + 2 / 3 + 1 / 2 + 0) / 5, 0.8))
+    by = found["methods"]
+    for name, hits in (("energy", 3), ("energy_last", 3), ("energy_next_step", 2), ("logprob", 2), ("shortest", 3),
+                       ("untrained", 1), ("untrained_last", 1), ("energy other", 2), ("energy_next_step other", 3),
+                       ("gate_energy", 4), ("gate_logprob", 2), ("majority", 2), ("majority_logprob", 3),
+                       ("majority_energy", 3), ("gate_majority", 3), ("ensemble", 3), ("oracle", 4)):
+        assert by[name]["accuracy"] == hits / 5, name
+    assert by["gate"]["accuracy"] == pytest.approx((1 / 3 + 1 / 2 + 2 / 3 + 1 + 0) / 5)
+    assert (by["majority"]["expected"], by["gate_majority"]["expected"]) == (0.4, 0.6)
+    assert by["energy"]["by_source_alone"] == pytest.approx(3 / 5)
+    assert by["logprob"]["by_source_alone"] == pytest.approx((3 / 5 + 4 * 2 / 9) / 5)
+    assert by["gate_energy"]["p_logprob"] == by["gate_energy"]["p_majority"] == 0.5  # two to none
 
 
 def test_the_suspect_is_what_the_gate_rejects_else_what_only_the_steps_after_it_support(world, tmp_path):
@@ -2873,6 +3174,9 @@ def test_the_suspect_is_what_the_gate_rejects_else_what_only_the_steps_after_it_
     assert result["top1"] == result["top1_gate"] == 1 and result["top1_random"] == pytest.approx(1 / 3)
     assert result["top1_last"] == 0 and result["top1_middle"] == 0.5 and result["top1_gate_middle"] == 1
     assert {"top1_leave_one_out", "top1_difference", "top1_logprob", "top1_untrained"} <= set(result)
+    rows = latents.load_latents(folder)[0]
+    least = [1 + int(np.argmin(r["logprobs"][1:])) == r["wrong_step"] for r in rows]
+    assert result["top1_logprob"] == np.mean(least)
 
 
 def test_a_published_run_is_used_as_the_run_is(world, tmp_path):
@@ -3043,6 +3347,31 @@ def test_the_control_without_latents_never_sees_one():
             other[:, at] = 0.5
             a, b = (net.losses(batch | {"context": x}) for x in (context, other))
             assert torch.equal(a, b) != is_seen
+    for use_z in (True, False):
+        guide, h = m.Guidance(cfg.GuideConfig(use_z=use_z, z_dim=8, h_dim=6)), torch.randn(3, 6)
+        z, other = torch.randn(2, 3, 8)
+        torch.nn.init.normal_(guide.out.weight)
+        assert torch.equal(guide.shift(z, h), guide.shift(other, h)) != use_z
+        assert torch.allclose(guide.shift(z, h), guide.shift(z, 9 * h), atol=1e-5)  # the state's direction alone
+    words, final, targets = torch.nn.Linear(6, 5), torch.randn(3, 6), torch.tensor([0, 4, 2])
+    own, guided = words(final), words(final + guide.shift(z, h))
+    found = guide({"z_pred": z, "h": h, "final": final, "targets": targets, "words": words})
+    ce, bias = F.cross_entropy(guided, targets), (guided - own).square().mean()
+    assert torch.equal(found["ce_llm"], F.cross_entropy(own, targets))
+    assert torch.isclose(found["loss"], ce + guide.config.lambda_bias * bias, rtol=1e-6, atol=0) and bias > 0.01
+
+
+def test_a_speaker_knows_how_far_off_what_it_reads_is_up_to_8_steps():
+    net = m.Speaker(cfg.SpeakConfig(n_layer=1, n_head=2, n_embd=32, context_dim=8, vocab_size=258)).eval()
+    seen = net.prepare(torch.zeros(1, 19, 8), torch.arange(-9, 10)[None])[0]
+    assert len(seen.unique(dim=0)) == 17 and torch.equal(seen[0], seen[1]) and torch.equal(seen[-1], seen[-2])
+    batch = jobs.spoken([[1, 2], [3]], 256, "cpu", [[4], [5, 6]])
+    batch |= {"context": torch.randn(2, 1, 8), "context_allowed": torch.ones(2, 1).bool()}
+    net.config = dataclasses.replace(net.config, read_weight=0.25)
+    losses, found = net.losses(batch), net(batch)
+    assert torch.isclose(found["lm_loss"], losses[batch["is_text"]].mean())
+    read = losses[(batch["targets"] >= 0) & ~batch["is_text"]]
+    assert torch.isclose(found["loss"], (losses[batch["is_text"]].sum() + read.sum() / 4) / (5 + len(read) / 4))
 
 
 def test_what_an_llm_that_was_trained_again_has_made_is_not_taken_for_the_new_ones(tmp_path):
@@ -3098,6 +3427,80 @@ def test_what_a_speaker_reads_never_holds_the_hidden_step(world, tmp_path, reads
             assert read and whole.endswith(read.replace("\ufffd", ""))
         seen += len(read)
     assert (seen > 0) == (reads != "nothing")
+    true, predicted = (job.collate(chains, np.random.default_rng(0), "cpu", share)["context"] for share in (0.0, 1.0))
+    holes = torch.tensor([c["hole"] for c in chains])
+    target = job.world.target_of(*latents.pad_latents([c["h"] for c in chains]), holes)
+    around = job.world.around(*latents.with_slots([c["gapped"] for c in chains], holes.tolist()), holes)[0]
+    assert torch.equal(true[:, 0], target) and torch.equal(predicted, around)
+    job.config = dataclasses.replace(config, alone_share=1.0)
+    alone, beside = (job.collate(chains, np.random.default_rng(0), "cpu", *share) for share in ((), (1.0,)))
+    assert (alone["context_allowed"].sum(1) == 1).all() and (beside["context_allowed"].sum(1) > 1).all()
+    assert int(alone["is_text"].sum()) == alone["n_tokens"] <= beside["n_tokens"]
+
+
+def test_ranks_equal_hand_values():
+    e, ranks = torch.eye(4), {}
+    among = e[[0, 1, 0, 2, 0, 3]]  # step 2; steps 1, 3 and 4 of its chain; two of others
+    guesses = {"plan": e[0], "copy": e[0]}
+    scores = eval_alignment.add_ranks(ranks, guesses, among, [1, 3, 4], 2, of="_x")
+    assert ranks == {"plan_x": [3], "plan_x_others": [2], "copy_x": [2], "copy_x_others": [2]}
+    assert scores["plan"].tolist() == [1, 1, 0]
+    assert eval_alignment.rank_figures({"plan": [1, 2, 4]}) == {
+        "plan": {"top1": pytest.approx(1 / 3), "mrr": pytest.approx(1.75 / 3), "n": 3}}
+
+
+def test_baselines_of_retrieval_are_of_other_verified_chains(monkeypatch):
+    rows = [c | {"is_valid": i % 4 > 0, "problem_id": i} for i, c in enumerate(latent_chains(24))]
+    model, asked, add_ranks = rjepa_model(), [], eval_alignment.add_ranks
+    monkeypatch.setattr(eval_alignment, "add_ranks", lambda *args: (asked.append(args[1:]), add_ranks(*args))[1])
+    found = eval_alignment.step_retrieval(model, rows, 1, 20)
+    used = [r["h"][None].float() for r in rows if r["is_valid"] and r["n_steps"] >= 3]
+    z = [model.targets(h, torch.ones(h.shape[:2], dtype=torch.bool))[0] for h in used]
+    assert found["n"] == len(z) and len(asked) == 2 * len(z)
+    same = functools.partial(torch.allclose, atol=1e-4)
+    for c, (guesses, among, own, k) in enumerate(asked[::2]):
+        mine, others = z[c], [x[k] for x in z[:c] + z[c + 1 :] if len(x) > k + 1]  # not of the last steps
+        position = torch.stack(others).mean(0) if others else torch.zeros(16)
+        assert 2 <= k < len(mine) - 1 and len(among) == 20 and own == [s for s in range(1, len(mine)) if s != k]
+        for one, two in ((among[: 1 + len(own)], mine[[k, *own]]), (guesses["copy"], mine[k - 1]),
+                         (guesses["neighbours"], (mine[k - 1] + mine[k + 1]) / 2), (guesses["position"], position)):
+            assert same(one, two)
+        assert not (among[1 + len(own) :, None] == among[: 1 + len(own)]).all(-1).any()
+    holes = [k for *_, k in asked]
+    eval_alignment.step_retrieval(model, rows, 2, 20)
+    assert [k for *_, k in asked[len(holes) :]] != holes  # they follow from the seed
+
+
+def test_scores_and_weights_of_chains_equal_hand_values(monkeypatch):
+    table = {}
+    monkeypatch.setattr(infer, "energies", lambda model, chains: [table[float(h[0])] for h in chains])
+    monkeypatch.setattr(infer, "check_llm", lambda *_: None)
+
+    def found(key, loo, ahead):
+        table[key] = {"leave_one_out": torch.tensor(loo), "next_step": torch.tensor(ahead)}
+        return torch.tensor([key])
+
+    model = SimpleNamespace(quantiles=torch.zeros(1), coherence=lambda e: 1 - e / 10)
+    llm = SimpleNamespace(step_latents=lambda *_: found(1.0, [1.0, 3.0, 2.0], [4.0, 9.0, 5.0]))
+    scored = infer.score(model, llm, "Q?", ["a", "b", "c"])
+    names = "energy energy_max energy_last next_step_energy coherence".split()
+    assert [scored[name] for name in names] == pytest.approx([2, 3, 2, 6, 0.8]) and scored["suspect"] == 2
+    assert infer.mean_logprob({"steps": ["a", "b"], "logprobs": [-50, -1, -3], "n_tokens": [9, 1, 3]}) == -2.5
+    chains = [{"steps": ["#### 1"], "logprob": -1.0, "h": found(2.0, [5.0], [0.0])},
+              {"steps": ["#### 1"], "logprob": -2.0, "h": found(3.0, [3.0], [9.0])}]
+    assert [(c["candidate"], c["score"]) for c in infer.rerank(model, chains, 2.0, 3.0)] == [(2, -13), (1, -17)]
+    rng, rows = np.random.default_rng(0), []
+    for q in range(30):
+        level = rng.normal(0, 99, 2)  # another in every question
+        for i in range(2 + q % 3):
+            right = i == q % 2
+            rows.append({"problem_id": q, "steps": ["a"], "is_valid": right, "n_tokens": [1, 1],
+                         "logprobs": [0, level[0] - right + rng.normal(0, 0.1)],  # misleads
+                         "h": found(10.0 + len(rows), [float(level[1] - right + rng.normal(0, 0.1))], [0.0])})
+    fitted = infer.fit_weights(model, rows)
+    assert (fitted["energy"], fitted["logprob"], fitted["accuracy"]) == (1, 0, 1)
+    assert fitted["alpha"] == 0 and fitted["beta"] > 2
+    assert fitted["random"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 4) / 3)
 
 
 def test_what_a_score_adds_to_others():
@@ -3119,7 +3522,39 @@ def test_evaluation_of_plan_and_nudge(world, monkeypatch):
     problems = [world.rjepa, "--dataset", "synthetic", "--limit", "60", "--device", "cpu"]
     plan = functools.partial(result_of, eval_alignment.main, *problems, "--plan", "--logprob_limit", 8,
                              "--decode_limit")
-    found = plan(5)
+    ranked, said, lengths = [], [], []
+    add_ranks, say, predict_next = eval_alignment.add_ranks, infer.say, m.RJEPA.predict_next
+    with monkeypatch.context() as spy:
+        spy.setattr(eval_alignment, "add_ranks", lambda ranks, guesses, among, own, k, of="": (
+            ranked.append((guesses, among, own, k, of)), add_ranks(ranks, guesses, among, own, k, of))[1])
+        spy.setattr(infer, "say", lambda *asked: (said.append(asked[2:]), say(*asked))[1])
+        spy.setattr(m.RJEPA, "predict_next", lambda net, h, is_real: (
+            lengths.append(is_real.sum(1).tolist()), predict_next(net, h, is_real))[1])
+        found = plan(5)
+    holes = [k for *_, k, of in ranked if not of]
+    assert lengths == [holes] and all(2 <= k <= len(own) for _, _, own, k, _ in ranked)  # seen before it, a middle step
+    train_h = [r["h"].float() for r in latents.load_latents(world.config.latents)[0]
+               if r["is_valid"] and r["split"] == "train"]
+    same = functools.partial(torch.allclose, rtol=1e-3, atol=1e-3)
+    for guesses, among, own, k, of in ranked:
+        if not of:
+            after = 2 * guesses["neighbours"] - guesses["copy"]
+            assert same(guesses["copy"], among[1 + own.index(k - 1)])
+            assert not same(after, among[1 + own.index(k + 1)])  # as it was read after the gap
+            assert not (among[1 + len(own):, None] == among[: 1 + len(own)]).all(-1).any()  # others are of others
+            there = [h[k] for h in train_h if len(h) > k + 1] or [h[-1] for h in train_h]
+            assert same(guesses["position"], world.model.standardize(torch.stack(there).mean(0)))
+        elif of == "_placed":
+            placed = guesses, among
+        else:
+            middle = placed[1].mean(0)
+            assert same(among, placed[1] - middle)
+            assert all(same(guess, placed[0][name] - middle) for name, guess in guesses.items())
+    z, other = [asked[0][:, 0] for asked in said], said[0][0][:, 0].roll(1, 0)
+    for i, latent in enumerate((z[0], other, z[0], other, z[4], z[0], z[4], z[4].roll(1, 0))):
+        assert torch.equal(z[i], latent)
+    assert not same(z[0], z[4]) and [asked[-1] for asked in said] == [1, 1, infer.TRIES, infer.TRIES, 1, 1, 1, 1]
+    assert [bool((asked[1].sum(1) == 1).all()) for asked in said] == [False] * 5 + [True] * 3  # alone
     assert plan(0, "--speaker", "nowhere") == {key: found[key] for key in ("n", "retrieval", "together", "gaps")}
     names = {name + of for name in ("plan", "next_step", "copy", "neighbours", "position") for of in ("", "_others")}
     by = found["retrieval"]
@@ -3131,7 +3566,13 @@ def test_evaluation_of_plan_and_nudge(world, monkeypatch):
     assert all(by[name]["mrr"] <= by[f"{name}_others"]["mrr"] for name in by if not name.endswith("_others"))
     p = {name: figures["p_plan"] for name, figures in found["retrieval"].items()}
     assert {p[name] for name in p if name.startswith("plan")} == {1} and all(0 < value <= 1 for value in p.values())
-    alone = plan(0, "--logprob_limit", 0)
+    gaps = iter([2] * len(holes) + [3, None, None] * len(holes))
+    with monkeypatch.context() as patch:
+        patch.setattr(infer, "find_gap", lambda *_: (next(gaps), 0.0))
+        alone = plan(0, "--logprob_limit", 0)
+    n, false = len(holes), -(-len(holes) // 3)
+    assert alone["gaps"] == pytest.approx({"recall": 1.0, "false_alarms": false / n, "precision": n / (n + false),
+                                           "located": holes.count(2) / n})
     assert set(alone["retrieval"]) == names and alone["together"] == {}
     assert len(found["together"]) == 4 and all(both["n"] == 8 for both in found["together"].values())
     assert {"llm_before", "llm_before_tries", "speaker", "speaker_true", "speaker_shuffled", "speaker_tries",
@@ -3243,6 +3684,29 @@ def test_texts_of_a_folder_are_held_out_by_text_or_by_their_ends(tmp_path):
         assert val_text == f"Line 38.{between}Line 39." and train_text + between + val_text == text
 
 
+def test_long_batches_come_at_any_time_and_spans_are_of_up_to_three_paragraphs():
+    chains = [{"h": torch.zeros(2 + i % 6, 4)} for i in range(64)]
+    for batches, size in ((data.Batches(examples(64), tiny()), lambda e: len(e["question"])),
+                          (latents.Batches(chains, rjepa_config()), lambda c: len(c["h"]))):
+        take = batches.chains if isinstance(batches, latents.Batches) else lambda i, take=batches: (take(i),)
+        sizes = np.array([[sum(map(size, take(8 * epoch + i)[0])) for i in range(8)] for epoch in range(10)])
+        assert len(set(sizes.argmin(1).tolist())) > 3
+    document = {"sentences": [5] * 12, "paragraphs": [i // 2 for i in range(12)]}
+    config, rng = text_config(mask_min=0.5, mask_max=0.5, paragraph_share=1.0), np.random.default_rng(0)
+    hidden = np.array([data.draw_spans(document, config, rng) for _ in range(300)])
+    whole = hidden.reshape(300, 6, 2)
+    assert (whole[:, :, 0] == whole[:, :, 1]).all() and (hidden.sum(1) == 6).all()
+    runs_of_three = (whole[:, :-2, 0] & whole[:, 1:-1, 0] & whole[:, 2:, 0]).any(1).mean()
+    assert runs_of_three > 0.4  # of paragraphs drawn one by one 4 of 20
+
+
+def test_masks_follow_from_seed_and_index():
+    same = documents(1) * 12
+    seen = [data.Documents(same, text_config(seed=seed, block_size=64))(index)["is_target"]
+            for seed, index in ((1, 0), (1, 1), (2, 0), (1, 0))]
+    assert torch.equal(seen[0], seen[3]) and not torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+
+
 def test_packing_keeps_every_document_once_and_fills_rows():
     lengths = [random.Random(i).randint(1, 60) for i in range(200)]
     rows = data.pack(lengths, 64)
@@ -3320,6 +3784,26 @@ def test_document_terms_equal_hand_values():
     assert torch.isclose(found["decorrelation"], scaled["decorrelation"])
 
 
+def test_targets_are_made_by_the_ema_copies_alone():
+    text, batch = tjepa_and_batch(documents()[:3], head=True)
+    h, is_real = latents.pad_latents([torch.randn(5, 12)])
+    world = rjepa_model()
+    asked = [batch[k] for k in ("idx", "positions", "segment")]
+    for model, targets in ((text, lambda: text.targets(*asked)), (world, lambda: world.targets(h, is_real))):
+        first = targets()
+        assert not first.requires_grad and torch.allclose(first.std(-1, correction=0), torch.ones(()), atol=0.01)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.add_(torch.randn_like(p) * ("target" not in name))
+        assert torch.equal(first, targets())
+        model.update_target(0.0)
+        assert not torch.allclose(first, targets(), atol=0.1)
+    taught = latents.collate(latent_chains(8), world.config, np.random.default_rng(0))
+    for name in ("l1", "variance", "infonce", "own", "reconstruction"):  # all teach the encoder
+        model = rjepa_model()
+        assert torch.autograd.grad(model(taught)[name], model.w_in.weight)[0].abs().max() > 0
+
+
 def test_documents_in_the_loss_are_those_of_the_rows_and_the_head_stays_behind():
     fields = dict(head=True, document_share=0.4, lambda_document=3.0, lambda_decorrelation=0.5)
     model, batch = tjepa_and_batch(documents()[:3], documents()[3:5], **fields)
@@ -3351,7 +3835,9 @@ def test_the_neighbour_of_a_hidden_token_is_visible_and_of_its_document():
 
 def test_the_document_mean_is_of_visible_tokens_alone():
     model, parts = m.TJEPA(text_config(vocab_size=258, head=True, document_share=0.5)).eval(), documents()
-    means, targets = [], []
+    for p in model.jepa.target_encoder.parameters():
+        p.mul_(3)  # what is hidden must tell in what is visible
+    means, targets, encoded = [], [], []
     for batch in data.packed(parts, model.config, "cpu"):
         z = model.targets(batch["idx"], batch["positions"], batch["segment"])
         for row, segment in enumerate(batch["segment"]):
@@ -3361,11 +3847,16 @@ def test_the_document_mean_is_of_visible_tokens_alone():
                 seen = model.project(model.encode(idx, torch.ones_like(idx, dtype=torch.bool), positions))[0].mean(0)
                 means += [seen] * int((here & hidden).sum())
                 targets.append(z[row, here & hidden])
+        encoded.append(model.encode(batch["idx"], batch["segment"] >= 0, batch["positions"],
+                                    batch["segment"])[batch["is_target"]])
     means, targets = torch.stack(means), torch.cat(targets)
+    ranks, std = [m.effective_rank(x) for x in (targets, torch.cat(encoded))], float(targets.std(0).mean())
     means, targets = ((x - targets.mean(0)) / targets.std(0, correction=0).clamp_min(1e-3) for x in (means, targets))
     expected = min((a * means - targets).square().mean() for a in torch.linspace(0, 1.5, 3001))  # the best factor
     found = jobs.span_figures(model, parts, "cpu")
     assert found["mse_document_mean"] == pytest.approx(float(expected), rel=1e-4) and found["n"] == len(targets)
+    assert [found["target_raw_effective_rank"], found["encoder_effective_rank"], found["target_std"]] == pytest.approx(
+        [*ranks, std], rel=1e-4)
     assert found["mse_gain"] == pytest.approx(found["mse_document_mean"] - found["mse"], abs=1e-6)
     assert found["mse_gain_ci95"][0] <= found["mse_gain"] <= found["mse_gain_ci95"][1]
 
