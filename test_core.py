@@ -1303,7 +1303,7 @@ def test_importing_a_script_runs_nothing():
 
 def test_imports_run_one_way():
     level = {"config": 0, "redact": 1, "sandbox": 0, "model": 1, "verify": 1, "benchmarks": 2, "data": 3, "latents": 4,
-             "runs": 5, "llm": 6, "parallel": 6, "jobs": 7, "train": 8, "extract": 8, "memory": 8, "infer": 9,
+             "runs": 5, "llm": 6, "parallel": 6, "extract": 7, "jobs": 8, "train": 9, "memory": 8, "infer": 9,
              "eval_alignment": 10, "evaluate_accuracy": 11, "bench": 10, "pictures": 2, "main": 12}  # fmt: skip
     assert sorted(level) == MODULES
     for name, own in level.items():
@@ -1929,6 +1929,7 @@ def test_a_gap_is_after_the_highest_next_step_energy():
     assert find(torch.tensor([5.0, 0.7]), 0.5) == (2, 0.5) and find(torch.tensor([5.0]))[0] is None
 
 
+@torch.no_grad()
 def test_held_out_figures_weigh_tokens_and_chains_alike():
     """A mean over batches is one over what they hold; controls read another chain's latent."""
     def job_of(kind, n, **fields):
@@ -1957,14 +1958,13 @@ def test_held_out_figures_weigh_tokens_and_chains_alike():
     assert found == pytest.approx({"ce_llm": 13 / 5, "ce": 13 / 5, "ce_shuffled": 26 / 5, "bias": 13 / 5})
     model, job = rjepa_model(), job_of(jobs.LatentJob, 0, config=rjepa_config(batch_size=3, shuffle_steps=True))
     job.val, predicted = latent_chains(5), []
-    with torch.no_grad():
-        found = job.figures(model, "cpu", contextlib.nullcontext)
-        for start in (0, 3):
-            part = job.val[start : start + 3]
-            batch = latents.collate(part, rjepa_config(), np.random.default_rng([0, start]))
-            z, (chain, step) = model.targets(batch["h"], batch["is_real"]), batch["is_target"].nonzero(as_tuple=True)
-            z_pred = model.predict(batch["h"], batch["is_visible"], batch["is_target"])
-            predicted.append([z_pred, z[chain, step], z[chain, step - 1]])
+    found = job.figures(model, "cpu", contextlib.nullcontext)
+    for start in (0, 3):
+        part = job.val[start : start + 3]
+        batch = latents.collate(part, rjepa_config(), np.random.default_rng([0, start]))
+        z, (chain, step) = model.targets(batch["h"], batch["is_real"]), batch["is_target"].nonzero(as_tuple=True)
+        z_pred = model.predict(batch["h"], batch["is_visible"], batch["is_target"])
+        predicted.append([z_pred, z[chain, step], z[chain, step - 1]])
     expected = m.latent_figures(*map(torch.cat, zip(*predicted, strict=True)))
     assert {k: found[k] for k in expected} == pytest.approx(expected, rel=1e-4)
     e = infer.energies(model, [c["h"] for c in job.val])
