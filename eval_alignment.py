@@ -403,8 +403,9 @@ def evaluate_plan(run: str, args) -> dict:
         words = [np.mean([w in s.split() for w in t.split()]) for t, s in zip(truths, said, strict=True)]
         both = [(set(numbers(t)), set(numbers(s))) for t, s in zip(truths, said, strict=True)]
         whole = [t == s for t, s in zip(truths, said, strict=True)]
+        shares = [len(t & s) / len(t) for t, s in both if t]
         return {"words": float(np.mean(words)), "whole": float(np.mean(whole)),
-                "numbers": float(np.mean([len(t & s) / len(t) for t, s in both if t]))}
+                "numbers": float(np.mean(shares)) if shares else None}
 
     given_away = {name: recovered(say(z, alone)) for name, z in (("true", z_true), ("shuffled", z_true.roll(1, 0)))
                   if knows_alone}

@@ -936,6 +936,10 @@ def test_the_held_out_token_loss_is_a_mean_over_tokens(tmp_path, context):
     for config.batch_size in (1, 7, 64):
         found.append(job.evaluate(net, "cpu", contextlib.nullcontext)["lm_loss"])
     assert found == pytest.approx([found[0]] * 3, abs=1e-5)
+    with patch.object(net, "fit_standardize") as fit:
+        figures = job.evaluate(net, "cpu", contextlib.nullcontext)
+    assert fit.call_args.args[0] == [e["target"] for e in job.train]  # nothing is fitted to what is held out
+    assert figures["predict_mean_loss"] == 1 - figures["predict_mean_cos"]
 
 
 def test_a_run_folder_and_its_figures(finished, small_rjepa, thinkers, world):
@@ -983,8 +987,13 @@ def test_a_run_follows_its_schedules_and_adds_up_micro_batches(tmp_path, monkeyp
     momenta = []
     monkeypatch.setattr(m.NanoJEPA, "update_target", lambda net, momentum: momenta.append(momentum))
     fields = dict(dropout=0.0, max_steps=3, grad_accum=2, grad_clip=0.05, lr=0.01, ema_start=0.5, ema_end=0.9, seed=7)
-    run(tmp_path / "run", **fields)
-    assert momenta == pytest.approx([0.5, 0.7, 0.9])
+    seeds, manual_seed = [], torch.manual_seed
+    with monkeypatch.context() as spy:
+        spy.setattr(torch, "manual_seed", lambda seed: (seeds.append(seed), manual_seed(seed))[1])
+        run(tmp_path / "run", **fields)
+        run(tmp_path / "other", **fields | {"seed": 8, "max_steps": 0, "epochs": 1 / 6})  # of 6 steps an epoch
+    assert momenta == pytest.approx([0.5, 0.7, 0.9, 0.5])
+    assert len(seeds) == len(set(seeds)) == 7 + 3  # for the weights, then for every micro-batch
     config = tiny(**fields)
     job = jobs.TextJob(config, tmp_path / "none")
     torch.manual_seed(7)
@@ -1231,9 +1240,16 @@ def test_evaluation_scripts_report_what_the_contract_names(finished):
     questions, answers = [e["question"] for e in coded], [e["target"] for e in coded]
     kept, *versions = found = [part[1:] for part in eval_alignment.counterfactuals(problems, config, 1)]
     right, wrong = (net.encode_answers([tokenizer.encode(text) for text in texts]) for texts in versions)
-    with patch.object(eval_alignment, "counterfactuals", lambda *_: found):  # the first problem has none
+    with (patch.object(eval_alignment, "counterfactuals", lambda *_: found),  # the first problem has none
+          patch.object(eval_alignment, "nearer", wraps=eval_alignment.nearer) as nearer):
         result = script(eval_alignment, "--limit", "40")
-    assert result["counterfactual"] == eval_alignment.nearer(net.encode(questions, answers)[0][kept], right, wrong)
+    for asked, expected in zip(nearer.call_args_list[0].args, (net.encode(questions, answers)[0][kept], right, wrong),
+                               strict=True):
+        assert torch.equal(asked, expected)
+    assert (nearer.call_args_list[1].args[0] > 0).sum(1).tolist() == [
+        len(set(re.findall(r"\w+", problems[i]["question"].lower()))) for i in kept]
+    _, *versions = eval_alignment.counterfactuals(problems, SimpleNamespace(target_text="final"), 1)
+    assert all(re.fullmatch(r"#### \d+", text) for text in sum(versions, []))
     torch.manual_seed(1)
     untrained = runs.build_model(config).eval()
     untrained.fit_standardize(answers)
@@ -1247,6 +1263,20 @@ def test_evaluation_scripts_report_what_the_contract_names(finished):
         assert set(figures) == {"accuracy", "ci95", "recovered", "pairwise"} | expected
     saved = verify.read_jsonl(next(folder.glob("generations-*")), ["id", "truth", "candidates"])
     assert len(saved) == 6 and len(saved[0]["candidates"]) == 3
+
+
+def test_every_batch_of_answers_is_drawn_by_a_seed_of_its_own():
+    def generate(questions, max_new_tokens, temperature, seed):
+        asked.append((temperature, seed))
+        return [q[:1] for q in questions]
+
+    tokenizer, args = SimpleNamespace(decode=str), dict(batch_size=3, max_new_tokens=4, temperature=0.8, seed=5)
+    for k, temperature in ((2, 0.8), (4, 0.8), (1, 0)):
+        asked = []
+        found = evaluate_accuracy.generate(SimpleNamespace(generate=generate), [[3, 1, 1], [4], [5, 5], [6]], tokenizer,
+                                           SimpleNamespace(k=k, **args))
+        assert found == [[f"[{i}]"] * k for i in (3, 4, 5, 6)] and {t for t, _ in asked} == {temperature}
+        assert len({seed for _, seed in asked}) == len(asked) == -(-4 * k // 3)
 
 
 def test_accuracy_by_hand():
@@ -1750,7 +1780,8 @@ def test_a_run_on_latents_of_a_data_set_that_it_cannot_name_is_loaded(tmp_path):
     assert runs.load_run(tmp_path / "run", "cpu")[1].dataset == "gsm8k"
 
 
-@pytest.mark.parametrize("fields", [{}, {"mask": "random"}, {"suffix_share": 1.0, "single_share": 0.0}])
+@pytest.mark.parametrize("fields", [{}, {"mask": "random"}, {"suffix_share": 0.0},
+                                    {"suffix_share": 1.0, "single_share": 0.0}])
 def test_masks_reach_every_step_and_hide_at_least_one(fields):
     rng, config = np.random.default_rng(0), rjepa_config(**fields)
     for n in (1, 2, 3, 7):
@@ -1766,7 +1797,24 @@ def test_masks_reach_every_step_and_hide_at_least_one(fields):
     block = dict(suffix_share=0.0, single_share=0.0)
     sizes = latents.draw_masks(np.full(300, 10), rjepa_config(**block), rng)[0].sum(1)
     assert min(sizes) == 3 and max(sizes) == 7
+    single = latents.draw_masks(np.full(300, 10), rjepa_config(suffix_share=0.0, single_share=1.0), rng)[0]
+    assert (single.sum(1) == 1).all()
+    suffix = latents.draw_masks(np.full(600, 10), rjepa_config(suffix_share=1.0, single_share=0.0), rng)
+    n_hidden, n_asked = (mask.sum(1) for mask in suffix)
+    assert 0.4 < (n_asked[n_hidden > 1] == 1).mean() < 0.6 and set(n_asked) == set(range(1, 11))
     refused(ValueError, "a chain without steps", latents.draw_masks, np.array([2, 0]), config, rng)
+
+
+def test_a_chain_and_its_counterfactual_are_shuffled_alike():
+    chains, orders = latent_chains(18), []
+    batch = latents.collate(chains, rjepa_config(shuffle_steps=True, lambda_margin=1.0), np.random.default_rng(0))
+    for i, c in enumerate(chains):
+        own, theirs = ([(c[key].float() == z).all(1).nonzero().item() for z in batch[key][i, : len(c["h"])]]
+                       for key in ("h", "wrong_h"))
+        assert batch["is_wrong"][i].tolist() == [k >= c["wrong_step"] for k in own] + [False] * (7 - len(own))
+        assert own == theirs and own[0] == 0 and sorted(own) == [*range(len(own))]
+        orders.append(own)
+    assert sum(order != sorted(order) for order in orders) > 8
 
 
 def test_batches_of_latents_follow_from_seed_and_index():
@@ -1908,6 +1956,10 @@ def test_predictions_in_the_llms_space_and_orders_of_steps():
     model, z = rjepa_model(), torch.randn(4, 16)
     model.fit_standardize(torch.randn(99, 12) * torch.arange(1, 13) + 5)
     assert torch.allclose(model.standardize(model.to_llm(z)), model.w_out(z), atol=1e-5)
+    h = torch.randn(6, 12)
+    cos = F.cosine_similarity(model.standardize(h), model.w_out(z[:1])).detach().sort(descending=True)
+    assert infer.nearest_steps(model, (h, list("abcdef")), z[0], 6) == [
+        {"text": "abcdef"[i], "cos": pytest.approx(float(c), abs=1e-5)} for c, i in zip(*cos, strict=True)]
     orders = latents.shuffled(np.array([3] * 99 + [4]), np.random.default_rng(0))[:99]
     assert len(np.unique(orders, axis=0)) == 6 and (orders[:, [0, 4]] == (0, 4)).all()
 
@@ -1974,6 +2026,11 @@ def test_held_out_figures_weigh_tokens_and_chains_alike():
         torch.testing.assert_close(row, torch.quantile(values, torch.linspace(0, 1, 101)), atol=1e-4, rtol=1e-4)
     model.forward = lambda batch: {"loss": torch.tensor(float(len(batch["h"])))}
     assert job.figures(model, "cpu", contextlib.nullcontext)["loss"] == pytest.approx(13 / 5)
+    job.train = latent_chains(9, seed=1)
+    job.fit(model)
+    assert torch.allclose(model.h_mean, torch.cat([c["h"] for c in job.train]).float().mean(0), atol=1e-5)
+    job.figures = lambda net, *_: (net.training, torch.is_grad_enabled())
+    assert job.evaluate(model.train(), "cpu", None) == (False, False) and model.training
 
 
 @pytest.mark.parametrize("kind", ["ema", "copy", "online"])
@@ -2062,10 +2119,13 @@ def test_an_rjepa_run_resumes_to_the_same_weights_and_scores(small_rjepa, tmp_pa
 
 
 def test_a_retrained_run_must_not_lose_on_the_held_out_set(small_rjepa, tmp_path, capsys, monkeypatch):
+    assert train.relative_l1({"l1": 3.0, "l1_predict_mean": 2.0}) == 1.5
     first, here, _ = small_rjepa
     more, fields = latents_folder(tmp_path / "more", name="fed-"), dict(init_from=first, held_out=str(here))
     lost = train_rjepa(tmp_path / "worse", more, lr=3.0, warmup_ratio=0.0, **fields)
-    assert not lost["accepted"] and lost["after"] > lost["before"] and "rejected" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert not lost["accepted"] and lost["after"] > lost["before"] and "rejected" in said
+    assert ", 60 chains, " in said  # all of the folder are learnt from
     assert train.relative_l1(lost["val"]) == lost["before"]  # the figures are those of the weights that stay
     worse = train_rjepa(tmp_path / "hasty", here, lr=0.03, warmup_ratio=0.0)["out_dir"]  # one that can be beaten
     won = train_rjepa(tmp_path / "better", more, max_steps=60, save_every=60, **fields | {"init_from": worse})
@@ -2126,6 +2186,10 @@ def test_training_takes_verified_chains_alone_and_none_of_a_test_split(small_rje
     other = good | {"is_valid": False, "h": good["h"][:-1], "wrong_step": 1}  # no counterfactual of this chain
     [alone] = sum(latents.training_chains([good, other], manifest, "here"), [])
     assert "wrong_h" not in alone and "wrong_step" not in alone
+    wrong = [good | {"is_valid": False, "wrong_step": None, "h": torch.full_like(good["h"], i)} for i in (1, 2, 3)]
+    wrong[2]["steps"] = []  # nothing was written
+    several = sum(latents.training_chains([*wrong, good, good, good], manifest, "here"), [])
+    assert [float(c["wrong_h"][0, 0]) for c in several] == [1, 2, 1]  # in turn
 
 
 def test_pairs_are_balanced_over_both_directions_of_two_sources():
@@ -2134,7 +2198,11 @@ def test_pairs_are_balanced_over_both_directions_of_two_sources():
     sources = [["a", "b"]] * 4
     assert evaluate_accuracy.balanced_pairwise(scores, right, sources) == 0.5
     assert evaluate_accuracy.pairwise(scores, np.array(right)) == 0.75
+    assert evaluate_accuracy.balanced_pairwise(scores, right, [["a", "a"]] * 4) == 0.75
     assert evaluate_accuracy.balanced_pairwise([np.ones(2)] * 2, right[-2:], sources[:2]) == 0.5  # ties
+    by = functools.partial(evaluate_accuracy.by_subject, SimpleNamespace(group=str.upper))
+    assert by([{"subject": s} for s in "bab"], np.array([1, 1, 0])) == {"macro": 0.75, "subjects": {"A": 1, "B": 0.5}}
+    assert by([{"subject": "a"}] * 3, np.array([1, 1, 0])) == {}
 
 
 def test_nearer_counts_ties_half_and_paired_p_is_mcnemars():
@@ -2663,6 +2731,8 @@ def test_damaged_latents_are_named(tmp_path):
     tensors, header = latents.read_shard(path)
     broken = {at: whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :] for at in (
         12, 60, whole.index(b"synthetic"), 8 + int.from_bytes(whole[:8], "little"), len(whole) - 2)}
+    latents.write_shard(path, [tensors["h"]], [tensors["logprobs"] * torch.nan], header, runs.write_atomic)
+    refused(ValueError, "shard-00001.* not finite", latents.read_shard, path)
     latents.write_shard(path, [tensors["h"] * torch.nan], [tensors["logprobs"]], header, runs.write_atomic)
     other = path.with_name("shard-00000.safetensors")
     again = "delete it{}, and run the same extract.py command again"
@@ -2704,6 +2774,10 @@ def test_damaged_latents_are_named(tmp_path):
     latents.check_same_llm(SimpleNamespace(**about), about | {"seed": 2}, "x")
     with pytest.raises(ValueError, match="x does not fit .layer: 2 there, 1 here, dim: 32 there, 16 here"):
         latents.check_same_llm(SimpleNamespace(**about), about | {"layer": 1, "dim": 16}, "x")
+    for ours, theirs in (("a", "a"), ("a", ""), ("", "b")):
+        latents.check_same_llm(SimpleNamespace(**about | {"llm_weights": ours}), about | {"weights": theirs}, "x")
+    refused(ValueError, "weights of the LLM: a there, b here", latents.check_same_llm,
+            SimpleNamespace(**about | {"llm_weights": "a"}), about | {"weights": "b"}, "x")
 
 
 def test_select_reads_what_sql_asks_for(tmp_path):
@@ -2902,7 +2976,16 @@ def test_an_evaluation_looks_at_the_chains_that_it_was_told_to(tmp_path, capsys)
     other = str(latents_folder(tmp_path / "other", n=20))
     for argv, of in (((), by_split["val"]), (("--latents", f"{folder}/"), long), (("--latents", other), rows[:40]),
                      (("--latents", folder, "--split", "train"), by_split["train"])):
-        assert result_of(eval_alignment.main, run, "--device", "cpu", *argv)["n"] == len(of), argv
+        made_up = [torch.ones(r["n_steps"]) for r in of]
+        for e, r in zip(made_up, of, strict=True):
+            e[0], e[-1] = 2 * r["is_valid"], 2 - r["is_valid"]  # last steps alone are lower where chains are right
+        with (patch.object(infer, "energies", lambda *_, e=made_up: [dict.fromkeys(m.RJEPA.ENERGIES, x) for x in e]),
+              patch.object(eval_alignment, "latent_figures", lambda *z: {"steps": [len(x) for x in z], "again": (
+                  [bool(z[2].equal(x)) for x in z[:2]], (z[2][1:] == z[1][:-1]).all(1).float().mean().item() > 0.5)})):
+            found = result_of(eval_alignment.main, run, "--device", "cpu", *argv)
+        assert found["n"] == len(of) and found["leave_one_out_last"]["auroc"] == 1, argv
+        assert found["steps"] == [sum(r["n_steps"] for r in of if r["is_valid"])] * 3  # as training evaluates
+        assert found["again"] == [[False, False], True]  # the step before
     refused(SystemExit, "0 chain to look at, of the split test", eval_alignment.main,
             [run, "--latents", folder, "--split", "test"])
     x, config = np.stack([evaluate_accuracy.chain_features(r["h"]) for r in rows]), runs.load_config(run)[1]
@@ -3118,7 +3201,7 @@ def test_ways_of_picking_a_candidate_equal_hand_values(tmp_path, monkeypatch):
     candidate("q1", "b", False, "none", (5.0, 5.0), (6.0, 6.0), -5.0, 7)
     candidate("q2", "a", True, "3", (1.0, 1.0), (2.0, 2.0), -1.1, 5)
     candidate("q2", "b", True, "3", (2.0, 2.0), (4.0, 4.0), -1.5, 8)
-    candidate("q2", "b", False, "4", (3.0, 3.0), (1.0, 1.0), -1.0, 6)
+    candidate("q2", "b", False, "4", (5.0, 0.5), (1.0, 1.0), -1.0, 6)
     candidate("q3", "a", True, "5", (1.0, 1.0), (1.0, 1.0), -2.0, 3)
     candidate("q3", "b", False, "", (), (), 0.0, 0)  # nothing written
     candidate("q4", "a", False, "6", (1.0, 1.0), (1.0, 1.0), -2.0, 3)
@@ -3145,8 +3228,8 @@ def test_ways_of_picking_a_candidate_equal_hand_values(tmp_path, monkeypatch):
     found = evaluate_accuracy.evaluate_candidates("net", args)
     assert (found["random"], found["oracle"]) == pytest.approx(((1 / 3 + 1 / 4 + 2 / 3 + 1 / 2 + 0) / 5, 0.8))
     by = found["methods"]
-    for name, hits in (("energy", 3), ("energy_last", 3), ("energy_next_step", 2), ("logprob", 2), ("shortest", 3),
-                       ("untrained", 1), ("untrained_last", 1), ("energy other", 2), ("energy_next_step other", 3),
+    for name, hits in (("energy", 3), ("energy_last", 2), ("energy_next_step", 2), ("logprob", 2), ("shortest", 3),
+                       ("untrained", 1), ("untrained_last", 2), ("energy other", 2), ("energy_next_step other", 3),
                        ("gate_energy", 4), ("gate_logprob", 2), ("majority", 2), ("majority_logprob", 3),
                        ("majority_energy", 3), ("gate_majority", 3), ("ensemble", 3), ("oracle", 4)):
         assert by[name]["accuracy"] == hits / 5, name
@@ -3177,6 +3260,12 @@ def test_the_suspect_is_what_the_gate_rejects_else_what_only_the_steps_after_it_
     rows = latents.load_latents(folder)[0]
     least = [1 + int(np.argmin(r["logprobs"][1:])) == r["wrong_step"] for r in rows]
     assert result["top1_logprob"] == np.mean(least)
+    with (patch.object(infer, "suspect", lambda steps, e: (1, "energies")),
+          patch.object(infer, "energies", wraps=infer.energies) as control):
+        result = result_of(eval_alignment.main, world.rjepa, "--latents", folder, "--step_errors", path,
+                           "--device", "cpu")
+    assert (result["top1"], result["top1_gate"], result["top1_gate_middle"]) == (0.5, 0, 0.5)  # the gate found none
+    assert (control.call_args.args[0].h_mean != 0).all()  # new weights that know these latents' mean
 
 
 def test_a_published_run_is_used_as_the_run_is(world, tmp_path):
@@ -3397,7 +3486,7 @@ def test_what_an_llm_that_was_trained_again_has_made_is_not_taken_for_the_new_on
 def test_a_step_is_said_again_until_its_arithmetic_holds():
     def generate(context, allowed, offsets, max_new_tokens, temperature=0.0, seed=0, prompts=None):
         asked.append((len(context), temperature, prompts))
-        return [[int(c) if seed < c else 0] for c in context[:, 0, 0]]  # c: how many tries it takes
+        return [[0 if seed >= c else 2 if seed else int(c)] for c in context[:, 0, 0]]  # c: how many tries it takes
 
     texts = {0: "1 + 1 = 2", 1: "1 + 1 = 3", 2: "2 + 2 = 5", 9: ""}
     says, tokenizer = SimpleNamespace(generate=generate), SimpleNamespace(decode=lambda ids: texts[ids[0]])
@@ -3415,7 +3504,10 @@ def test_a_step_is_said_again_until_its_arithmetic_holds():
 def test_what_a_speaker_reads_never_holds_the_hidden_step(world, tmp_path, reads):
     config = cfg.SpeakConfig(init_from=world.rjepa, vocab_size=300, batch_size=8, device="cpu", reads=reads,
                              read_size=40, alone_share=0.0)
-    job = jobs.SpeakJob(config, tmp_path)
+    with patch.object(jobs, "chains_to_train_on", lambda *args, chosen=jobs.chains_to_train_on: [
+            [part[0] | {"steps": ["#### 1"], "h": part[0]["h"][:2]}, *part] for part in chosen(*args)]):
+        job = jobs.SpeakJob(config, tmp_path)  # of a chain of one step nothing would be left
+    assert min(len(c["steps"]) for c in job.train + job.val) > 1
     eos, seen = job.config.vocab_size - 2, 0
     batch, chains = job.batch(0, "cpu"), job.batches.chains(0)[0]
     for row, is_text, c in zip(batch["idx"], batch["is_text"], chains, strict=True):
@@ -3471,6 +3563,25 @@ def test_baselines_of_retrieval_are_of_other_verified_chains(monkeypatch):
     assert [k for *_, k in asked[len(holes) :]] != holes  # they follow from the seed
 
 
+def test_a_nudge_is_towards_what_follows_the_steps_so_far():
+    class Row:
+        def __init__(self, n):
+            self.question_latent, self.chain = torch.tensor([n]), lambda: {"h": torch.tensor([[n], [n + 10.0]])}
+
+    model = SimpleNamespace(h_mean=torch.zeros(1), predict_next=lambda h, real: h[range(len(h)), real.sum(1) - 1])
+    rows = [Row(n) for n in (0.0, 1.0, 2.0)]
+    for shuffled, n in ((False, [0, 1, 2]), (True, [1, 2, 0])):
+        pull = infer.Nudge(model, None, 1.0, model, shuffled)
+        pull.begin(rows)
+        assert pull.now(rows)[:, 0].tolist() == n and pull.now(rows[1:])[:, 0].tolist() == n[1:]
+        pull.step_ended(rows[1])
+        assert pull.now(rows)[:, 0].tolist() == [i + 10 * (i == 1) for i in n]
+    model.to_llm = lambda z: torch.cat((-z, z), 1)  # mean and last
+    pull = infer.Nudge(model, SimpleNamespace(layer=1, n_layer=2, dim=1), 0.5)
+    pull.begin(rows)
+    assert pull.blend(rows[1:])[0] == 0.5 and pull.blend(rows[1:])[1].tolist() == [[1], [2]]
+
+
 def test_scores_and_weights_of_chains_equal_hand_values(monkeypatch):
     table = {}
     monkeypatch.setattr(infer, "energies", lambda model, chains: [table[float(h[0])] for h in chains])
@@ -3501,6 +3612,16 @@ def test_scores_and_weights_of_chains_equal_hand_values(monkeypatch):
     assert (fitted["energy"], fitted["logprob"], fitted["accuracy"]) == (1, 0, 1)
     assert fitted["alpha"] == 0 and fitted["beta"] > 2
     assert fitted["random"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 4) / 3)
+    for row in rows:
+        found(float(row["h"][0]), [rng.normal()], [0.0])
+    assert infer.fit_weights(model, rows)["accuracy"] < 0.8  # without the weight that would rank by what misleads
+    x, right = rng.normal(size=(50, 2)), rng.random(50) < 0.5
+    (weights, _), (others, _) = (infer.regression(x * scale, right, 1.0, -9e9) for scale in (1, np.array([1e3, 1e-3])))
+    assert others * (1e3, 1e-3) == pytest.approx(weights, rel=1e-3)  # whatever it is measured in
+    rows = [{"problem_id": q, "i": i} for q in range(30) for i in range(3)]
+    mixed, question, members = infer.by_question(rows, 5)
+    assert {mixed[part[0]]["i"] for part in members} == {0, 1, 2} and mixed != infer.by_question(rows, 6)[0]
+    assert [[len(part), len({mixed[i]["problem_id"] for i in part})] for part in members] == [[3, 1]] * 30
 
 
 def test_what_a_score_adds_to_others():
@@ -3513,6 +3634,8 @@ def test_what_a_score_adds_to_others():
     found = {new: eval_alignment.adds(scores, ("known",), new, 1) for new in ("new", "noise")}
     by_itself = np.mean([s["known"].argmax() == 0 for s in scores])
     assert found["new"]["without"]["top1"] == found["noise"]["without"]["top1"] == by_itself
+    nothing = eval_alignment.adds([{"a": np.zeros(3), "b": np.zeros(3)}] * 9, ("a",), "b", 1)
+    assert nothing["without"]["top1"] == nothing["with"]["top1"] == 0  # a tie is no hit
     assert found["new"]["with"]["top1"] > by_itself + 0.15 and found["new"]["p"] < 0.01 < found["noise"]["p"]
     lowest, highest = found["new"]["with"]["ci95"]
     assert 0 < lowest < found["new"]["with"]["top1"] < highest < 1 and found["new"]["n"] == 99
@@ -3530,7 +3653,12 @@ def test_evaluation_of_plan_and_nudge(world, monkeypatch):
         spy.setattr(infer, "say", lambda *asked: (said.append(asked[2:]), say(*asked))[1])
         spy.setattr(m.RJEPA, "predict_next", lambda net, h, is_real: (
             lengths.append(is_real.sum(1).tolist()), predict_next(net, h, is_real))[1])
-        found = plan(5)
+        with (patch.object(eval_alignment, "adds", wraps=eval_alignment.adds) as adds,
+              patch.object(eval_alignment, "rank_figures", wraps=eval_alignment.rank_figures) as figures):
+            found = plan(5)
+    (weighed, *_), (ranks,) = adds.call_args.args, figures.call_args.args
+    for name in ("llm_logprob", "llm_chain"):
+        assert ranks[f"{name}_others"] == [1 + int((s[name][1:] >= s[name][0]).sum()) for s in weighed]
     holes = [k for *_, k, of in ranked if not of]
     assert lengths == [holes] and all(2 <= k <= len(own) for _, _, own, k, _ in ranked)  # seen before it, a middle step
     train_h = [r["h"].float() for r in latents.load_latents(world.config.latents)[0]
@@ -3540,7 +3668,7 @@ def test_evaluation_of_plan_and_nudge(world, monkeypatch):
         if not of:
             after = 2 * guesses["neighbours"] - guesses["copy"]
             assert same(guesses["copy"], among[1 + own.index(k - 1)])
-            assert not same(after, among[1 + own.index(k + 1)])  # as it was read after the gap
+            assert not any(same(after, among[i]) for i in (0, 1 + own.index(k + 1)))  # as it was read after the gap
             assert not (among[1 + len(own):, None] == among[: 1 + len(own)]).all(-1).any()  # others are of others
             there = [h[k] for h in train_h if len(h) > k + 1] or [h[-1] for h in train_h]
             assert same(guesses["position"], world.model.standardize(torch.stack(there).mean(0)))
@@ -3567,25 +3695,52 @@ def test_evaluation_of_plan_and_nudge(world, monkeypatch):
     p = {name: figures["p_plan"] for name, figures in found["retrieval"].items()}
     assert {p[name] for name in p if name.startswith("plan")} == {1} and all(0 < value <= 1 for value in p.values())
     gaps = iter([2] * len(holes) + [3, None, None] * len(holes))
-    with monkeypatch.context() as patch:
-        patch.setattr(infer, "find_gap", lambda *_: (next(gaps), 0.0))
-        alone = plan(0, "--logprob_limit", 0)
+
+    def found_among_others(ranks, *asked):
+        add_ranks(ranks, *asked)
+        ranks["plan"][-1], ranks["plan_others"][-1], ranks["copy_others"][-1] = 2, 1, 1
+
+    with monkeypatch.context() as spy:
+        spy.setattr(eval_alignment, "add_ranks", found_among_others)
+        spy.setattr(infer, "find_gap", lambda *_: (next(gaps), 0.0))
+        speaker, speak_config, folder = infer.load_beside(world.rjepa, "", "speak", "cpu")
+        speak_config = dataclasses.replace(speak_config, reads="before", alone_share=0.0)
+        spy.setattr(infer, "load_beside", lambda *_: (speaker, speak_config, folder))
+        spy.setattr(infer, "say", lambda *asked: said.append(asked[2:]) or [""] * len(asked[2]))
+        spy.setattr(eval_alignment, "numbers", lambda text: [])
+        said.clear()
+        alone = plan(2, "--logprob_limit", 0)
+    ahead, allowed, offsets = said[-1][:3]  # of one that reads what is before, with that alone in view
+    assert len(said) == 6 and not same(ahead[:, 0], said[0][0][:, 0]) and not same(ahead[:, 0], said[4][0][:, 0])
+    assert torch.equal(allowed, said[0][1] & (offsets <= 0)) and (said[0][1] & (offsets > 0)).any()
+    assert "speaker_before" in alone["decoded"] and alone["given_away"] == {}
+    assert {one["number"] for one in alone["decoded"].values()} == {0}  # none is no right one
+    assert {one["holds"] for name, one in alone["decoded"].items() if "speaker" in name} == {0}  # nothing was said
     n, false = len(holes), -(-len(holes) // 3)
     assert alone["gaps"] == pytest.approx({"recall": 1.0, "false_alarms": false / n, "precision": n / (n + false),
                                            "located": holes.count(2) / n})
+    p = [alone["retrieval"][name]["p_plan"] for name in ("copy", "copy_others")]
+    assert p == [eval_alignment.paired_p(np.array(ranks["copy"]) == 1, np.zeros(n, bool)), 1]
     assert set(alone["retrieval"]) == names and alone["together"] == {}
     assert len(found["together"]) == 4 and all(both["n"] == 8 for both in found["together"].values())
     assert {"llm_before", "llm_before_tries", "speaker", "speaker_true", "speaker_shuffled", "speaker_tries",
             "speaker_tries_shuffled", "speaker_alone"} == set(found["decoded"])
     assert set(found["given_away"]) == {"true", "shuffled"}
     assert found["decoded"]["llm_before"]["n"] == 5
-    [path] = Path(f"{world.rjepa}-speak").glob("generations-plan-*.jsonl")
+    with monkeypatch.context() as spy:
+        spy.setattr(eval_alignment, "numbers", lambda text: [])
+        assert plan(1, "--logprob_limit", 0)["given_away"]["true"]["numbers"] is None  # there were none to give away
+    [path] = Path(f"{world.rjepa}-speak").glob("generations-plan-*-n5-*.jsonl")
     said, right = [row["speaker"] for row in verify.read_jsonl(path)], found["decoded"]["speaker"]["right"]
     assert len(said) == 5 and np.mean([text["is_right"] for text in said]) == right
     assert 0 <= found["gaps"]["precision"] <= 1
     nudge = functools.partial(result_of, evaluate_accuracy.main, *problems, "--method", "nudge", "--alphas",
                               0, 3, "--batch_size", 20, "--max_new_tokens", 24)
-    found = nudge()
+    pulls, pull = [], infer.Nudge
+    with monkeypatch.context() as spy:
+        spy.setattr(infer, "Nudge", lambda *asked: (pulls.append((asked[2], *asked[4:])), pull(*asked))[1])
+        found = nudge()
+    assert {*pulls} == {(0.0, False), (3.0, False), (3.0, True)}
     assert list(found["methods"]) == ["alpha 0", "alpha 3", "alpha 3 shuffled"] and found["n"] == 60
     p = [{k: v for k, v in m.items() if k.startswith("p_")} for m in found["methods"].values()]
     assert [set(x) for x in p] == [set(), {"p_own", "p_shuffled"}, {"p_own"}]
@@ -3607,6 +3762,9 @@ def test_the_linear_contrast_finds_what_the_counterfactuals_changed(tmp_path, mo
     right, wrong, more = (evaluate_accuracy.contrast_scores(rjepa_config(latents=str(tmp_path)), part) for part in x)
     assert (right > wrong).all() and (more > right).all()
     assert evaluate_accuracy.contrast_scores(rjepa_config(latents=str(tmp_path / "none")), x[0]) is None
+    z = torch.tensor([[0.0, 1], [2, 3], [4, 6]])  # the question is no step
+    found = [evaluate_accuracy.chain_features(part).tolist() for part in (z, z[:1])]
+    assert found == [[4, 6, 3, 4.5, 0, 1], [0, 1] * 3]
 
 
 # ----------------------------------------------------------------------------- T-JEPA
@@ -3648,6 +3806,9 @@ def test_long_texts_are_cut_between_sentences_and_nothing_is_lost():
     assert tokenizer.decode([t for p in parts for t in p["tokens"]]) == text
     assert all(len(p["tokens"]) == sum(p["sentences"]) <= 64 and len(p["sentences"]) > 1 for p in parts)
     assert data.encode_document("Only one sentence.", tokenizer, 64) == []
+    for n in range(2, 10):  # none lies alone at the end, where it would be lost
+        text = " ".join(f"Sentence number {i}." for i in range(n))
+        assert sum(len(p["tokens"]) for p in data.encode_document(text, tokenizer, 64)) == len(tokenizer.encode(text))
 
 
 def test_spans_hide_the_share_asked_for_reach_every_sentence_and_never_all():
@@ -3921,6 +4082,12 @@ def test_probes_read_what_is_in_the_thoughts_and_nothing_else():
     assert found["steps"]["r2"] > 0.99 and found["magnitude"]["r2"] < 0.5 and found["n"] == 100
     found = eval_alignment.probes(encoder(lambda p: [random.random()] * 2), says, problems[:200], problems[200:], 1)
     assert abs(found["steps"]["r2"]) < 0.1
+    ends = [p["question"] for p in problems[200:]]
+    found = eval_alignment.probes(encoder(lambda p: [planted(p)[0] * (1 - 2 * (p["question"] in ends)), 0.0]), says,
+                                  problems[:200], problems[200:], 1)
+    assert found["steps"]["r2"] < 0  # what held for those that it was fitted on
+    found = eval_alignment.probes(encoder(lambda p: [1.0, 1.0]), says, problems[:200], problems[200:], 1)
+    assert max(found["steps"]["ci95"]) < 1e-9  # no draw's own mean is beaten by a constant
     same = [{**p, "answer": "#### 7"} for p in problems]
     found = eval_alignment.probes(encoder(planted), says, same[:200], same[200:], 1)
     assert found["steps"]["r2"] is None
@@ -3961,7 +4128,9 @@ def test_distillation_brings_the_student_to_its_teacher(thinkers):
     val = [r for r in verify.read_jsonl(thinkers / "student/log.jsonl") if r["split"] == "val"]
     assert val[-1]["mse"] < val[0]["mse"] and val[-1]["cos"] > val[0]["cos"]
     encoder, config, _ = runs.load_encoder(thinkers / "student", "cpu")
-    assert encoder.transformer.n_embd == 16 and config.teacher_dim == 32
+    assert encoder.transformer.n_embd == 16 and config.teacher_dim == 32 and val[-1]["mse_predict_mean"] < 0.99
+    taught = jobs.DistillJob(config, thinkers / "none").batch(0, "cpu")["z_teacher"]
+    assert taught.mean(-1).abs().max() < 1e-5  # as the student's outputs are compared
     again = train.train("tjepa-distill", text_config(  # along a chain
         cfg.DistillConfig, teacher=str(thinkers / "student"), n_embd=8, n_head=1, out_dir=str(thinkers / "grandchild")))
     assert again["params"] < 8_000
@@ -3973,9 +4142,18 @@ def test_tjepa_commands(thinkers):
 
     found = evaluate("tjepa")
     assert {"mse", "mse_predict_mean", "mse_copy", "effective_rank", "std", "untrained"} <= set(found)
+    assert found["mse"] != found["untrained"]["mse"]
     assert found["probe"]["n"] == 24 and len(set(found["probe_random"]["steps"])) == 3
     found = evaluate("student", "--teacher", thinkers / "tjepa")
     assert found["teacher"]["cos"] > found["teacher"]["best_constant"] and found["teacher"]["n"] > 24
+    assert found["teacher"]["cos"] != found["teacher_random"]["cos"]
+    losses = {"lm_loss": np.array([[1, 2], [3, 6]]), "lm_loss_shuffled": np.array([[2, 2], [5, 6]])}
+    job = object.__new__(jobs.AnswerJob)
+    job.config = job.val = None
+    with patch.object(jobs, "answer_losses", lambda *_: losses):
+        found, figures = evaluate("speak"), job.figures(None, "cpu", contextlib.nullcontext)
+    assert figures == {"lm_loss": 2.5, "lm_loss_shuffled": 4.25}
+    assert [found[name] for name in ("lm_loss", "lm_loss_shuffled", "gap", "tokens")] == [2.5, 4.25, 1.75, 8]
     found = evaluate("speak")
     assert math.isclose(found["gap"], found["lm_loss_shuffled"] - found["lm_loss"], abs_tol=1e-6)
     assert result_of(evaluate_accuracy.main, thinkers / "speak", "--limit", 8, "--max_new_tokens", 8)["n"] == 8
@@ -3999,6 +4177,8 @@ def test_the_alignment_to_a_teacher_does_not_depend_on_what_memory_held(thinkers
         _ = [torch.full((17,), i + 1, dtype=torch.int32) for _ in range(50)]  # as many as pivots
         cosines.add(eval_alignment.teacher_alignment(encoder, teacher, rows[:40], rows[40:])["cos"])
     assert max(cosines) - min(cosines) < 1e-5, cosines
+    few, same = (eval_alignment.teacher_alignment(encoder, teacher, part, rows[40:]) for part in (rows[:1], rows[40:]))
+    assert few["cos"] < max(cosines) < same["cos"]  # the map is that of the rows that it is given
 
 
 def test_a_thought_of_a_long_text_is_the_mean_over_its_tokens(thinkers):
