@@ -3959,6 +3959,14 @@ def test_targets_are_made_by_the_ema_copies_alone():
         assert torch.equal(first, targets())
         model.update_target(0.0)
         assert not torch.allclose(first, targets(), atol=0.1)
+    frozen = m.TextEncoder(text.config.vocab_size, text.config.n_layer, text.config.n_head, text.config.n_embd)
+    with torch.no_grad():
+        for p in (*text.embed.parameters(), *text.jepa.context_encoder.parameters()):
+            p.add_(1)
+        frozen.load_state_dict(text.encoder_weights())  # what is kept of it, frozen and distilled
+        is_real = batch["segment"] >= 0
+        assert torch.equal(frozen(batch["idx"], is_real, batch["positions"], batch["segment"])[is_real],
+                           text.encode(batch["idx"], is_real, batch["positions"], batch["segment"])[is_real])
     taught = latents.collate(latent_chains(8), world.config, np.random.default_rng(0))
     for name in ("l1", "variance", "infonce", "own", "reconstruction"):  # all teach the encoder
         model = rjepa_model()
