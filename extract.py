@@ -435,13 +435,18 @@ def leave_out_a_step(config, chains: list[dict], device: str = "auto"):
         c["hole"] = k = int(rng.integers(1, len(c["h"])))
         steps = c["steps"][: k - 1] + c["steps"][k:]
         left.append(latents.record(c | {"steps": steps, "is_valid": False}, c["problem_id"], c["split"]))
-    what = [config.llm_weights, [[c["id"], c["question"], c["steps"]] for c in left]]
-    folder = Path(f"{Path(config.latents)}-gaps-{runs.digest(json.dumps(what))[:6]}")
-    if not is_kept(folder):
+    texts = [[c["id"], c["question"], c["steps"]] for c in left]
+    what = [runs.llm_label(config), latents.read_manifest(config.latents), texts]
+    folder = Path(f"{Path(config.latents)}-gaps-{runs.digest(json.dumps(what, sort_keys=True))[:6]}")
+    if not runs.add_up(is_kept(folder)):  # all processes say the same
         runs.say(f"{len(chains):,} chains with a step left out -> {folder}")
         llm = llm_of(config, device=device)
-        extract(llm, left, folder, {"dataset": config.dataset, "split": "train", "seed": config.seed},
-                [(llm.layer, llm.pooling)], False, 512, llm.token_budget)
+        try:  # in batches of one size, wherever it is gone on with
+            extract(llm, left, folder, {"dataset": config.dataset, "split": "train", "seed": config.seed},
+                    [(llm.layer, llm.pooling)], False, 512, 8192)
+        except SystemExit as error:
+            if not is_kept(folder):  # by another training that came first
+                raise SystemExit(f"{str(error).partition('. ')[0]}: wait for it, or delete {folder}") from None
     rows, manifest = latents.load_latents(folder)
     latents.check_same_llm(config, manifest, f"{config.latents} and {folder}")
     for c, row in zip(chains, rows, strict=True):

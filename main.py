@@ -41,7 +41,7 @@ from pictures import CSS, RANGE, arithmetic, bars, changed, chip, curve, figures
 from runs import encoder_block_size, is_run, load_config, load_run, load_tokenizer, pick_device
 
 WORLDS = {  # R-JEPA runs that the page offers, and what makes them
-    "pretrained/rjepa-student": "python train.py rjepa-student --llm pretrained/student --out_dir "
+    "pretrained/rjepa-student": "python train.py rjepa-student --llm pretrained/student --gap_share 0.5 --out_dir "
                                 "pretrained/rjepa-student, after python train.py student-small --out_dir "
                                 "pretrained/student",
     "pretrained/rjepa-smollm2": "python train.py rjepa-small --out_dir pretrained/rjepa-smollm2",

@@ -962,8 +962,10 @@ class RJEPA(Model):
             visible = torch.cat((visible, batch["wrong_is_visible"] & read[B:]))
             targets = torch.cat((is_target, batch["wrong_is_target"] & read[B:]))
         at = flat_index(is_target, device)  # (N,) of the B S positions
-        seen = torch.cat((batch["context_h"], h_all[B:])) if "context_h" in batch else h_all
-        z_pred = self.predict(seen[: len(visible)], visible, targets)
+        seen = h_all[: len(visible)]
+        if "context_h" in batch:
+            seen = torch.cat((batch["context_h"], seen[B:]))
+        z_pred = self.predict(seen, visible, targets)
         parts = self.compare(z_pred[: len(at)], z_all[:B], h, at, to_device(is_step, device), wrong)
         parts["margin"] = z_pred.new_zeros(())
         if margin:

@@ -102,7 +102,7 @@ def test_two_processes_give_the_curves_of_one(tmp_path, alone, pair, shard):
 
 @pytest.mark.parametrize("fields", [
     "rjepa-small --llm pretrained/student --n_synthetic 48 --batch_size 8 --n_embd 32 --predictor_n_embd 16",
-    "rjepa-small --batch_size 8 --n_embd 32 --predictor_n_embd 16 --lambda_margin 0 --gap_share 0.5",
+    "rjepa-small --batch_size 8 --n_embd 32 --predictor_n_embd 16 --gap_share 0.5",
     "tjepa-small --n_synthetic 80 --batch_size 2 --n_layer 1 --n_embd 32 --head --document_share 0.5"])
 def test_two_processes_train_the_other_models(tmp_path, fields, monkeypatch):
     monkeypatch.chdir(ROOT)
