@@ -17,6 +17,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -423,14 +424,13 @@ def gold_for(config, problems: list[dict], dataset: str, split: str, args) -> Pa
     return folder
 
 
-def leave_out_a_step(config, chains: list[dict], device: str = "auto"):
+def leave_out_a_step(config, chains: list[dict], seed: int, device: str = "auto"):
     """Sets "hole", a random step of each chain, and "gapped", the LLM's latents of the chain without it, as PLAN finds
     it: the states of later steps would tell of what the LLM has read.
 
-    config: of the R-JEPA, whose seed draws the steps. Read where they are not there yet, into a folder beside its
-    latents.
+    config: of the R-JEPA. Read where they are not there yet, into a folder beside its latents.
     """
-    rng, left = np.random.default_rng(config.seed), []
+    rng, left = np.random.default_rng(seed), []
     for c in chains:
         c["hole"] = k = int(rng.integers(1, len(c["h"])))
         steps = c["steps"][: k - 1] + c["steps"][k:]
@@ -442,11 +442,14 @@ def leave_out_a_step(config, chains: list[dict], device: str = "auto"):
         runs.say(f"{len(chains):,} chains with a step left out -> {folder}")
         llm = llm_of(config, device=device)
         try:  # in batches of one size, wherever it is gone on with
-            extract(llm, left, folder, {"dataset": config.dataset, "split": "train", "seed": config.seed},
+            extract(llm, left, folder, {"dataset": config.dataset, "split": "train", "seed": seed},
                     [(llm.layer, llm.pooling)], False, 512, 8192)
         except SystemExit as error:
             if not is_kept(folder):  # by another training that came first
-                raise SystemExit(f"{str(error).partition('. ')[0]}: wait for it, or delete {folder}") from None
+                fault, *advice = re.split(r"[.:,] (?:or )?choose another", str(error), flags=re.I)
+                if advice:
+                    raise SystemExit(f"{fault}. Unless another training is making it, delete {folder}") from None
+                raise
     rows, manifest = latents.load_latents(folder)
     latents.check_same_llm(config, manifest, f"{config.latents} and {folder}")
     for c, row in zip(chains, rows, strict=True):

@@ -166,7 +166,7 @@ class LatentJob(Job):
             runs.say(f"{folder} is of --dataset {dataset}" + ("" if known else ": say so when the run is evaluated"))
         self.train, self.val = chains_to_train_on(config, rows, manifest, folder, config)
         if config.gap_share:
-            extract.leave_out_a_step(config, self.train, config.device)
+            extract.leave_out_a_step(config, self.train, config.seed, config.device)
         latents.join(self.val)  # as copies: whole shards can go once the training chains are in a table, too
         self.batches = latents.Batches(self.train, config)
         parts = [[r["id"], r["steps"], r.get("wrong_step")] for r in self.train]
@@ -294,8 +294,7 @@ class SpeakJob(WorldJob):
         super().__init__(config, out)
         self.train, self.val = ([c for c in part if len(c["steps"]) > 1] for part in (self.train, self.val))
         at_least_two(self.val, f"chains of two steps and more in {self.world_config.latents}")
-        extract.leave_out_a_step(dataclasses.replace(self.world_config, seed=config.seed), self.train + self.val,
-                                 config.device)
+        extract.leave_out_a_step(self.world_config, self.train + self.val, config.seed, config.device)
         self.batches = latents.Batches(self.train, config)
         texts = [c["question"] for c in self.train] if config.reads != "nothing" else []
         self.tokenizer = pick_tokenizer(config, out, texts + [s for c in self.train for s in c["steps"]])

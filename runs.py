@@ -500,7 +500,9 @@ def publish(run: str, folder: str, llm: str = "", overwrite: bool = False) -> di
     if hasattr(config, "latents"):
         config.llm, config.latents = llm or config.llm, ""
     if isinstance(config, cfg.RJEPAConfig):
-        config.held_out, config.llm_weights = "", weights_digest(config.llm) if is_run(config.llm) else ""
+        config.held_out = ""
+        if llm:
+            config.llm_weights = weights_digest(llm) if is_run(llm) else ""
     if type(config) in (cfg.GuideConfig, cfg.SpeakConfig):
         config.init_from = str(folder).rpartition("-")[0]
         config.world = weights_digest(config.init_from)

@@ -2056,25 +2056,25 @@ def test_a_gap_is_learnt_from_what_the_llm_reads_without_the_step(world, tmp_pat
     chains = latents.training_chains(*latents.load_latents(world.config.latents), "here")[0][:24]
     folders = functools.partial(Path(world.config.latents).parent.glob, "latents-gaps-*")
     before = {*folders()}
-    extract.leave_out_a_step(world.config, chains, "cpu")
+    extract.leave_out_a_step(world.config, chains, 1, "cpu")
     [folder] = {*folders()} - before
     kept = [(c["hole"], c["gapped"]) for c in chains]
     with monkeypatch.context() as without_llm:  # it is read once
         without_llm.delattr(extract, "llm_of")
-        extract.leave_out_a_step(world.config, chains, "cpu")
+        extract.leave_out_a_step(world.config, chains, 1, "cpu")
     assert all(k == c["hole"] and torch.equal(z, c["gapped"]) for (k, z), c in zip(kept, chains, strict=True))
-    extract.leave_out_a_step(dataclasses.replace(world.config, seed=2), chains, "cpu")
+    extract.leave_out_a_step(world.config, chains, 2, "cpu")
     assert [k for k, _ in kept] != [c["hole"] for c in chains]
     refused(ValueError, "the gate accepts none", train_rjepa, tmp_path / "gaps", folder)
     with runs.lock(folder, "--out"), monkeypatch.context() as unfinished:
         unfinished.setattr(extract, "is_kept", lambda _: False)
-        refused(SystemExit, "another process is writing there: wait", extract.leave_out_a_step, world.config, chains,
-                "cpu")
+        refused(SystemExit, "is writing there. Wait for it. Unless .*, delete", extract.leave_out_a_step, world.config,
+                chains, 1, "cpu")
     seen = iter([False, True])  # another training comes first
     monkeypatch.setattr(extract, "is_kept", lambda _: next(seen))
-    extract.leave_out_a_step(world.config, chains, "cpu")
+    extract.leave_out_a_step(world.config, chains, 1, "cpu")
     monkeypatch.undo()
-    extract.leave_out_a_step(dataclasses.replace(world.config, seed=2), chains, "cpu")
+    extract.leave_out_a_step(world.config, chains, 2, "cpu")
     config = dataclasses.replace(world.config, gap_share=0.5, lambda_margin=0.5)
     batch = latents.collate(chains, config, np.random.default_rng(1))
     n_gapped = n_changed = 0
@@ -3288,6 +3288,9 @@ def test_a_published_run_is_used_as_the_run_is(world, tmp_path):
     runs.publish(rjepa, folder, overwrite=True)  # again, beside what RERANK has fitted
     a, (b, config) = world.model, infer.load_world_model(folder, "cpu")
     assert (config.out_dir, config.data_dir, config.latents) == (folder, "", "")
+    assert config.llm_weights == world.config.llm_weights  # those that it was trained over
+    runs.publish(rjepa, str(tmp_path / "other"), llm=rjepa)
+    assert runs.load_config(tmp_path / "other")[1].llm_weights == runs.weights_digest(rjepa)
     assert torch.equal(a.quantiles, b.quantiles) and torch.equal(a.h_mean, b.h_mean)
     chains = [c["h"] for c in latent_chains(3, dim=config.dim)]
     for x, y in zip(infer.energies(a, chains), infer.energies(b, chains), strict=True):
