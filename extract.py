@@ -13,7 +13,6 @@ writes itself, with the gate's verdict. Several --layer or --pooling come from o
 on an unfinished folder makes the shards that are missing, to the same bytes, with however many processes.
 """
 
-import contextlib
 import itertools
 import json
 import os
@@ -51,8 +50,6 @@ def extract(llm: LLM, chains: list[dict], out: Path, description: dict, wanted: 
     the first is run: an empty chain or one longer than the context is named while nothing has been written or, with
     overwrite, deleted.
     """
-    from tqdm import tqdm
-
     coded = []
     if not chains:
         raise ValueError("there is no chain to extract")
@@ -73,77 +70,82 @@ def extract(llm: LLM, chains: list[dict], out: Path, description: dict, wanted: 
     for layer, pooling in wanted:
         folder = out if len(wanted) == 1 else out / f"layer{layer}-{pooling}"
         folders[layer, pooling] = folder, common | {"layer": layer, "pooling": pooling, "dim": llm.latent_dim(pooling)}
-
-    def write(name, h, means):
-        for key, (folder, header) in folders.items():
-            latents.write_shard(folder / name, h[key], means, header, runs.write_atomic)
-
     shards = [range(at, min(at + shard_size, len(chains))) for at in range(0, len(chains), shard_size)]
-    with claim(out, folders.values(), overwrite, len(shards)) as (rank, world, mine), Writer(1) as writer:
-        progress = tqdm(total=sum(len(coded[i][0]) for number in mine for i in shards[number]), unit="token",
-                        unit_scale=True, disable=rank > 0 or not sys.stderr.isatty())
-        began, done_tokens = time.perf_counter(), 0
-        for number in mine:
-            part = shards[number]
-            h, means = llm.read_coded([coded[i] for i in part], wanted, logprobs, token_budget, progress.update)
-            ids = [chains[i]["id"] for i in part]
-            for (layer, _), of_chains in h.items():
-                refuse_not_finite(llm, ids, of_chains, f"at layer {layer}")
-            if logprobs:
-                refuse_not_finite(llm, ids, means, "as logprobs")
-            writer(write, latents.shard_name(number), h, means)
-            done_tokens += sum(len(coded[i][0]) for i in part)
-            if progress.disable:
-                runs.say(f"{part.stop:,} of {len(chains):,} chains, {done_tokens / (time.perf_counter() - began):.0f} "
-                         "tokens/s" + " a process" * (world > 1))
-        writer.wait()
-        done_tokens = runs.add_up(done_tokens)
-        records = [{**chains[i], "n_tokens": [end - begin for begin, end in coded[i][1]], "shard": number}
-                   for number, part in enumerate(shards) for i in part]
-        for folder, header in folders.values() if rank == 0 else ():
-            latents.write_index(folder, records, header, runs.write_atomic)
-        seconds = time.perf_counter() - began
+
+    def make(number):
+        part = shards[number]
+        h, means = llm.read_coded([coded[i] for i in part], wanted, logprobs, token_budget)
+        ids = [chains[i]["id"] for i in part]
+        for (layer, _), of_chains in h.items():
+            refuse_not_finite(llm, ids, of_chains, f"at layer {layer}")
+        if logprobs:
+            refuse_not_finite(llm, ids, means, "as logprobs")
+
+        def write():
+            for key, (folder, header) in folders.items():
+                path = folder / latents.shard_name(number)
+                latents.write_shard(path, h[key], means, header, runs.write_atomic)
+
+        return sum(len(coded[i][0]) for i in part), write
+
+    def records():
+        return [{**chains[i], "n_tokens": [end - begin for begin, end in coded[i][1]], "shard": number}
+                for number, part in enumerate(shards) for i in part]
+
+    _, rate = write_shards(out, [*folders.values()], overwrite, [len(part) for part in shards], "chains", make, records)
     return {"chains": len(chains), "steps": sum(len(c["steps"]) for c in chains),
-            "tokens": sum(len(ids) for ids, _ in coded), "tokens_per_s": round(done_tokens / max(seconds, 1e-9))}
+            "tokens": sum(len(ids) for ids, _ in coded), "tokens_per_s": rate}
 
 
-class Writer(ThreadPoolExecutor):
-    """Writes in a thread while the LLM reads on, one shard at a time; what goes wrong there is raised here."""
+def write_shards(out: Path, folders: list[tuple[Path, dict]], overwrite: bool, sizes: list[int], unit: str, make,
+                 records) -> tuple[list[dict], int]:
+    """Writes the shards that are missing, then index and manifest; all processes of torchrun share the work.
 
-    pending = None
-
-    def __call__(self, *job):
-        self.wait()
-        self.pending = self.submit(*job)
-
-    def wait(self):
-        if self.pending:
-            self.pending.result()
-
-
-@contextlib.contextmanager
-def claim(out: Path, folders, overwrite: bool, n_shards: int):
-    """Holds `out` while all processes of torchrun write to it -> (rank, processes, shards for this one to make).
-
-    folders: (folder, header) pairs; they are inspected, made and, with overwrite, emptied. Raises SystemExit for what
-    `inspect_folder` refuses, and where all are finished. Nobody leaves before everybody has come to the end.
+    folders: (folder, header) pairs, all under `out`, which is locked meanwhile. sizes: how many of `unit` each shard
+    holds, for the progress lines. make(number) reads or generates a shard's chains -> (their tokens, a function that
+    writes them to every folder); it runs in a thread while the next shard is made. records() -> what the index lists,
+    asked for once all shards are there. -> (the records, none on other processes than rank 0; tokens/s of all).
+    Raises SystemExit for what `inspect_folder` refuses, and where all folders are finished.
     """
-    overwrite = overwrite and not runs.add_up(runs.is_restart())  # what this very job has written it goes on with
-    with runs.lock(out, "--out"):
+    overwrite = overwrite and not runs.add_up(runs.is_restart())  # a restarted job continues what it has written itself
+    with runs.lock(out, "--out"), ThreadPoolExecutor(1) as thread:
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        if not overwrite and all([inspect_folder(folder, header, rank, world) for folder, header in folders]):
-            raise SystemExit(f"{out} is finished. Choose another --out, or --overwrite")
-        for folder, _ in folders if rank == 0 else ():
-            folder.mkdir(parents=True, exist_ok=True)
+        mine = missing_shards(out, folders, overwrite, len(sizes), rank, world)[rank::world]
+        began, tokens, writing, found = time.perf_counter(), 0, None, []
+        for number in mine:
+            n, write = make(number)
+            if writing:
+                writing.result()  # raises what went wrong in the thread
+            writing = thread.submit(write)
+            tokens += n
+            runs.say(f"{sum(sizes[: number + 1]):,} of {sum(sizes):,} {unit}, "
+                     f"{tokens / (time.perf_counter() - began):.0f} tokens/s" + " a process" * (world > 1))
+        if writing:
+            writing.result()
+        tokens = runs.add_up(tokens)  # all shards are there
+        if rank == 0:
+            found = records()
+            for folder, header in folders:
+                latents.write_index(folder, found, header, runs.write_atomic)
+        seconds = time.perf_counter() - began
+        runs.add_up()  # nobody gives up the lock before the index is written
+    return found, round(tokens / max(seconds, 1e-9))
+
+
+def missing_shards(out: Path, folders, overwrite: bool, n_shards: int, rank: int, world: int) -> list[int]:
+    """Inspects and makes the folders (with overwrite, empties them) -> numbers of the shards that one of them lacks."""
+    if not overwrite and all([inspect_folder(folder, header, rank, world) for folder, header in folders]):
+        raise SystemExit(f"{out} is finished. Choose another --out, or --overwrite")
+    for folder, _ in folders if rank == 0 else ():
+        folder.mkdir(parents=True, exist_ok=True)
+        if overwrite:
             for path in (folder / "manifest.json", folder / "index.parquet", *folder.glob("shard-*.safetensors")):
-                if overwrite:
-                    path.unlink(missing_ok=True)
-        runs.add_up()  # rank 0 has emptied the folder
-        missing = [number for number in range(n_shards)
-                   if not all((folder / latents.shard_name(number)).is_file() for folder, _ in folders)]
-        runs.add_up()  # all have looked: only now may anyone write
-        yield rank, world, missing[rank::world]
-        runs.add_up()
+                path.unlink(missing_ok=True)
+    runs.add_up()  # rank 0 has emptied the folders
+    missing = [number for number in range(n_shards)
+               if not all((folder / latents.shard_name(number)).is_file() for folder, _ in folders)]
+    runs.add_up()  # all have looked: only now may anyone write
+    return missing
 
 
 def common_header(llm: LLM, logprobs: bool, description: dict) -> dict:
@@ -170,41 +172,39 @@ def extract_written(llm: LLM, splits: list[tuple[str, list[dict]]], out: Path, d
         "max_new_tokens": max_new_tokens, "chains_hash": runs.digest(text)})
     per_shard = max(1, 64 // k)
     shards = [problems[at : at + per_shard] for at in range(0, len(problems), per_shard)]
-    with claim(out, [(out, header)], overwrite, len(shards)) as (rank, world, mine), Writer(1) as writer:
-        began, tokens = time.perf_counter(), 0
-        for number in mine:
-            part, path = shards[number], out / latents.shard_name(number)
-            chains = generate(llm, [p["question"] for _, p in part], k, temperature, top_p, seed, max_new_tokens)
-            rows, h, means = [], [], []
-            for (split, p), written in zip(part, chains, strict=True):
-                truth = data.answer_text(p, "final")
-                for i, c in enumerate(written):
-                    answer = c["steps"][-1] if c["steps"] else ""
-                    chain = {"id": f"{p['id']}/{i}", "question": p["question"], "steps": c["steps"], "answer": answer,
-                             "source": llm.name, "is_valid": verify.check_answer(answer, truth)}
-                    if split != "test" and c["steps"]:  # may be trained on: every equation must hold as well
-                        chain["is_valid"] = verify.validate({"id": p["id"], "answer": truth}, chain).is_valid
-                    chain["answer"] = verify.extract_answer(truth)
-                    rows.append(latents.record(chain, p["id"], split) | {
-                        "n_tokens": [len(llm.question_ids(p["question"])), *c["n_tokens"]], "shard": number})
-                    h.append(c["h"])
-                    means.append([0.0, *c["logprobs"]])
-                    tokens += sum(c["n_tokens"])
-            refuse_not_finite(llm, [r["id"] for r in rows], h, f"at layer {llm.layer}")
-            writer(latents.write_shard, path, h, means, header, runs.write_atomic, rows)
-            runs.say(f"{number * per_shard + len(part):,} of {len(problems):,} problems, "
-                     f"{tokens / (time.perf_counter() - began):.0f} tokens/s" + " a process" * (world > 1))
-        writer.wait()
-        tokens, records = runs.add_up(tokens), []
-        if rank == 0:
-            for number in range(len(shards)):
-                records += latents.read_shard(out / latents.shard_name(number))[1]["records"]
-            latents.write_index(out, records, header, runs.write_atomic)
-        seconds = time.perf_counter() - began
-    return {"chains": len(records), "steps": sum(len(r["steps"]) for r in records),
-            "tokens": sum(sum(r["n_tokens"][1:]) for r in records),
-            "right": sum(r["is_valid"] for r in records) / max(1, len(records)),
-            "tokens_per_s": round(tokens / max(seconds, 1e-9))}
+
+    def make(number):
+        part, rows, h, means = shards[number], [], [], []
+        chains = generate(llm, [p["question"] for _, p in part], k, temperature, top_p, seed, max_new_tokens)
+        for (split, p), written in zip(part, chains, strict=True):
+            truth = data.answer_text(p, "final")
+            for i, c in enumerate(written):
+                answer = c["steps"][-1] if c["steps"] else ""
+                chain = {"id": f"{p['id']}/{i}", "question": p["question"], "steps": c["steps"], "answer": answer,
+                         "source": llm.name, "is_valid": verify.check_answer(answer, truth)}
+                if split != "test" and c["steps"]:  # may be trained on: every equation must hold as well
+                    chain["is_valid"] = verify.validate({"id": p["id"], "answer": truth}, chain).is_valid
+                chain["answer"] = verify.extract_answer(truth)
+                rows.append(latents.record(chain, p["id"], split) | {
+                    "n_tokens": [len(llm.question_ids(p["question"])), *c["n_tokens"]], "shard": number})
+                h.append(c["h"])
+                means.append([0.0, *c["logprobs"]])
+        refuse_not_finite(llm, [r["id"] for r in rows], h, f"at layer {llm.layer}")
+
+        def write():
+            latents.write_shard(out / latents.shard_name(number), h, means, header, runs.write_atomic, rows)
+
+        return sum(sum(r["n_tokens"][1:]) for r in rows), write
+
+    def records():
+        paths = [out / latents.shard_name(number) for number in range(len(shards))]
+        return [r for path in paths for r in latents.read_shard(path)[1]["records"]]
+
+    sizes = [len(part) for part in shards]
+    rows, rate = write_shards(out, [(out, header)], overwrite, sizes, "problems", make, records)
+    return {"chains": len(rows), "steps": sum(len(r["steps"]) for r in rows),
+            "tokens": sum(sum(r["n_tokens"][1:]) for r in rows),
+            "right": sum(r["is_valid"] for r in rows) / max(1, len(rows)), "tokens_per_s": rate}
 
 
 def ask_endpoint(args, splits: list[tuple[str, list[dict]]]) -> dict:
@@ -225,7 +225,7 @@ def ask_endpoint(args, splits: list[tuple[str, list[dict]]]) -> dict:
         runs.write_atomic(path, lambda p: p.write_bytes(whole + b"\n" * bool(whole)))
     rows = verify.read_jsonl(path, ["problem_id", "made_by"]) if path.is_file() and path.stat().st_size else []
     made_by = f"{args.llm} temperature {args.temperature:g} top_p {args.top_p:g} seed {args.seed} on {args.dataset}"
-    if foreign := {r["made_by"] for r in rows} - {made_by, made_by.rpartition(" on ")[0]}:
+    if foreign := {r["made_by"] for r in rows} - {made_by}:
         raise ValueError(f"{path} holds chains of {foreign.pop()}, not of {made_by}: choose another --out, or "
                          "--overwrite")
     n_there, asked = Counter(r["problem_id"] for r in rows), {p["id"]: p["question"] for p in problems}

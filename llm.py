@@ -308,9 +308,9 @@ class LLM:
         return F.embedding_bag(torch.arange(len(at), device=at.device), both, offsets, mode="sum",
                                include_last_offset=True)
 
-    def read_coded(self, coded, wanted, logprobs: bool = False, token_budget: int = 0, tick=lambda tokens: None):
-        """Chains as `encode` gives them, in batches of like length -> ({(layer, pooling): [latents a chain]}, [mean
-        logprobs a chain]); see `latents`. tick is told the tokens of every batch."""
+    def read_coded(self, coded, wanted, logprobs: bool = False, token_budget: int = 0):
+        """Chains as `encode` gives them, in batches of like length -> ({(layer, pooling): [latents of each chain]},
+        [mean logprobs of each chain]); see `latents`."""
         h, means = {key: [None] * len(coded) for key in wanted}, [None] * len(coded)
         for batch in batches_by_length([len(ids) for ids, _ in coded], token_budget or self.token_budget):
             rows, spans = zip(*(coded[i] for i in batch), strict=True)
@@ -320,7 +320,6 @@ class LLM:
                     h[key][i] = z
             for i, values in zip(batch, lp, strict=False):
                 means[i] = values
-            tick(sum(map(len, rows)))
         if self.device.type != "cpu":  # what `latents` gave may still be on its way
             torch.accelerator.synchronize(self.device)
         return h, means
