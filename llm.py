@@ -778,8 +778,10 @@ class Row:
         steps, units, _ = written_steps(text, self.llm.end_of_turn is not None)
         for i in range(len(self.ends), len(self.ids)):  # where each token ends in the text, once for all calls
             self.ends.append(len(self.llm.decode(self.ids[: i + 1])))
-        ends = [min(end, len(text)) for end in self.ends]
-        pieces = list(zip([0, *ends], ends, strict=False))
+        ends, pieces = list(itertools.accumulate([len(text), *reversed(self.ends)], min))[:0:-1], []
+        for begin, end in zip([0, *ends], ends, strict=False):
+            # tokens that make up one character share its place, as in a text that is read
+            pieces.append((begin, end) if end > begin or not pieces else pieces[-1])
         spans, h = unit_spans(pieces, text, units, skip=0), self.question_latent[None]
         if spans:
             h = torch.cat((h, pool(torch.stack(self.states)[None], [spans], self.llm.pooling)))

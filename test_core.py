@@ -2512,9 +2512,8 @@ class Dictation:
         pass
 
 
-def check_written_latents(llm):
+def check_written_chains(llm, texts):
     """Latents and logprobs taken while two questions are answered twice each, against reading the same texts."""
-    texts = [CHAINS[0][1], CHAINS[1][1], CHAINS[0][1], CHAINS[1][1][:1]]
     questions, rows = [CHAINS[0][0], CHAINS[1][0]], []
     pairs = list(zip([q for q in questions for _ in range(2)], texts, strict=True))
     for question, steps in pairs:
@@ -2529,6 +2528,11 @@ def check_written_latents(llm):
         h, means = llm.latents([ids], [spans], [(llm.layer, llm.pooling)], logprobs=True)
         assert torch.allclose(chain["h"], h[llm.layer, llm.pooling][0], atol=1e-4)
         assert np.allclose(chain["logprobs"], means[0][1:], atol=1e-4)
+
+
+def check_written_latents(llm):
+    """The same, and of `read_next`, for chains of every kind."""
+    check_written_chains(llm, [CHAINS[0][1], CHAINS[1][1], CHAINS[0][1], CHAINS[1][1][:1]])
     (question, before), nexts = CHAINS[0], ["#### 7", "So he has 3 + 4 = 7.", "So he sells none of them."]
     for after in ([], ["So they have 9.", "#### 9"]):
         chains, at = [(question, [*before, step, *after]) for step in nexts], 1 + len(before)
@@ -2554,6 +2558,14 @@ def test_latents_taken_while_writing_are_those_of_reading(family):
 def test_a_run_writes_with_the_latents_of_reading(run_llm):
     for layer, pooling in [(1, "last"), (0, "both"), (-1, "mean")]:  # the last are the fixture's own
         check_written_latents(run_llm.choose(layer, pooling))
+
+
+def test_a_written_step_may_end_in_a_character_of_several_tokens(run_llm):
+    """The first of these tokens alone shows up in the text, as a replacement character."""
+    steps = ["Yes \u2705", "So 3 \u00bd", "#### 3"]
+    for llm in (tiny_llm().choose(-2, "last").set_prompt(""), run_llm.choose(-1, "mean")):
+        assert len(llm.encode("Q: so", steps[:1])[0]) > len(llm.encode("Q: so", ["Yes x"])[0])
+        check_written_chains(llm, [steps, steps[1:], steps[:1], ["\u00bd"]])
 
 
 def test_unit_spans_follow_the_last_visible_character():
