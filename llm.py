@@ -590,6 +590,8 @@ def load_llm(name: str = "smollm2", device: str = "auto", dtype: str = "auto", q
     """
     device = pick_device(device)
     path = Path(name)
+    if path.exists():
+        name = str(path)  # out/student/ and ./out/student are out/student
     if is_run(path):
         if quantize != "none":
             raise ValueError("--quantize is for Hugging Face models, not for a run of this project")
@@ -645,7 +647,7 @@ def llm_of(config, llm: str = "", device: str = "auto") -> LLM:
     Raises ValueError where its depth or width is another, or where it is a run with other weights.
     """
     loaded = load_llm(llm or config.llm, device, layer=config.layer, pooling=config.pooling)
-    loaded.set_prompt(config.prompt).name = config.llm if llm else loaded.name
+    loaded.set_prompt(config.prompt).name = config.llm
     latents.check_same_llm(config, loaded.origin(), f"its LLM and --llm {llm or config.llm}")
     return loaded
 

@@ -2512,6 +2512,13 @@ class Dictation:
         pass
 
 
+def test_a_slash_after_a_folder_makes_no_other_llm_of_it(run_llm):
+    assert llms.load_llm(f"{run_llm.name}/", "cpu").name == run_llm.name
+    asked = SimpleNamespace(llm=f"{run_llm.name}/", prompt="", **{k: run_llm.origin()[k] for k in (
+        "layer", "pooling", "dim")})
+    assert llms.llm_of(asked, device="cpu").name == asked.llm  # what a run calls it stays
+
+
 def check_written_chains(llm, texts):
     """Latents and logprobs taken while two questions are answered twice each, against reading the same texts."""
     questions, rows = [CHAINS[0][0], CHAINS[1][0]], []
