@@ -73,7 +73,7 @@ from runs import autocast, build_model, pick_device, pick_dtype, say
 
 NAMES = Literal["all", "nanojepa_step", "nanojepa_mask", "nanojepa_gpt", "nanojepa_llm_jepa", "nanojepa_overhead",
                 "rjepa_step", "tjepa_packed", "attention", "generate", "speaker_cache", "extract", "shared_prefill",
-                "rerank_overhead", "nudge_overhead", "scaling"]  # fmt: skip
+                "rerank_overhead", "nudge_overhead", "scaling"]
 AIMS = {"nanojepa_step": 2, "nanojepa_gpt": 1, "rjepa_step": 2, "tjepa_packed": 1.5, "speaker_cache": 5,
         "extract": 2, "shared_prefill": 1.5,
         "rerank_overhead": 1.02, "nudge_overhead": 1.05}  # of ratio: at least; of an overhead: at most
@@ -251,7 +251,7 @@ class Bench:
 
     def result(self, unit: str, found: dict) -> dict:
         return {**{k: round(v, 3 if v < 10 else 1) for k, v in found.items()}, "unit": unit,
-                "ratio": round(found["ours"] / found["plain"], 3), "aim": AIMS.get(self.name)}  # fmt: skip
+                "ratio": round(found["ours"] / found["plain"], 3), "aim": AIMS.get(self.name)}
 
     def trace(self, works: dict) -> dict:
         """One call of each: a Chrome trace in out/profile, and on stderr the operators that take the most time."""
@@ -485,15 +485,16 @@ class Bench:
 
         All are measured there and back again, and the faster of the two counts: what else the machine does is no cost.
         """
-        points = dict.fromkeys(point(kind, field, value) for kind, field, values in SWEEPS for value in values)
+        points = dict.fromkeys(at for sweep in SWEEPS.values() for at in sweep.values())
         for at in [*points, *reversed(points)]:
             found = in_process(measure, self.args, *at)
             points[at] = max(points[at] or found, found, key=lambda p: p["tokens_per_s"])
             say("{} of length {}, batch {}, width {}:".format(*at), f"{found['tokens_per_s']:,.0f} a second")
         sweeps = {}
-        for kind, field, values in SWEEPS:
-            sweeps[f"{kind} {field}"] = [{field: value, **points[point(kind, field, value)]} for value in values]
-            for p in sweeps[f"{kind} {field}"]:
+        for name, sweep in SWEEPS.items():
+            kind, field = name.split()
+            sweeps[name] = [{field: value, **points[at]} for value, at in sweep.items()]
+            for p in sweeps[name]:
                 print(f"{kind:8} {field:6} {p[field]:5} {p['tokens_per_s']:>9,.0f} tokens (latents) a second  "
                       f"{p['peak_memory_mb']:>7,.0f} MB", flush=True)
         draw(sweeps, Path(self.args.plot))
@@ -512,17 +513,13 @@ def recompute(idx, n: int, vocabulary, states) -> int:
     return n * len(idx)
 
 
-SWEEPS = [("nanoJEPA", "tokens", (64, 128, 256, 512, 1024)), ("nanoJEPA", "batch", (8, 16, 32, 64, 128)),
-          ("nanoJEPA", "width", (128, 256, 512)), ("R-JEPA", "steps", (2, 4, 8, 16, 32)),
-          ("R-JEPA", "batch", (32, 64, 128, 256, 512))]  # fmt: skip
-
-
-def point(kind: str, field: str, value: int) -> tuple:
-    """(kind, length, batch, width): nanoJEPA's tokens a problem vary at 8,192 a batch, all else one by one."""
-    at = {"tokens": 256, "steps": 8, "batch": 32 if kind == "nanoJEPA" else 128, "width": 256} | {field: value}
-    if field == "tokens":
-        at["batch"] = 8192 // value
-    return kind, at["tokens" if kind == "nanoJEPA" else "steps"], at["batch"], at["width"]
+SWEEPS = {  # name: {what varies: (kind, length, batch, width)}
+    "nanoJEPA tokens": {n: ("nanoJEPA", n, 8192 // n, 256) for n in (64, 128, 256, 512, 1024)},
+    "nanoJEPA batch": {n: ("nanoJEPA", 256, n, 256) for n in (8, 16, 32, 64, 128)},
+    "nanoJEPA width": {n: ("nanoJEPA", 256, 32, n) for n in (128, 256, 512)},
+    "R-JEPA steps": {n: ("R-JEPA", n, 128, 256) for n in (2, 4, 8, 16, 32)},
+    "R-JEPA batch": {n: ("R-JEPA", 8, n, 256) for n in (32, 64, 128, 256, 512)},
+}
 
 
 def measure(args, kind: str, length: int, batch: int, width: int) -> dict:

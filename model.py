@@ -24,8 +24,8 @@ from torch.nn.attention.varlen import varlen_attn
 
 
 def rope(positions: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos, sin [..., 1, hs] of the rotary embedding (Su et al. 2021) at explicit positions [...]; of the sine the
-    first half is negative."""
+    """cos and sin [..., 1, hs] of the rotary embedding (Su et al. 2021) at explicit positions [...]. The first half of
+    sin is negated, as `rotate` needs it."""
     freq = 10_000.0 ** (-torch.arange(0, head_size, 2, device=positions.device).float() / head_size)
     angle = positions[..., None, None].float() * freq
     cos, sin = angle.cos(), angle.sin()
@@ -33,13 +33,13 @@ def rope(positions: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.T
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates the halves of x [..., nh, hs] against each other by the angles of `rope`; keeps x's dtype."""
+    """Rotates the two halves of x [..., nh, hs], entry by entry, by the angles of `rope`; keeps x's dtype."""
     return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 class RMSNorm(nn.RMSNorm):
-    """PyTorch's RMSNorm (Zhang & Sennrich 2019) over the last dimension, on a CPU with a backward pass of its own:
-    PyTorch's goes back through every operation by itself there, which takes 3 to 5 times as long."""
+    """PyTorch's RMSNorm (Zhang & Sennrich 2019) over the last dimension. On a CPU it has a backward pass of its own:
+    PyTorch's goes back through each single operation there, which takes 3 to 5 times as long."""
 
     def forward(self, x):
         if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
@@ -70,7 +70,7 @@ class RMSNormOnCPU(torch.autograd.Function):
 
 
 class KVCache:
-    """Keys and values of one Attention, one slot a position: k, v [B, nh, T_max, hs]."""
+    """Keys and values of one Attention, a slot for every position: k, v [B, nh, T_max, hs]."""
 
     def __init__(self, shape, device, dtype):
         self.k = torch.zeros(shape, device=device, dtype=dtype)
@@ -89,9 +89,9 @@ class KVCache:
 
 
 def attend(q, k, v, attn_allowed=None, is_causal=False):
-    """softmax(q k^T / sqrt(hs)) v for q, k, v [B, nh, T, hs]: SDPA, but on a CPU in bf16 plain matrix products.
+    """softmax(q k^T / sqrt(hs)) v for q, k, v [B, nh, T, hs]: SDPA, except in bf16 on a CPU.
 
-    PyTorch's CPU flash kernel is slower in bf16 than in fp32; the products are 2 to 3 times as fast (bench.py).
+    There PyTorch's flash kernel is slower than in fp32; plain matrix products are 2 to 3 times as fast (bench.py).
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_allowed, is_causal=is_causal)
@@ -103,7 +103,7 @@ def attend(q, k, v, attn_allowed=None, is_causal=False):
     return scores.softmax(-1) @ v
 
 
-VARLEN = {"cuda"}  # devices with attention to sequences of any lengths that lie end to end
+VARLEN = {"cuda"}  # devices whose attention takes sequences of different lengths, laid end to end
 
 
 def takes_varlen(device, head_size: int) -> bool:
@@ -112,14 +112,14 @@ def takes_varlen(device, head_size: int) -> bool:
     return fits and (device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 8)
 
 
-PINNED = {"cuda"}  # devices that copy from pinned memory while the CPU goes on
+PINNED = {"cuda"}  # devices that copy from pinned memory while the CPU carries on
 
 
 def to_device(x, device):
-    """A tensor on the device; to a GPU from pinned memory, so that the CPU need not wait until its work is done.
+    """A tensor on the device. It goes to a GPU from pinned memory, so that the CPU need not wait for the GPU.
 
-    Masks of a training batch stay on the CPU, which can tell what is where without asking the GPU; all that takes a
-    mask takes one of either.
+    The masks of a training batch stay on the CPU, which can then find positions without waiting for the GPU. Every
+    function here accepts a mask on either device.
     """
     device = torch.device(device or "cpu")
     is_async = device.type in PINNED and x.device.type == "cpu"
@@ -131,23 +131,22 @@ def flat_index(mask, device):
     return to_device(mask.flatten().nonzero()[:, 0], device)
 
 
-ROW = {"cuda": 128, "cpu": 32}  # slots of a row in which short sequences are packed
+ROW = {"cuda": 128, "cpu": 32}  # slots in a row into which short sequences are packed
 
 
 def pack(is_real, slots: int):
-    """Lays the real positions of B sequences, is_real bool [B, T] on the CPU, end to end in rows of so many slots, none
-    cut.
+    """Lays the real positions of B sequences, is_real bool [B, T] on the CPU, end to end in rows of at most `slots`.
 
-    -> (their flat positions [N], their flat slots [N] in the rows, (number of rows R, slots of a row L)). The longest
-    are dealt out first, to and fro over the rows, which fills them evenly. Attention's kernels take 64 to 128 positions
-    at a time on a GPU: alone, a chain of five leaves them idle.
+    -> (their flat positions [N], their flat slots [N] in the rows, (number of rows R, slots in a row L)). No sequence
+    is cut. The longest are dealt out first, back and forth over the rows, which fills them evenly. On a GPU attention
+    kernels process 64 to 128 positions at a time: a chain of five on its own would leave them mostly idle.
     """
     lengths, order = is_real.sum(1).sort(descending=True, stable=True)
     n = int(lengths.sum())
     first, L = (1, -(-n // 8) * 8) if n <= slots else (-(-n // (2 * slots)) * 2, slots)
-    for R in itertools.count(first, 2):  # an even number: kernels are made for every new shape
+    for R in itertools.count(first, 2):  # even numbers alone: kernels are compiled for every new shape
         rounds = F.pad(lengths, (0, -len(lengths) % R)).view(-1, R)
-        rounds[1::2] = rounds[1::2].flip(1)  # fro
+        rounds[1::2] = rounds[1::2].flip(1)  # every other round runs backwards
         if int(rounds.sum(0).max()) <= L:
             break
     start = rounds.cumsum(0) - rounds + L * torch.arange(R)
@@ -158,9 +157,9 @@ def pack(is_real, slots: int):
 
 
 def packed_mask(attn_allowed, kept, slots, shape):
-    """The mask [R, L, L] of the rows of `pack`, from attn_allowed [B or 1, T, T] of each sequence alone."""
+    """The mask [R, L, L] for the rows that `pack` made, from attn_allowed [B or 1, T, T] of each single sequence."""
     T = attn_allowed.shape[-1]
-    at = kept.new_full((2, shape[0] * shape[1]), -1)  # sequence and position of every slot; -1: nothing there
+    at = kept.new_full((2, shape[0] * shape[1]), -1)  # sequence and position in every slot; -1: an empty slot
     at[:, slots] = torch.stack((kept // T, kept % T))
     (b, t), own = at.view(2, *shape), torch.eye(shape[1], dtype=torch.bool, device=kept.device)
     allowed = attn_allowed[b[:, :, None] % len(attn_allowed), t[:, :, None], t[:, None]]
@@ -168,17 +167,18 @@ def packed_mask(attn_allowed, kept, slots, shape):
 
 
 def keep(is_real):
-    """is_real bool [B, T] -> the flat positions [N] to be gone on with: the real ones, and a few more to make N a
-    multiple of 64, since kernels are made for every new shape."""
+    """is_real bool [B, T] -> the flat positions [N] to compute: the real ones, and a few more to make N a multiple of
+    64, since kernels are compiled for every new shape."""
     n = -(-int(is_real.sum()) // 64) * 64
     return is_real.flatten().int().argsort(descending=True, stable=True)[:n]
 
 
 class Rows(NamedTuple):
-    """Where N tokens, end to end, lie in rows: their flat positions index [N], none twice, of shape (B, T).
+    """Where N tokens that lie end to end belong in rows of shape (B, T): their flat positions index [N], none twice.
 
-    cu_seqlens int32 [B + 1]: where each row begins and ends in the N, if they are its first ones, none left out and in
-    its order. With it Attention takes them as they lie, each row alone, causal or not, without mask or cache.
+    cu_seqlens int32 [B + 1]: where each row begins and ends among the N; given only where every row's tokens are its
+    first ones, complete and in order. With it Attention reads the tokens as they lie, each row by itself, causal or
+    not, without mask or cache.
     """
 
     index: torch.Tensor
@@ -187,7 +187,7 @@ class Rows(NamedTuple):
 
 
 def join(rows: list[Rows]) -> Rows:
-    """One after the other, as rows of one length."""
+    """Several sets of rows one after the other, as one set of rows of one length."""
     T, B, N, index, ends = max(r.shape[1] for r in rows), 0, 0, [], [rows[0].cu_seqlens[:1]]
     for at, (rows_here, T_here), cu_seqlens in rows:
         index.append((at // T_here + B) * T + at % T_here)
@@ -202,7 +202,7 @@ def spread(x, kept: Rows | None):
         return x
     index, shape, _ = kept
     out = x.new_zeros(shape[0] * shape[1], *x.shape[1:])
-    # on a CPU adding is faster; on a GPU sums would be atomic, which for bf16 is slow
+    # adding is faster on a CPU; on a GPU it would be atomic, which is slow in bf16
     write = out.index_add_ if x.device.type == "cpu" else out.index_copy_
     return write(0, index, x.contiguous()).view(*shape, *x.shape[1:])
 
@@ -210,7 +210,7 @@ def spread(x, kept: Rows | None):
 class Pick(torch.autograd.Function):
     """x [B, T, ...] at the flat positions index [N], none twice -> [N, ...]; the inverse of `spread`.
 
-    PyTorch's own indexing goes back by a sum, which must be ready for positions named twice, and is slower both ways.
+    PyTorch's own indexing has to allow for repeated positions, so its backward pass adds; it is slower both ways.
     """
 
     @staticmethod
@@ -229,7 +229,7 @@ pick = Pick.apply
 
 
 class Attention(nn.Module):
-    """Multi-head attention, to itself (rotary) or to a context (cross-attention, no positions)."""
+    """Multi-head self-attention (rotary), or cross-attention to a context (without positions)."""
 
     def __init__(self, n_embd: int, n_head: int):
         super().__init__()
@@ -239,21 +239,23 @@ class Attention(nn.Module):
         self.proj = nn.Linear(n_embd, n_embd, bias=False)
 
     def heads(self, x, cos_sin=None, kept=None):
-        """x [B, T, C], or [N, C] at `kept` -> [B, nh, T, hs], rotated if there are cos_sin; [N, nh, hs] where rows are
-        not needed."""
+        """x [B, T, C], or [N, C] at `kept` -> [B, nh, T, hs], rotated if cos_sin is given; [N, nh, hs] where attention
+        takes the tokens end to end."""
         x = x.unflatten(-1, (self.n_head, -1))
         x = x if cos_sin is None else rotate(x, *cos_sin)
         return x if kept and kept.cu_seqlens is not None else spread(x, kept).transpose(1, 2)
 
     def keys(self, source, cos_sin=None, kept=None):
-        """Keys and values, as `heads` of source."""
+        """Keys and values of source, each shaped as `heads` returns them."""
         k, v = self.kv(source).chunk(2, dim=-1)
         return self.heads(k, cos_sin, kept), self.heads(v, None, kept)
 
     def forward(self, x, cos_sin=None, attn_allowed=None, is_causal=False, context=None, cache=None, positions=None,
                 kept=None):
-        """x [B, T, C] -> [B, T, C]; with `kept` (Rows) [N, C] -> [N, C]. attn_allowed: bool, [B or 1, nh or 1, T,
-        T_keys]. context: [B, T_keys, C], or its `keys` where they are computed once for many calls.
+        """x [B, T, C] -> [B, T, C]; with `kept` (Rows) [N, C] -> [N, C].
+
+        attn_allowed: bool [B or 1, nh or 1, T, T_keys]. context: [B, T_keys, C], or its `keys`, which can then be
+        computed once for many calls.
         """
         q = self.heads(self.q(x), cos_sin, kept)
         if not isinstance(context, tuple):
@@ -291,7 +293,7 @@ class Block(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x, cos_sin, attn_allowed, is_causal, context, context_allowed, cache, positions, kept, only=None):
-        """x as in Attention; only: flat positions [M] beyond whose attention nothing is asked for -> [M, C]."""
+        """x as in Attention. only: flat positions [M]; the MLP runs on these alone and [M, C] is returned."""
         x = x + self.drop(self.attn(self.norm_1(x), cos_sin, attn_allowed, is_causal, None, cache, positions, kept))
         if self.cross is not None:
             x = x + self.drop(self.cross(self.norm_x(x), attn_allowed=context_allowed, context=context, kept=kept))
@@ -316,15 +318,15 @@ class Transformer(nn.Module):
 
         positions: int [B or 1, T], 0 … T-1 by default. attn_allowed: bool [B or 1, T, T_keys]. context [B, T_ctx, C]
         or its `context_keys`, with context_allowed [B, T_ctx], for cross-attention. caches: see `new_caches`.
-        is_real bool [B, T]: where it is given the others are left out, of attention where rows are packed (otherwise
-        its mask must bar them); what comes out there is meaningless. wanted bool [B, T]: where the output may be
-        meaningless elsewhere, too. embed: what makes x of width C of the x given, where that is not left out.
+        is_real bool [B, T]: nothing is computed for the other positions, and the output there is meaningless;
+        attn_allowed must bar attention to them. wanted bool [B, T]: output may be meaningless outside of these, too.
+        embed: turns the x given into x of width C; it runs on what is kept alone.
         """
         (B, T), embed = kept.shape if kept else x.shape[:2], embed or (lambda x: x)
         if positions is None:
             positions = torch.arange(T, device=x.device)[None]
         room, whole, only = ROW.get(x.device.type, 0), None, None
-        # in training alone: that a result depends on what else is in its batch must not go beyond its last bits
+        # in training alone: elsewhere a result may depend on what else is in its batch in its last bits at most
         short = is_real is not None and attn_allowed is not None and 2 * T <= room
         if self.training and short and caches is None and context is None:
             index, slots, shape = pack(is_real.cpu(), room)
@@ -341,7 +343,7 @@ class Transformer(nn.Module):
         assert is_real is None or kept is None, "kept follows from is_real"
         flat = kept
         if flat and (attn_allowed is not None or not takes_varlen(x.device, self.n_embd // self.n_head)):
-            flat = flat._replace(cu_seqlens=None)  # spread in rows for attention
+            flat = flat._replace(cu_seqlens=None)  # attention will need rows
         if is_real is not None:
             whole = flat = Rows(to_device(keep(is_real), x.device), (B, T))
             x = pick(x, flat.index)
@@ -352,7 +354,7 @@ class Transformer(nn.Module):
         return x if kept else spread(x, whole)
 
     def stack(self, x, cos_sin, attn_allowed, is_causal, context, context_allowed, caches, positions, kept, only):
-        """All that does not look at the data, so that it can be compiled: blocks and the final norm."""
+        """Blocks and final norm: the part that can be compiled, since nothing in it depends on the data's values."""
         x = self.drop(x)
         for i, block in enumerate(self.blocks):
             cache = None if caches is None else caches[i]
@@ -362,21 +364,23 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def context_keys(self, context) -> list[tuple]:
-        """The cross-attention keys and values of a context [B, T_ctx, C], of each block."""
+        """Each block's cross-attention keys and values of a context [B, T_ctx, C]."""
         return [block.cross.keys(context) for block in self.blocks]
 
     def new_caches(self, batch_size: int, max_tokens: int, device, dtype) -> list[KVCache]:
-        """One KVCache a block."""
+        """A KVCache for each block."""
         shape = (batch_size, self.n_head, max_tokens, self.n_embd // self.n_head)
         return [KVCache(shape, device, dtype) for _ in self.blocks]
 
 
 def compile_model(model: nn.Module, by_block: bool = False):
-    """Compiles every stack of blocks, R-JEPA's way in and the losses, in place. What is around them looks at the data:
-    it could not be one graph. by_block: block by block, so that several processes can add up gradients while others are
-    made."""
+    """Compiles every stack of blocks, R-JEPA's input adapter and the losses, in place.
+
+    The code around them depends on the data's values and could not be one graph. by_block: each block by itself, so
+    that several processes can add up some gradients while others are still being computed.
+    """
     torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.optimize_ddp = False  # it would cut graphs at DDP's buckets, and older ones not at `Pick`
+    torch._dynamo.config.optimize_ddp = False  # it would cut graphs at DDP's buckets
     for part in model.modules():
         if isinstance(part, Block) and by_block:
             part.forward = torch.compile(part.forward, dynamic=True)
@@ -389,7 +393,7 @@ def compile_model(model: nn.Module, by_block: bool = False):
 
 
 def compiled_loss():
-    """`loss_and_gradient`, compiled for a fixed vocabulary and, from the first call on, for any number of tokens."""
+    """`loss_and_gradient`, compiled for one vocabulary size and, from the first call on, for any number of tokens."""
     compiled = torch.compile(loss_and_gradient)
 
     def call(logits, targets):
@@ -420,7 +424,7 @@ def update_target(target: nn.Module, online: nn.Module, momentum: float):
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
-    """A copy without gradient and without dropout."""
+    """A copy that gets no gradient and has no dropout."""
     frozen = copy.deepcopy(module).requires_grad_(False)
     for part in frozen.modules():
         if isinstance(part, nn.Dropout):
@@ -432,7 +436,7 @@ class Predictor(nn.Module):
     """Predicts latents at hidden positions from the visible ones (I-JEPA, Assran et al. 2023, narrow Transformer).
 
     forward(z_context [B, S, C], positions, is_visible, is_target, segment [B, S]) -> [N, C], N = number of targets.
-    Every target slot holds the same learned mask token; only its position tells one from another.
+    Every target slot holds the same learned mask token; the slots differ in their positions alone.
     """
 
     def __init__(self, width: int, n_layer: int, n_head: int, n_embd: int):
@@ -454,7 +458,8 @@ class Predictor(nn.Module):
 def may_attend(visible, segment=None, device=None):
     """visible bool [B, S] -> bool [B, S, S]: every position attends to the visible ones, and to itself.
 
-    segment int [B, S]: of its own segment alone, where several sequences lie packed in a row. device: of the result.
+    segment int [B, S], where several sequences lie packed in a row: to those of its own segment alone. device: of the
+    result.
     """
     visible = visible if device is None else to_device(visible, device)
     own = torch.eye(visible.shape[1], dtype=torch.bool, device=visible.device)  # a row without any key would be NaN
@@ -483,38 +488,38 @@ class JEPA(nn.Module):
         return encoder(x, positions, may_attend(visible, segment, x.device), is_real=visible, **more)
 
     def predict(self, x, positions, is_visible, is_target, **more):
-        """z_pred [N, C] of the N targets from what is visible [B, S]. What is neither is not there at all."""
+        """z_pred [N, C] of the N targets from what is visible [B, S]. What is neither takes no part at all."""
         z_context = self.encode(self.context_encoder, x, positions, is_visible, **more)
         return self.predictor(z_context, positions, is_visible, is_target)
 
-    @torch.no_grad()
-    def targets(self, x, positions, is_real, **more):
-        """Target latents [B, S, C] fp32 of every position (that is `wanted`), layer-normed without learned scale,
-        detached."""
-        z = self.encode(self.target_encoder, x, positions, is_real, **more)
-        return F.layer_norm(z.float(), z.shape[-1:])
+    def targets(self, x, positions, is_real, online: bool = False, **more):
+        """Target latents [B, S, C] fp32 of every position (or those `wanted` alone), layer-normed without a learned
+        scale, detached. online: by the context encoder instead, with gradient."""
+        with torch.set_grad_enabled(online and torch.is_grad_enabled()):
+            z = self.encode(self.context_encoder if online else self.target_encoder, x, positions, is_real, **more)
+            return F.layer_norm(z.float(), z.shape[-1:])
 
     def update_target(self, momentum: float):
         update_target(self.target_encoder, self.context_encoder, momentum)
 
 
 class Model(nn.Module):
-    """What all that train.py trains has in common; a `config` says what it is."""
+    """What all models that train.py trains have in common; `config` holds their settings."""
 
     def n_params(self) -> int:
         """All parameters, an EMA copy included."""
         return sum(p.numel() for p in self.parameters())
 
     def update_target(self, momentum: float):
-        """No target encoder."""
+        """Nothing to do where there is no target encoder."""
 
     def flops_per_token(self, T: float) -> float:
-        """Forward and backward, 6 N + 12 L C T (PaLM, appendix B), on rows of T tokens; N what is trained."""
+        """Forward and backward, 6 N + 12 L C T (PaLM, appendix B), on rows of T tokens; N: the trained parameters."""
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         return 6 * trained + 12 * self.config.n_layer * self.config.n_embd * T
 
     def check_rows(self, rows, what: str, shortest: int):
-        """The token rows themselves, none of them too short or longer than a block."""
+        """Returns the token rows. Raises ValueError where one is shorter than `shortest` or longer than block_size."""
         for i, row in enumerate(rows):
             if not shortest <= len(row) <= self.config.block_size:
                 why = "is empty" if len(row) < shortest else f"has {len(row)} tokens with its special ones"
@@ -523,7 +528,7 @@ class Model(nn.Module):
 
     @contextlib.contextmanager
     def evaluating(self):
-        """In eval mode; then in the mode that it was in."""
+        """A context in eval mode; afterwards the model is back in its former mode."""
         was_training = self.training
         self.eval()
         try:
@@ -536,7 +541,7 @@ class Model(nn.Module):
 
 
 def answer_row(answer: list[int], eos_id: int) -> list[int]:
-    """The answer view: [EOS] as start, its tokens, [EOS]; the question's is its tokens and [PRED]."""
+    """The answer view: [EOS] as start, its tokens, [EOS]. (The question view: its tokens, [PRED].)"""
     return [eos_id, *answer, eos_id]
 
 
@@ -549,7 +554,7 @@ def pad_rows(rows: list[list[int]], fill: int, device=None) -> torch.Tensor:
 
 
 def real_tokens(rows: list[list[int]], device=None) -> torch.Tensor:
-    """is_real bool [B, T] of what `pad_rows` makes of ragged rows."""
+    """is_real bool [B, T] that goes with `pad_rows` of the same ragged rows."""
     lengths = torch.tensor([len(row) for row in rows])
     return to_device(torch.arange(int(lengths.max())) < lengths[:, None], device)
 
@@ -565,7 +570,7 @@ def attn_allowed(segment: torch.Tensor) -> torch.Tensor:
 
 
 def pool_weights(rows: list[list[int]], pooling: str) -> torch.Tensor:
-    """Weights [B, T] that turn states of answer rows into one latent.
+    """Weights [B, T] by which the states of each answer row are summed into one latent.
 
     `last`: the closing [EOS]; `mean`: every position but the opening [EOS].
     """
@@ -577,10 +582,10 @@ def pool_weights(rows: list[list[int]], pooling: str) -> torch.Tensor:
 
 def write(transformer, embed, eos_id: int, x, lengths, max_new_tokens: int, max_tokens: int | None = None,
           temperature: float = 0.0, seed: int = 0, **context) -> list[list[int]]:
-    """Texts token by token after prompts x [B, T, C] of lengths [B], with a KV cache -> B token lists, up to [EOS].
+    """Continues prompts x [B, T, C] of lengths [B] token by token, with a KV cache -> B token lists, up to [EOS].
 
-    No id above eos_id is written. max_tokens: of prompt and text. context: what Transformer.forward takes of it.
-    Greedy at temperature 0, else sampled from a generator of its own.
+    No id above eos_id is written. max_tokens: of prompt and text together. context: the arguments for cross-attention
+    of Transformer.forward. Greedy at temperature 0, else sampled with a generator of its own.
     """
     B, T, _ = x.shape
     max_tokens = min(T + max_new_tokens, max_tokens or T + max_new_tokens)
@@ -603,14 +608,14 @@ def write(transformer, embed, eos_id: int, x, lengths, max_new_tokens: int, max_
         done |= positions[:, 0] >= max_tokens
         if len(out) == max_new_tokens or done.all():
             break
-        positions = positions.clamp_max(max_tokens - 1)  # of rows that are done
+        positions = positions.clamp_max(max_tokens - 1)  # rows that are done may have run past the end
         x = embed(out[-1])
     tokens = torch.cat(out, dim=1).tolist()
     return [t[: t.index(eos_id)] if eos_id in t else t for t in tokens]
 
 
 def in_batches(rows: list[list[int]], batch_size: int, encode) -> torch.Tensor:
-    """encode(rows) over batches of like length -> [len(rows), C] in the order given."""
+    """encode(rows) in batches of rows of similar length -> [len(rows), C], in the order given."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     parts = [order[s : s + batch_size] for s in range(0, len(rows), batch_size)]
     out = torch.cat([encode([rows[i] for i in part]) for part in parts])
@@ -620,10 +625,10 @@ def in_batches(rows: list[list[int]], batch_size: int, encode) -> torch.Tensor:
 class Standardize(nn.Module):
     """Per-dimension standardisation of latents [B, C]: by the batch in training, by fitted statistics otherwise.
 
-    So a training target depends on its batch; with several processes each standardises its own.
-    Without it the latents of a language model share one direction, any two of them have a cosine above 0.9, and
-    predicting that direction is all that 1 - cos teaches. Running averages in training lag behind a network that
-    learns, and the lag is one more shared direction (measured: LOG.md).
+    So a training target depends on its batch; with several processes each standardises its own. Without it all latents
+    of a language model share one direction: any two have a cosine above 0.9, and predicting that direction is all that
+    1 - cos teaches. Running averages would lag behind the network in training, and the lag is one more shared direction
+    (measured: LOG.md).
     """
 
     def __init__(self, n_embd: int):
@@ -645,7 +650,7 @@ class Standardize(nn.Module):
 def loss_and_gradient(logits, targets):
     """Summed cross-entropy of logits [M, V] with ids [M], and its gradient with respect to them, in their dtype."""
     log_p = logits.float().log_softmax(-1)
-    if torch.compiler.is_compiling():  # what can be one kernel
+    if torch.compiler.is_compiling():  # in a form that can become one kernel
         is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
         return -log_p.where(is_target, 0.0).sum(), (log_p.exp() - is_target.float()).to(logits.dtype)
     at = targets[:, None]
@@ -654,15 +659,15 @@ def loss_and_gradient(logits, targets):
 
 
 class TokenLoss(torch.autograd.Function):
-    """Summed cross-entropy of h [M, C] @ weight [V, C]^T with ids [M]. Its gradients are made while going forward.
+    """Summed cross-entropy of h [M, C] @ weight [V, C]^T with ids [M]; the forward pass computes the gradients, too.
 
-    So no logits wait for the backward pass, nor are they made a second time: those of 64 k tokens over GPT-2's
+    So the logits are neither kept for the backward pass nor computed twice: those of 64 k tokens over GPT-2's
     vocabulary would take 26 GB. (The idea is that of Liger's fused linear cross-entropy, Hsu et al. 2024.)
     """
 
     @staticmethod
     def slice_size(n_words: int, device: str) -> int:
-        """Tokens whose logits are there at a time: on a CPU those of a small vocabulary stay in its cache."""
+        """Tokens whose logits exist at a time: on a CPU, few enough for its cache if the vocabulary is small."""
         return max(512, (2**20 if device == "cpu" else 2**29) // n_words)
 
     @staticmethod
@@ -704,7 +709,7 @@ class NanoJEPA(Model):
         super().__init__()
         self.config = config
         self.eos_id, self.pred_id = config.vocab_size - 2, config.vocab_size - 1
-        rows = -(-config.vocab_size // 64) * 64  # matrix sizes that hardware likes
+        rows = -(-config.vocab_size // 64) * 64  # a matrix size that hardware is fast with
         self.embed = nn.Embedding(rows, config.n_embd)  # tied with the output
         self.transformer = Transformer(config.n_layer, config.n_head, config.n_embd, config.dropout)
         self.prefix = nn.Linear(config.n_embd, config.n_embd) if config.answer_context == "latent" else None
@@ -722,7 +727,8 @@ class NanoJEPA(Model):
         return TokenLoss.apply(h, weight, targets, self.loss_and_gradient)
 
     def states(self, x, rows: list[Rows]):
-        """Tokens x [N, C] of rows that do not see each other -> [N, C], in one pass where no row needs padding."""
+        """Tokens x [N, C] of rows that do not see each other -> [N, C]; in a single pass where attention needs no
+        padding."""
         if takes_varlen(x.device, self.config.n_embd // self.config.n_head):
             return self.transformer(x, is_causal=True, kept=join(rows))
         parts = x.split([len(r.index) for r in rows])
@@ -742,13 +748,14 @@ class NanoJEPA(Model):
     def forward(self, batch: dict) -> dict:
         """A batch of data.collate -> {"loss", "lm_loss", "jepa_loss", "cos"}: means, scalars.
 
-        idx [N]: tokens end to end, in rows (a list of Rows): the questions, [PRED] at pred_at [B], with answer_context
-        = question each with its answer after it, with isolated followed by the answers, Rows of their own. loss_at [M]:
-        which of the N have a token loss, targets [M] what follows there. With answer_context = latent the answers come
-        with `answer_` before these names. target_idx [B, Tt]: what the target latent is taken from, or target_at
-        [B, Tt]: where it lies in the N; target_pool: the weights that pool its states. With `segment` and `positions`
-        [B, T] (data.collate with packed=True) the two views lie in one row and a dense mask isolates them: the
-        reference path. There may be no `rows`: idx is [B, T] with padding, and N is B T.
+        idx [N]: tokens end to end, and `rows`, a list of Rows: where they belong. They are the questions, with [PRED]
+        at pred_at [B]; with answer_context = question each question has its answer behind it, with isolated the answers
+        follow as Rows of their own, with latent they come in keys of the same names with `answer_` before them.
+        loss_at [M]: which of the N have a token loss; targets [M]: the tokens that follow there. target_idx [B, Tt]:
+        the rows that the target latent is taken from, or target_at [B, Tt]: where these lie among the N; target_pool:
+        weights that pool their states. With `segment` and `positions` [B, T] (data.collate with packed=True) both views
+        lie in one row and a dense mask isolates them: the reference path. It may come without `rows`: then idx is
+        [B, T] with padding, and N is B T.
         """
         cfg, x = self.config, self.embed(batch["idx"])
         if "segment" in batch:
@@ -761,7 +768,7 @@ class NanoJEPA(Model):
 
         if "answer_idx" in batch:
             x = self.embed(batch["answer_idx"])
-            x = x.index_copy(0, batch["answer_first"], self.prefix(pred).to(x.dtype))  # in the place of [EOS]
+            x = x.index_copy(0, batch["answer_first"], self.prefix(pred).to(x.dtype))  # replaces the opening [EOS]
             h = self.states(x, batch["answer_rows"])
             total = total + self.token_loss(h, batch["answer_loss_at"], batch["answer_targets"])
             count = count + len(batch["answer_targets"])
@@ -771,7 +778,7 @@ class NanoJEPA(Model):
             return {"loss": lm_loss, "lm_loss": lm_loss}
         if "target_idx" in batch:
             target = self.target_latent(batch["target_idx"], batch["target_pool"])
-        else:  # the rows just run hold the answer's own view
+        else:  # the answers' own rows have just been run
             target = self.answer_latent(h[batch["target_at"]], batch["target_pool"])
         cos = F.cosine_similarity(pred.float(), target, dim=-1).mean()
         jepa_loss = 1 - cos
@@ -785,7 +792,7 @@ class NanoJEPA(Model):
         config.target_encoder says so). Raises ValueError for an empty text or one longer than config.block_size.
         """
         if not 0 < len(questions) == len(answers):
-            raise ValueError(f"{len(questions)} questions and {len(answers)} answers: as many are needed, one at least")
+            raise ValueError(f"{len(questions)} questions and {len(answers)} answers: give as many of each, at least 1")
         rows = self.check_rows([[*q, self.pred_id] for q in questions], "question", 2)
         target = self.encode_answers(answers, batch_size)
         with self.evaluating():
@@ -818,7 +825,7 @@ class NanoJEPA(Model):
 
     @torch.no_grad()
     def generate(self, questions: list[list[int]], max_new_tokens: int, temperature: float = 0.0, seed: int = 0):
-        """Answers to questions (token ids), see `write`; what they follow from, config.answer_context says."""
+        """Answers to questions (token ids), see `write`; config.answer_context decides what an answer may see."""
         device, B = self.embed.weight.device, len(questions)
         rows = self.check_rows([[*q, self.pred_id] for q in questions], "question", 2)
         with self.evaluating():
@@ -844,8 +851,8 @@ class NanoJEPA(Model):
 class RJEPA(Model):
     """World model over an LLM's hidden states: position 0 is the question, 1 … S-1 the reasoning steps.
 
-    The JEPA core over standardised latents with the adapters W_in (D -> C) and W_out (C -> D). The error of a step
-    that is hidden and predicted from the others is its energy: how badly it follows from what stands around it.
+    The JEPA core over standardised latents with the adapters W_in (D -> C) and W_out (C -> D). A step's energy is the
+    error of its prediction when it is hidden: how badly it follows from what stands around it.
     """
 
     ENERGIES = ("leave_one_out", "next_step")
@@ -853,10 +860,12 @@ class RJEPA(Model):
     def __init__(self, config):
         super().__init__()
         self.config, D, C = config, config.dim, config.n_embd
-        self.wrong_share = 0.0, 0.0  # wrong latents that the last batch's targets read and ask for, of its right ones
+        # the last batch's wrong latents that the target encoder read, and those asked for, as shares of its right ones
+        self.wrong_share = 0.0, 0.0
         self.register_buffer("h_mean", torch.zeros(D))
         self.register_buffer("h_std", torch.ones(D))
-        # of verified chains: energies of steps by mode (ENERGIES); highest next-step energy after the first step
+        # quantiles over verified chains: step energies for each of ENERGIES; a chain's highest next-step energy after
+        # its first step
         self.register_buffer("quantiles", torch.zeros(3, 101))
         self.w_in, self.w_out = nn.Linear(D, C), nn.Linear(C, D)
         encoder = Transformer(config.n_layer, config.n_head, C, config.dropout)
@@ -866,7 +875,7 @@ class RJEPA(Model):
             self.jepa.requires_grad_(False)
 
     def fit_standardize(self, h):
-        """Takes mean and std per dimension from latents h [N, D]."""
+        """Sets mean and std per dimension from latents h [N, D]."""
         self.h_mean.copy_(h.float().mean(0))
         self.h_std.copy_(h.float().std(0).clamp_min(1e-3))
 
@@ -880,29 +889,22 @@ class RJEPA(Model):
         """Layer-normed target latents [B, S, C] of h [B, S, D] as extracted; online: with gradient; wanted bool [B, S]:
         those alone."""
         positions = self.positions(h) if self.config.target_positions else torch.zeros_like(self.positions(h))
-        if online:
-            encoder = self.jepa.context_encoder
-            z = self.jepa.encode(encoder, h, positions, is_real, wanted=wanted, embed=self.embed_context)
-            return F.layer_norm(z.float(), z.shape[-1:])
-        embed = functools.partial(self.embed, w_in=self.w_in_target)
-        return self.jepa.targets(h, positions, is_real, wanted=wanted, embed=embed)
+        embed = self.embed if online else functools.partial(self.embed, w_in=self.w_in_target)
+        return self.jepa.targets(h, positions, is_real, online, wanted=wanted, embed=embed)
 
     def predict(self, h, is_visible, is_target):
         """z_pred [N, C] fp32 of the N targets from the visible ones of latents h [B, S, D] as extracted."""
-        return self.jepa.predict(h, self.positions(h), is_visible, is_target, embed=self.embed_context).float()
+        return self.jepa.predict(h, self.positions(h), is_visible, is_target, embed=self.embed).float()
 
-    def embed(self, h, w_in):
-        """Latents [..., D] as extracted -> what an encoder reads [..., C] fp32."""
-        return w_in(self.standardize(h)).float()
-
-    def embed_context(self, h):
-        return self.embed(h, self.w_in)
+    def embed(self, h, w_in=None):
+        """Latents [..., D] as extracted -> what an encoder reads [..., C] fp32; w_in: by default the one trained."""
+        return (w_in or self.w_in)(self.standardize(h)).float()
 
     def compare(self, z_pred, z_all, h, at, is_step, wrong=None) -> dict:
-        """The parts of the loss that compare predictions z_pred [N, C] with target latents z_all [B, S, C], of which
-        they predict those at the flat positions at [N]; h [B, S, D], is_step bool [B, S].
+        """The parts of the loss that compare predictions z_pred [N, C] with the target latents z_all [B, S, C] at the
+        flat positions at [N]; h [B, S, D], is_step bool [B, S].
 
-        wrong: (the wrong chains' target latents [B, S, C], where there are such, bool [B, S]).
+        wrong: (the wrong chains' target latents [B, S, C], bool [B, S]: which of them count as negatives).
         """
         tau, (_, S, _) = self.config.tau, z_all.shape
         z_target, chain, step = pick(z_all, at), at // S, at % S
@@ -910,11 +912,11 @@ class RJEPA(Model):
         parts["variance"] = F.relu(1 - z_pred.var(0, correction=0).add(1e-4).sqrt()).mean()
         p, t = F.normalize(z_pred, dim=-1), F.normalize(z_target, dim=-1)
         column = torch.arange(-(-(len(p) + 1) // 8) * 8, device=p.device)  # other sizes are slow on a GPU
-        with torch.autocast(p.device.type, enabled=False):  # over tau a rounding to bf16 would be up to 0.08
-            logits = p @ F.pad(t, (0, 0, 0, len(column) - len(t))).T / tau  # (N, N and more)
+        with torch.autocast(p.device.type, enabled=False):  # bf16 would be off by up to 0.08 once divided by tau
+            logits = p @ F.pad(t, (0, 0, 0, len(column) - len(t))).T / tau  # (N, more than N)
             own = (F.normalize(z_all, dim=-1)[chain] @ p[:, :, None])[..., 0] / tau  # (N, S)
         logits = logits.masked_fill(column >= len(p), float("-inf"))
-        if wrong is not None:  # of the counterfactuals, in the first free column
+        if wrong is not None:  # one more negative in the first free column: the step's counterfactual
             z_wrong, has_wrong = wrong
             own_wrong = (p * F.normalize(pick(z_wrong, at), dim=-1)).sum(-1, keepdim=True) / tau
             has_wrong = has_wrong.flatten()[at, None] & (column == len(p))
@@ -927,11 +929,11 @@ class RJEPA(Model):
     def forward(self, batch: dict) -> dict:
         """A batch of latents.collate -> {"loss" and its named parts}: means, scalars.
 
-        h [B, S, D] as extracted, at padding any finite numbers; is_real, is_visible, is_target bool [B, S] (neither
-        visible nor target: hidden, not asked for). Masks may lie on the CPU (see `to_device`). context_h, where it is
-        there: what is seen in h's place, of chains that the LLM has read without the step that is hidden.
-        With wrong chains for some of them: wrong_h and the same three masks with wrong_ before their names; is_wrong
-        bool [B, S]: of counterfactuals, whose masks are h's, the steps from the wrong one on (of 2 to 6 % of them the
+        h [B, S, D] as extracted, any finite numbers at padding; is_real, is_visible, is_target bool [B, S] (neither
+        visible nor target: hidden, but not asked for). Masks may lie on the CPU (see `to_device`). context_h, where
+        given, is seen in h's place: latents of chains that the LLM has read without the hidden step.
+        Where some chains have a wrong one: wrong_h and the same three masks with wrong_ before their names; is_wrong
+        bool [B, S]: a counterfactual's steps from the wrong one on (it has h's masks; of 2 to 6 % of these steps the
         text is h's, the state is not); right_counts, wrong_counts bool [B, S]: the targets that the margin compares.
         """
         cfg, h, is_real, is_target = self.config, batch["h"], batch["is_real"], batch["is_target"]
@@ -939,8 +941,7 @@ class RJEPA(Model):
         hard, margin = ("wrong_h" in batch and wanted for wanted in (cfg.hard_negatives, cfg.lambda_margin > 0))
         B, device, is_step = len(h), h.device, is_real.clone()
         is_step[:, 0] = False
-        # chains, and after them the wrong ones, in one pass through a network; those of which nothing is asked for are
-        # left out
+        # the wrong chains go through the networks behind the right ones, in the same pass
         h_all = torch.cat((h, batch["wrong_h"])) if hard or margin else h
 
         asked, real, self.wrong_share = is_step, is_real, (0.0, 0.0)
@@ -957,7 +958,7 @@ class RJEPA(Model):
             counts = torch.cat((batch["right_counts"], batch["wrong_counts"]))
             is_paired = counts.any(1).view(2, B).all(0)
             read = is_paired.clone()
-            read[0] = True  # maybe none is paired; of several processes all must run the same networks
+            read[0] = True  # even if no chain is paired: all of several processes must run the same networks
             read = read[:, None].repeat(2, 1)
             visible = torch.cat((visible, batch["wrong_is_visible"] & read[B:]))
             targets = torch.cat((is_target, batch["wrong_is_target"] & read[B:]))
@@ -969,7 +970,7 @@ class RJEPA(Model):
         parts = self.compare(z_pred[: len(at)], z_all[:B], h, at, to_device(is_step, device), wrong)
         parts["margin"] = z_pred.new_zeros(())
         if margin:
-            # the wrong chain should have the higher mean error; its target learns too
+            # the wrong chain should have the higher mean error; here the targets learn, too
             real = torch.cat((is_real, batch["wrong_is_real"])) & read
             z = self.targets(h_all, real, online=True, wanted=counts & read)
             right, wrong = mean_error(z_pred, z, targets, counts).view(2, B)
@@ -979,8 +980,8 @@ class RJEPA(Model):
         return {"loss": loss, **parts}
 
     @torch.no_grad()
-    def hidden_steps(self, h, is_real, mode: str = "leave_one_out", max_rows: int = 2048):
-        """Every step of every chain hidden in turn -> (chain [M], step [M], z_pred [M, C], z_target [B, S, C]).
+    def hidden_steps(self, h, is_real, mode: str = "leave_one_out"):
+        """Hides every step of every chain in turn -> (chain [M], step [M], z_pred [M, C], z_target [B, S, C]).
 
         h [B, S, D] as extracted, is_real [B, S]. leave_one_out hides the step alone, next_step all from it on.
         """
@@ -994,7 +995,7 @@ class RJEPA(Model):
         position = self.positions(h)
         chain, step = (is_real & (position > 0)).nonzero(as_tuple=True)
         out = []
-        for c, s in zip(chain.split(max_rows), step.split(max_rows), strict=True) if len(chain) else ():
+        for c, s in zip(chain.split(2048), step.split(2048), strict=True) if len(chain) else ():
             is_target = position[c] == s[:, None]
             seen = position[c] < s[:, None] if mode == "next_step" else ~is_target
             out.append(self.predict(h[c], is_real[c] & seen, is_target))
@@ -1010,30 +1011,30 @@ class RJEPA(Model):
 
     @torch.no_grad()
     def around(self, h, is_real, step):
-        """What a Speaker reads to say step [B] of each chain, h [B, S, D] and is_real [B, S], in which it is hidden.
+        """What a Speaker attends to when it says step [B] of each chain, h [B, S, D] and is_real [B, S]; it is hidden.
 
-        -> (context [B, 1 + S, C]: the predicted latent, then the context encoder's; allowed [B, 1 + S]; offsets
-        [B, 1 + S] to the step).
+        -> (context [B, 1 + S, C]: the step's predicted latent, then what the context encoder makes of the others;
+        allowed [B, 1 + S]; offsets [B, 1 + S] from the step).
         """
         position = self.positions(h)
         is_target = position == step[:, None]
         visible = is_real & ~is_target
-        z_context = self.jepa.encode(self.jepa.context_encoder, h, position, visible, embed=self.embed_context)
+        z_context = self.jepa.encode(self.jepa.context_encoder, h, position, visible, embed=self.embed)
         z_pred = self.jepa.predictor(z_context, position, visible, is_target)[:, None].float()
         allowed = torch.cat((torch.ones_like(visible[:, :1]), visible), dim=1)
         offsets = torch.cat((torch.zeros_like(position[:, :1]), position - step[:, None]), dim=1)
         return torch.cat((z_pred, z_context.float()), dim=1), allowed, offsets
 
     def target_of(self, h, is_real, step):
-        """Target latent [B, C] of step [B] of each chain, encoded with the whole chain h [B, S, D] in view."""
+        """Target latent [B, C] of step [B] of each chain h [B, S, D], encoded with the whole chain in view."""
         return self.targets(h, is_real)[torch.arange(len(h), device=h.device), step]
 
     def to_llm(self, z_pred):
-        """Latents in the LLM's own space [N, D], through W_out, of predictions [N, C]."""
+        """Predictions [N, C] through W_out -> latents in the LLM's own space [N, D]."""
         return self.w_out(z_pred.to(self.h_mean.dtype)) * self.h_std + self.h_mean
 
     def energy(self, h, is_real, mode: str = "leave_one_out"):
-        """Energy [B, S] of every step: its L1 error in target space. NaN at position 0 and at padding.
+        """Energy [B, S] of every step: the L1 error of its predicted latent. NaN at position 0 and at padding.
 
         h [B, S, D] latents as extracted, is_real bool [B, S]. Deterministic: nothing is drawn.
         """
@@ -1044,7 +1045,7 @@ class RJEPA(Model):
         return out
 
     def coherence(self, energy):
-        """Of leave-one-out energies: the share of verified steps with a higher one, in [0, 1], by the quantiles that
+        """For each leave-one-out energy the share of verified steps with a higher one, in [0, 1], by the quantiles that
         training stored."""
         q = self.quantiles[self.ENERGIES.index("leave_one_out")]
         return (1 - torch.searchsorted(q, energy.contiguous()).float() / (len(q) - 1)).clamp(0, 1)
@@ -1056,9 +1057,10 @@ class RJEPA(Model):
             self.jepa.update_target(momentum)
 
     def flops_per_token(self, T: float) -> float:
-        """Forward and backward of what is trained, the encoder on what is visible, and the target encoder's forward, of
-        wrong chains too as far as the last batch's were read; of last blocks' MLPs what is asked for. Not counted: the
-        margin's passes, gradients of an online target encoder and through frozen networks (adapters_only)."""
+        """Forward and backward of what is trained (of the encoder, on what is visible), and the target encoder's
+        forward, also on the wrong chains of the last batch; the MLP of a last block only where output is asked for.
+        Not counted: the margin's passes, gradients of an online target encoder and through frozen networks
+        (adapters_only)."""
         cfg = self.config
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         encoder = sum(p.numel() for p in self.jepa.target_encoder.parameters())
@@ -1071,17 +1073,17 @@ class RJEPA(Model):
 
 
 def mean_error(z_pred, z_target, is_target, counts):
-    """Mean L1 error [B] over the targets that count [B, S], of predictions z_pred [N, C] against z_target [B, S, C]."""
+    """Mean L1 error [B] of predictions z_pred [N, C] against z_target [B, S, C], over the targets in counts [B, S]."""
     at, counts = flat_index(is_target, z_target.device), to_device(counts, z_target.device)
     error = spread((z_pred - pick(z_target, at)).abs().mean(-1), Rows(at, is_target.shape))
     return (error * counts).sum(1) / counts.sum(1).clamp_min(1)
 
 
 class Guidance(Model):
-    """NUDGE's head: from the predicted next step and the current token's state, a shift of the LLM's last state.
+    """NUDGE's head: makes a shift of the LLM's last state from the predicted next step and the current token's state.
 
-    The LLM's own output matrix turns it into a bias over the vocabulary: a head with a matrix of its own has as many
-    rows as there are words, to learn and to read for every token.
+    The LLM's own output matrix turns the shift into a bias over the vocabulary. A matrix of the head's own would have a
+    row for every word, to be learnt, and to be read for every token.
     """
 
     def __init__(self, config):
@@ -1091,7 +1093,7 @@ class Guidance(Model):
         self.fc = nn.Linear(config.z_dim + config.h_dim, config.n_hidden)
         self.out = nn.Linear(config.n_hidden, config.h_dim)
         nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)  # no shift, so the LLM's own words, before the first step of training
+        nn.init.zeros_(self.out.bias)  # no shift before the first step of training: the LLM's own words
 
     def shift(self, z_pred, h):
         """z_pred [M, C], h [M, D] -> [M, D] fp32."""
@@ -1102,8 +1104,8 @@ class Guidance(Model):
     def forward(self, batch: dict) -> dict:
         """-> {"loss", "ce", "ce_llm" (cross-entropies with and without the shift), "bias" (its mean square)}.
 
-        z_pred [M, C], h [M, D], final [M, D] (the LLM's last normed states), targets [M]; words, the LLM's function
-        from such states to logits [M, V].
+        z_pred [M, C], h [M, D], final [M, D] (the LLM's last normed states), targets [M]; words: the LLM's function
+        from such last states to logits [M, V].
         """
         final, targets = batch["final"], batch["targets"]
         moved = final + self.shift(batch["z_pred"], batch["h"]).to(final.dtype)
@@ -1120,8 +1122,8 @@ class Guidance(Model):
 class Speaker(Model):
     """A causal decoder that puts vectors into words: cross-attention to a context [B, T_ctx, context_dim].
 
-    Trained with cross-entropy on what an R-JEPA predicts or a T-JEPA thinks. [EOS] opens and closes a text and is the
-    last but one id of the vocabulary. `offsets` [B, T_ctx] say where a context vector lies relative to what is spoken.
+    Trained with cross-entropy, on an R-JEPA's predictions or a T-JEPA's encodings. [EOS] opens and closes a text and is
+    the last but one id of the vocabulary. `offsets` [B, T_ctx]: how far each context vector is from what is spoken.
     """
 
     MAX_OFFSET = 8
@@ -1139,8 +1141,8 @@ class Speaker(Model):
     def prepare(self, context, offsets=None):
         """Context [B, T_ctx, context_dim] -> what cross-attention reads, [B, T_ctx, C].
 
-        Without use_z no latent reaches it, but how many there are and their offsets do; without use_prediction the
-        first, an R-JEPA's prediction, does not.
+        Without use_z only the number of latents and their offsets reach it; without use_prediction the first latent,
+        which is an R-JEPA's prediction, does not.
         """
         seen = torch.full_like(context[:1, :, :1], self.config.use_z)  # (1, T_ctx, 1)
         seen[:, 0] *= self.config.use_prediction
@@ -1152,8 +1154,9 @@ class Speaker(Model):
     def forward(self, batch: dict) -> dict:
         """-> {"loss", "lm_loss": of the text alone}.
 
-        idx [B, T] ([EOS], then the text; before both what is read, if anything), targets [B, T] (-100: padding),
-        is_text [B, T] (which of them are the text's; these two may lie on the CPU), context, context_allowed, offsets.
+        idx [B, T] ([EOS], then the text; before these what is read, if anything), targets [B, T] (-100: padding),
+        is_text [B, T] (which targets are the text's), context, context_allowed, offsets. targets and is_text may lie
+        on the CPU.
         """
         losses, is_text = self.losses(batch), batch["is_text"]
         weights = torch.where(is_text, 1.0, self.config.read_weight) * (batch["targets"] >= 0)
@@ -1161,7 +1164,7 @@ class Speaker(Model):
         return {"loss": (losses * weights).sum() / weights.sum(), "lm_loss": (losses * is_text).sum() / is_text.sum()}
 
     def losses(self, batch: dict) -> torch.Tensor:
-        """Cross-entropy [B, T] of every token, 0 where there is none; a batch of `forward`."""
+        """Cross-entropy [B, T] of every token of a batch of `forward`, 0 at padding."""
         context, kept = self.prepare(batch["context"], batch.get("offsets")), batch["targets"] >= 0
         h = self.transformer(self.embed(batch["idx"]), is_causal=True, context=context,
                              context_allowed=batch["context_allowed"], is_real=kept)
@@ -1173,7 +1176,7 @@ class Speaker(Model):
     @torch.no_grad()
     def generate(self, context, context_allowed, offsets=None, max_new_tokens: int = 64, temperature: float = 0.0,
                  seed: int = 0, prompts: list[list[int]] | None = None) -> list[list[int]]:
-        """Token ids of one text a row, without [EOS], after what it reads (`prompts`); KV cache. Greedy, or sampled."""
+        """Token ids of a text for each row, without [EOS], after what it reads (`prompts`); see `write`."""
         rows = [[self.eos_id, *p, self.eos_id] if p else [self.eos_id] for p in prompts or [[]] * len(context)]
         idx, lengths = pad_rows(rows, 0, context.device), torch.tensor([len(r) for r in rows], device=context.device)
         with self.evaluating():
@@ -1186,7 +1189,7 @@ class Speaker(Model):
 
 
 class TextEncoder(nn.Module):
-    """A bidirectional Transformer over token embeddings: what T-JEPA trains, freezes and distils."""
+    """A bidirectional Transformer over token embeddings: the part that T-JEPA trains, freezes and distils."""
 
     def __init__(self, vocab_size: int, n_layer: int, n_head: int, n_embd: int, dropout: float = 0.0):
         super().__init__()
@@ -1195,12 +1198,12 @@ class TextEncoder(nn.Module):
         init_weights(self, n_layer)
 
     def forward(self, idx, is_real, positions=None, segment=None):
-        """idx [B, T], is_real bool [B, T] (and of packed rows positions, segment [B, T]) -> [B, T, C]."""
+        """idx [B, T], is_real bool [B, T] (for packed rows also positions, segment [B, T]) -> [B, T, C]."""
         return self.transformer(self.embed(idx), positions, may_attend(is_real, segment, idx.device), is_real=is_real)
 
     @torch.no_grad()
     def thoughts(self, rows: list[list[int]]) -> torch.Tensor:
-        """Thought vectors [len(rows), C] fp32 of texts (token ids): the mean over their tokens' outputs."""
+        """Thought vectors [len(rows), C] fp32 of texts (token ids): each the mean of its tokens' outputs."""
 
         def encode(part):
             idx = pad_rows(part, 0, self.embed.weight.device)
@@ -1214,12 +1217,12 @@ class TextEncoder(nn.Module):
 class TJEPA(Model):
     """JEPA over text: the latents of the tokens of masked spans, predicted from the text around them.
 
-    Spans are whole sentences to paragraphs, and their tokens are absent from the context encoder's input: what is
-    visible is gathered and encoded alone. MSE to the layer-normed targets of the EMA encoder (I-JEPA; for text after
-    data2vec, Baevski et al. 2022). Several documents lie packed in a row and never see each other.
+    Spans are whole sentences to paragraphs. Their tokens are absent from the context encoder's input: the visible ones
+    are gathered and encoded alone. MSE to the layer-normed targets of the EMA encoder (I-JEPA; for text after data2vec,
+    Baevski et al. 2022). Several documents lie packed in a row and never see each other.
 
-    With config.head predictions and targets go through a projection head, the targets through its EMA copy, which is
-    left behind when the encoder is used (as in SimCLR and VICReg). config.document_share: see `document_terms`.
+    With config.head predictions go through a projection head and targets through its EMA copy; the head is dropped when
+    the encoder is used (as in SimCLR and VICReg). config.document_share: see `document_terms`.
     """
 
     def __init__(self, config):
@@ -1229,7 +1232,7 @@ class TJEPA(Model):
         self.embed, self.embed_target = encoder.embed, frozen_copy(encoder.embed)
         predictor = Predictor(C, config.predictor_n_layer, config.n_head, config.predictor_n_embd)
         self.jepa = JEPA(encoder.transformer, predictor)
-        self.head = MLP(C) if config.head else nn.Identity()  # in no residual stream: PyTorch's initialisation
+        self.head = MLP(C) if config.head else nn.Identity()  # PyTorch's initialisation: it is in no residual stream
         self.head_target = frozen_copy(self.head)
 
     def encoder_weights(self) -> dict:
@@ -1239,13 +1242,13 @@ class TJEPA(Model):
 
     @torch.no_grad()
     def encode(self, idx, is_real, positions=None, segment=None):
-        """idx [B, T], is_real bool [B, T] (and of packed rows positions, segment [B, T]) -> what the (EMA) encoder
-        makes of every token, [B, T, C]."""
+        """idx [B, T], is_real bool [B, T] (for packed rows also positions, segment [B, T]) -> the (EMA) encoder's
+        output for every token, [B, T, C]."""
         return self.jepa.encode(self.jepa.target_encoder, self.embed_target(idx), positions, is_real, segment)
 
     @torch.no_grad()
     def project(self, z):
-        """Layer-normed target latents [..., C] fp32 of what `encode` returns: behind the head, where there is one."""
+        """What `encode` returns -> layer-normed target latents [..., C] fp32, after the head where there is one."""
         return F.layer_norm(self.head_target(z).float(), z.shape[-1:])
 
     def targets(self, idx, positions, segment):
@@ -1253,7 +1256,7 @@ class TJEPA(Model):
         return self.project(self.encode(idx, segment >= 0, positions, segment))
 
     def see(self, idx, positions, segment, is_target, **counts):
-        """(what the context encoder makes of the visible tokens [B, T, C], visible [B, T]); it runs on them alone."""
+        """-> (the context encoder's output for the visible tokens [B, T, C], visible [B, T]); it runs on them alone."""
         visible = (segment >= 0) & ~is_target
         kept = visible.int().argsort(dim=1, descending=True, stable=True)[:, : int(visible.sum(1).max())]
         at = to_device(kept, idx.device)
@@ -1262,7 +1265,7 @@ class TJEPA(Model):
         return z.new_zeros(*idx.shape, z.shape[-1]).scatter(1, at[..., None].expand_as(z), z), visible
 
     def predict(self, idx, positions, segment, is_target, seen=None, **counts):
-        """z_pred [N, C] fp32 of the N hidden tokens; seen: what `see` has returned already."""
+        """z_pred [N, C] fp32 of the N hidden tokens; seen: the result of `see`, where it is there already."""
         z_context, visible = seen or self.see(idx, positions, segment, is_target)
         return self.head(self.jepa.predictor(z_context, positions, visible, is_target, segment)).float()
 
@@ -1270,9 +1273,9 @@ class TJEPA(Model):
         """idx, positions, segment (-1: padding) int [B, T], is_target bool [B, T] -> {"loss" and its named parts}; the
         last two may lie on the CPU.
 
-        mse of the hidden tokens' latents, standardised over the batch where config says so; against collapse,
-        variance and covariance (VICReg, Bardes et al. 2022, eq. 1, 4) of what the context encoder (and the head, where
-        there is one) makes of the others, and with config.document_share its `document_terms`.
+        mse: to the hidden tokens' target latents, standardised over the batch if config says so. Against collapse:
+        variance and covariance (VICReg, Bardes et al. 2022, eq. 1, 4) of the context encoder's output for the visible
+        tokens (after the head, where there is one), and with config.document_share the `document_terms` of it.
         """
         cfg, seen = self.config, self.see(**batch)
         z_context, visible = seen
@@ -1308,18 +1311,18 @@ class TJEPA(Model):
 
 
 def off_diagonal(cov):
-    """Sum of the squares off the diagonal of a matrix [C, C], a dimension."""
+    """Sum of squares off the diagonal of a matrix [C, C], divided by C."""
     return (cov.square().sum() - cov.diagonal().square().sum()) / len(cov)
 
 
 def document_terms(z, document, share: float) -> dict:
-    """What holds latents apart within documents and between them: z [N, C] standardised per dimension, document [N].
+    """Losses that spread latents within documents and between them: z [N, C] standardised per dimension, document [N].
 
-    document: squared distance from `share` of the share of a dimension's variance that lies between documents (0: every
-    token for itself, 1: a document is one vector). decorrelation: `off_diagonal` of the correlations of the documents'
-    means and of those of what is left of a token without its document's mean: scale cannot lower it. Of D documents
-    that of the means is about C / D at the least: it makes a batch's documents orthogonal, so a larger batch is another
-    loss, and with one document both say nothing.
+    document: the share of each dimension's variance that lies between documents (0: every token for itself, 1: a
+    document is one vector) should be `share`; the squared distance from it. decorrelation: `off_diagonal` of the
+    correlations of the documents' means, and of tokens less their document's mean; a smaller scale cannot lower it.
+    With D documents the part of the means is at least about C / D: it makes a batch's documents orthogonal. So a larger
+    batch is another loss, and with a single document both terms mean nothing.
     """
     names, number = document.unique(return_inverse=True)
     belongs = F.one_hot(to_device(number, z.device), len(names)).to(z)  # (N, D)
@@ -1374,7 +1377,7 @@ class SpeakingTJEPA(Model):
         return self.text_encoder.state_dict()
 
     def encode(self, idx, is_real):
-        """Questions idx [B, T], is_real bool [B, T] -> what the Speaker attends to, [B, T, C]."""
+        """Questions idx [B, T], is_real bool [B, T] -> the context for the Speaker, [B, T, C]."""
         with torch.set_grad_enabled(self.config.train_encoder and torch.is_grad_enabled()):
             return self.text_encoder(idx, is_real)
 
@@ -1391,7 +1394,7 @@ class SpeakingTJEPA(Model):
             return self.speaker.generate(self.encode(idx, allowed), allowed, None, max_new_tokens, temperature, seed)
 
     def flops_per_token(self, T: float) -> float:
-        """Of the Speaker alone: questions are counted as no tokens."""
+        """Of the Speaker alone; the questions' tokens do not count."""
         return self.speaker.flops_per_token(T)
 
 
@@ -1423,11 +1426,11 @@ def estimate_mfu(flops_per_s: float, device_name: str) -> float | None:
 
 
 def latent_figures(z_pred, z_target, z_copy, error: str = "l1") -> dict:
-    """Learning or collapse? z_pred, z_target, z_copy (a neighbour's target) [N, C].
+    """Learning or collapse? z_pred, z_target, z_copy (the target of a neighbour) [N, C], N at least 2.
 
-    The error, `l1` or `mse`, beside that of the best constant (the targets' median, or mean) and of copying; of the
-    predictions effective_rank, mean per-dimension std and mean cosine of different pairs; effective_rank and std of
-    the targets.
+    The error, `l1` or `mse`, beside those of the best constant (the targets' median, or mean) and of copying the
+    neighbour; effective_rank and mean per-dimension std of predictions and targets; the predictions' mean cosine over
+    different pairs.
     """
     p, n = F.normalize(z_pred.double(), dim=-1), len(z_pred)
     measure = {"l1": F.l1_loss, "mse": F.mse_loss}[error]
@@ -1438,7 +1441,7 @@ def latent_figures(z_pred, z_target, z_copy, error: str = "l1") -> dict:
         "effective_rank": effective_rank(z_pred),
         "std": float(z_pred.std(0).mean()), "mean_cos": float((p.sum(0).square().sum() - n) / (n * (n - 1))),
         "target_effective_rank": effective_rank(z_target), "target_std": float(z_target.std(0).mean()), "n": n,
-    }  # fmt: skip
+    }
 
 
 def effective_rank(z: torch.Tensor) -> float:
@@ -1452,10 +1455,10 @@ def effective_rank(z: torch.Tensor) -> float:
 def alignment(pred: torch.Tensor, target: torch.Tensor) -> dict:
     """Do predicted latents find their own targets? pred, target [N, C], N >= 2, row i belongs to row i.
 
-    cos_matched, cos_mismatched (mean over all other rows), gap; retrieval_top1 (own target nearest by cosine; a tie
-    of m counts 1/m, so chance stays 1/N with duplicate targets), its 95 % interval (Wilson), chance_top1; of the
-    predictions effective_rank, std (mean per-dimension std after layer norm: 0 = collapsed, 1 = as spread as can
-    be); the same of the targets; predict_mean_cos: what the best constant prediction would reach.
+    cos_matched, cos_mismatched (mean over all other rows), gap; retrieval_top1 (own target is the nearest by cosine; a
+    tie of m counts 1/m, so chance stays 1/N with duplicate targets), its 95 % interval (Wilson), chance_top1;
+    effective_rank and std (mean per-dimension std after layer norm: 0 = collapsed, 1 = as spread as possible) of
+    predictions and targets; predict_mean_cos: what the best constant prediction would reach.
     """
     n = len(pred)
     pred, target = pred.cpu(), target.cpu()  # fp64 below, which MPS lacks
@@ -1476,7 +1479,7 @@ def alignment(pred: torch.Tensor, target: torch.Tensor) -> dict:
         "effective_rank": effective_rank(pred), "std": std(pred),
         "target_effective_rank": effective_rank(target), "target_std": std(target),
         "predict_mean_cos": float(t.mean(0).norm()), "n": n,
-    }  # fmt: skip
+    }
 
 
 def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
