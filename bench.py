@@ -13,20 +13,20 @@ nanojepa_gpt         the same step, against a plain GPT of its shape: question a
                      loss; both sides on length-bucketed batches of as many problems
 nanojepa_llm_jepa    the same step, against three forward passes (text, question, answer) as LLM-JEPA first did
 nanojepa_overhead    answer_context = question with the latent loss, against a plain language model (1 / ratio = cost)
-rjepa_step           length-bucketed batches without what is padding, hidden or (of counterfactuals) asked for by no
-                     loss, short chains packed, against batches in random order, padded to their longest chain as a
-                     DataLoader does, with that masked in attention. As many steps a chain as the problems' solutions
-                     have, all with a counterfactual; the latents are random numbers
-tjepa_packed         T-JEPA's first phase on packed documents without padding, against padded ones with it (shape of
-                     tjepa-small); both encode what is visible alone
+rjepa_step           length-bucketed batches that leave out padding, hidden steps and what no loss asks for of
+                     counterfactuals, short chains packed, against batches in random order, padded to their longest
+                     chain as a DataLoader does, where attention masks all that. A chain has as many steps as a
+                     problem's solution, and a counterfactual; the latents are random numbers
+tjepa_packed         T-JEPA's first phase (shape of tjepa-small) on packed documents without padding, against a padded
+                     document in each row; both encode visible tokens alone
 attention            model.attend against SDPA at the shape of nanojepa-small, forward and backward
 generate             decoding with the KV cache, against recomputing the whole row for every token; always in fp32
 speaker_cache        the Speaker writing 256 tokens, against recomputing all of them for every token (tjepa-speak);
                      always in fp32
 extract              LLM.read_coded, against AutoModelForCausalLM with output_hidden_states on right-padded batches
-                     of 16 in file order: --llm, layer -2, same dtype, same tokens pooled. Ours are two batches, at
-                     the quartiles of length, of those that a shard of 512 chains makes. max_difference: of the two in
-                     fp32, over the std of the plain latents
+                     of 16 in file order: --llm, layer -2, same dtype, same tokens pooled. Ours are two of the batches
+                     that a shard of 512 chains makes, at the quartiles of length. max_difference: between the two in
+                     fp32, divided by the std of the plain latents
 shared_prefill       4 candidates of 32 tokens from one reading of a 200-token prompt, against 4 generations one after
                      the other; `batched`: a batch of 4 copies of the prompt instead
 rerank_overhead      seconds to write 4 candidates and score them, against writing alone (ratio = cost); the latents
@@ -35,11 +35,11 @@ nudge_overhead       ms a token under NUDGE's bias, against without (ratio = cos
                      other; `hidden`: a pull on the hidden state instead. The head has random weights, and alpha is
                      so small that all write the same tokens
 
-A step is all that train.py does in one: collating, forward, backward, clipping, optimizer, EMA. Tokens are real ones,
+A step is all that one of train.py does: collating, forward, backward, clipping, optimizer, EMA. Tokens are real ones,
 never padding; the answer rows that only the latent needs count as cost, not as tokens. The next batch is made while a
 GPU is still busy. On a GPU `mfu` (of real tokens, for R-JEPA with the target encoder's pass over the counterfactuals)
-and `peak_memory_gb` stand beside, both of ours alone. Where SmolLM2 cannot be loaded, RERANK and NUDGE are measured
-with pretrained/student. Of `all`, each has a process of its own.
+and `peak_memory_gb` are given, too, of our side alone. Where SmolLM2 cannot be loaded, RERANK and NUDGE are measured
+with pretrained/student. With `all`, each comparison has a process of its own.
 """
 
 import dataclasses
@@ -76,25 +76,25 @@ NAMES = Literal["all", "nanojepa_step", "nanojepa_mask", "nanojepa_gpt", "nanoje
                 "rerank_overhead", "nudge_overhead", "scaling"]
 AIMS = {"nanojepa_step": 2, "nanojepa_gpt": 1, "rjepa_step": 2, "tjepa_packed": 1.5, "speaker_cache": 5,
         "extract": 2, "shared_prefill": 1.5,
-        "rerank_overhead": 1.02, "nudge_overhead": 1.05}  # of ratio: at least; of an overhead: at most
+        "rerank_overhead": 1.02, "nudge_overhead": 1.05}  # a ratio should be at least this; an overhead at most
 PRETRAINED = Path(__file__).with_name("pretrained")
 
 
 @dataclass
 class Args:
-    """Measures ours and plain in turn; the median of --repeats rounds."""
+    """Measures our way and the plain one in turn; the median of --repeats rounds."""
 
     name: Annotated[NAMES, tyro.conf.Positional] = "all"
     data_dir: str = ""  # GSM8K folder; empty: synthetic problems
-    preset: str = ""  # whose network, where the comparison is of its kind; empty: nanojepa-small, rjepa-small
-    tokens: int = 0  # tokens a batch of nanoJEPA; 0: the preset's number of problems
-    batch_size: int = 0  # chains a batch of R-JEPA; 0: the preset's
+    preset: str = ""  # whose network, for comparisons of its kind; empty: nanojepa-small, rjepa-small
+    tokens: int = 0  # tokens in a batch of nanoJEPA; 0: as many as the preset's number of problems has
+    batch_size: int = 0  # chains in a batch of R-JEPA; 0: the preset's
     llm: str = "smollm2"  # what `extract` and `shared_prefill` are measured with: as in extract.py
     repeats: int = 3  # rounds
     seconds: float = 2.0  # per side and round, at least
     profile: bool = False  # write a trace of one call of each side instead
     plot: str = "assets/scaling.png"  # where `scaling` draws
-    memory_gb: float = 0.0  # of a training step, ours uses no more of the GPU's memory; 0: all of it
+    memory_gb: float = 0.0  # cap on the GPU memory of our side of a training step; 0: all of it
     device: str = "auto"
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     compile: cfg.PICK = "auto"  # of training steps, as in train.py
@@ -121,7 +121,7 @@ class Step:
         torch.manual_seed(0)
         self.model = build_model(config).to(bench.device)
         self.optimizer = m.configure_optimizers(self.model, config)
-        for part in self.model.modules() if all_slots else ():  # padding and hidden positions masked, not left out
+        for part in self.model.modules() if all_slots else ():  # compute padding and hidden positions, too
             if isinstance(part, m.Transformer):
                 part.register_forward_pre_hook(
                     lambda _, args, more: (args, more | {"is_real": None}), with_kwargs=True)
@@ -155,7 +155,7 @@ class Step:
 
 
 class Bench:
-    """Problems, network shapes, LLM and the clock that all comparisons share; each of those is a method."""
+    """The problems, network shapes, LLM and clock that all comparisons share; each comparison is a method."""
 
     def __init__(self, args, name: str = ""):
         self.args, self.name, self.device = args, name or args.name, pick_device(args.device)
@@ -170,7 +170,7 @@ class Bench:
             torch.cuda.set_per_process_memory_fraction(args.memory_gb / there)
 
     def pick(self, default: str):
-        """The config of --preset; with `all`, the default's where that is of another kind."""
+        """The config of --preset; with `all`, the default where --preset is of another kind."""
         config = cfg.pick_preset(default)
         asked = cfg.pick_preset(self.args.preset) if self.args.preset else config
         if isinstance(asked, type(config)):
@@ -221,9 +221,9 @@ class Bench:
     def compare(self, unit: str = "tokens/s", **works) -> dict:
         """Functions that do a piece of work and return its size, `ours` and `plain` among them -> medians and ratio.
 
-        The one that has had the least time in a round is next, until all have had --seconds: what else the machine does
-        hits all alike. A GPU is waited for after half a second of pieces, as no training step waits for it. In a unit
-        of ms the figures are the time of a piece.
+        The one that has had the least time in a round is next, until all have had --seconds: so other load on the
+        machine hits all alike. A GPU is waited for only after half a second of pieces, since no training step waits for
+        it. In a unit of ms the figures are the time of a piece.
         """
         for work in works.values():
             work()
@@ -280,7 +280,7 @@ class Bench:
         def batch_of(index):
             part = batches(index) if bucketed else random[index % len(random)]
             batch = data.collate(part, config, self.device, packed=packed, padded=padded)
-            return batch | more(part) | {"n_tokens": sum(map(size, part))}  # the same for all ways to lay them out
+            return batch | more(part) | {"n_tokens": sum(map(size, part))}  # the same whatever the layout
 
         return Step(self, config, batch_of, **loss)
 
@@ -461,7 +461,7 @@ class Bench:
             return self.trace({"ours": work})
         for _ in range(self.args.repeats):
             work()
-        # both of a pair are from one run: a difference of a per cent would drown in that of two runs
+        # both of a pair are from the same run: two runs would differ by more than the per cent in question
         ours, plain = sorted(seconds[1:], key=lambda pair: pair[0] / pair[1])[self.args.repeats // 2]
         return self.result("s/question", {"ours": ours, "plain": plain})
 
@@ -483,7 +483,7 @@ class Bench:
     def scaling(self):
         """Training steps on random data, each in a process of its own; draws --plot.
 
-        All are measured there and back again, and the faster of the two counts: what else the machine does is no cost.
+        All are measured in order and then in reverse; the faster of the two counts, since other load only slows.
         """
         points = dict.fromkeys(at for sweep in SWEEPS.values() for at in sweep.values())
         for at in [*points, *reversed(points)]:
@@ -523,8 +523,8 @@ SWEEPS = {  # name: {what varies: (kind, length, batch, width)}
 
 
 def measure(args, kind: str, length: int, batch: int, width: int) -> dict:
-    """Speed of a small preset's training step (the fastest of three and more: what else the machine does slows the
-    others), and the process's peak memory (a GPU's, of the step alone)."""
+    """Speed of a small preset's training step (the fastest of three or more: other load only slows), and the process's
+    peak memory (on a GPU, that of the step alone)."""
     bench, rng = Bench(args), np.random.default_rng(0)
     preset = cfg.pick_preset("nanojepa-small" if kind == "nanoJEPA" else "rjepa-small")
     config = dataclasses.replace(preset, n_embd=width, batch_size=batch)
@@ -548,7 +548,7 @@ def measure(args, kind: str, length: int, batch: int, width: int) -> dict:
 
 
 def draw(sweeps: dict, path: Path):
-    """A column a sweep: speed above, peak memory below."""
+    """A column for each sweep: speed above, peak memory below."""
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(13, 5))
@@ -580,7 +580,7 @@ def run(args, name: str) -> dict:
 
 
 def in_process(function, *args):
-    """function(*args) in a process of its own: memory that others have freed is faster than fresh one."""
+    """function(*args) in a process of its own: in one that has freed memory before, memory would come faster."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 

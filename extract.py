@@ -1,4 +1,4 @@
-"""An LLM's hidden states, one latent per reasoning step, written once and trained on for ever after.
+"""An LLM's hidden states, one latent per reasoning step: extracted once, then trained on as often as wanted.
 
     python extract.py --dataset gsm8k --split train --data_dir DATA/gsm8k --out out/latents/gsm8k
     python extract.py --llm Qwen/Qwen3-0.6B --layer -2 --pooling last --out out/latents/qwen
@@ -9,8 +9,8 @@
     torchrun --standalone --nproc_per_node 8 extract.py ...                                     # a process a GPU
 
 llm.py says what a latent is, latents.py what a folder of them holds. With --generate the chains are those that the LLM
-writes itself, with the gate's verdict. Several --layer or --pooling come from one pass, a folder each. The same command
-on an unfinished folder makes the shards that are missing, to the same bytes, with however many processes.
+writes itself, with the gate's verdict. Several --layer or --pooling come from one pass, with a folder for each. On an
+unfinished folder the same command makes the missing shards, byte for byte the same with any number of processes.
 """
 
 import itertools
@@ -47,7 +47,7 @@ def extract(llm: LLM, chains: list[dict], out: Path, description: dict, wanted: 
     """Writes the latents of chains under `out` -> {"chains", "steps", "tokens", "tokens_per_s"}.
 
     One (layer, pooling) goes to `out` itself, several to out/layer29-last and so on. All chains are tokenised before
-    the first is run: an empty chain or one longer than the context is named while nothing has been written or, with
+    the first is run: an empty chain or one longer than the context is an error before anything is written or, with
     overwrite, deleted.
     """
     coded = []
@@ -149,7 +149,7 @@ def missing_shards(out: Path, folders, overwrite: bool, n_shards: int, rank: int
 
 
 def common_header(llm: LLM, logprobs: bool, description: dict) -> dict:
-    """What every shard and the manifest say of latents, whatever the layer and pooling."""
+    """The part of the headers of shards and manifest that no layer or pooling changes."""
     return {"schema": latents.SCHEMA, "llm": llm.name, "weights": llm.weights, "dtype": llm.dtype,
             "quantization": llm.quantization, "tokenizer": llm.tokenizer_hash, "prompt": llm.prompt,
             "logprobs": logprobs, **description}
@@ -160,9 +160,9 @@ def extract_written(llm: LLM, splits: list[tuple[str, list[dict]]], out: Path, d
     """Writes the latents of k chains that the LLM writes for each problem -> {"chains", "steps", "tokens", ...}.
 
     splits: (split, problems) pairs, the first of which names the folder's split. The latents are taken while the LLM
-    writes, at its layer and pooling, with logprobs. `is_valid` says whether the answer is right and, of
-    training problems, whether every step passes the gate. A shard holds some problems' chains, their texts too, so that
-    an interrupted run goes on with the next shard.
+    writes, at its layer and pooling, with logprobs. `is_valid`: the answer is right and, for training problems, every
+    step passes the gate. A shard holds all chains of some problems and their texts, so that an interrupted run goes on
+    with the next shard.
     """
     problems = [(split, p) for split, part in splits for p in part]
     text = json.dumps([[p["id"], p["question"], p["answer"]] for _, p in problems])
@@ -208,11 +208,11 @@ def extract_written(llm: LLM, splits: list[tuple[str, list[dict]]], out: Path, d
 
 
 def ask_endpoint(args, splits: list[tuple[str, list[dict]]]) -> dict:
-    """k chains a problem from a server that speaks OpenAI's chat API -> {"chains", "steps", "tokens", "right", ...}.
+    """k chains per problem from a server with OpenAI's chat API -> {"chains", "steps", "tokens", "right", ...}.
 
-    Each is judged by the gate and appended to OUT/chains.jsonl, with its verdict, for `--chains` to read. Problems
-    that are there already are not asked again; asking stops once --max_tokens_total tokens (prompts included) have been
-    used. The key is OPENAI_API_KEY.
+    The gate judges each chain, which is appended to OUT/chains.jsonl with the verdict, for `--chains` to read. Problems
+    whose chains are there are not asked again; asking stops once --max_tokens_total tokens (prompts included) have
+    been used. The key is OPENAI_API_KEY.
     """
     openai = need("openai", "openai")
     path, problems = Path(args.out) / "chains.jsonl", [p for _, part in splits for p in part]
@@ -293,7 +293,7 @@ def refuse_not_finite(llm, ids, of_chains, where):
 def inspect_folder(folder: Path, header: dict, rank: int, world: int) -> bool:
     """Whether this very extraction is finished there (of several folders some may be). Changes nothing.
 
-    Of an unfinished one each process looks at its share of the shards. Raises SystemExit for a folder of another
+    If it is unfinished, each process checks its share of the shards. Raises SystemExit for a folder of another
     extraction or with foreign files, ValueError for damage.
     """
     if not folder.exists():
@@ -368,17 +368,15 @@ class Args:
 
 
 def is_kept(folder: Path) -> bool:
-    """Whether latents lie there from before; says so, since they do not follow a change of the code."""
+    """Whether latents are there already; says so, since they may have been made by older code."""
     if there := (folder / "manifest.json").is_file():
         runs.say(f"{folder}: as it was made before")
     return there
 
 
 def latents_of_file(config, kind: str, path: str, device: str = "auto", limit: int = 0, llm: str = "") -> Path:
-    """The folder with the latents and logprobs of a file of `candidates` or `step_errors` for an R-JEPA's config.
-
-    Extracted where it is not there yet, into out/latents.
-    """
+    """The folder in out/latents with the latents and logprobs of a file of `candidates` or `step_errors`, for an
+    R-JEPA's config; extracted if it is not there yet."""
     verify.check_file(path)
     data_hash = runs.digest_file(path)[:8]
     name = f"{kind}-{data_hash}-{limit}-{runs.llm_label(config, llm)}-layer{config.layer}-{config.pooling}"
@@ -391,12 +389,12 @@ def latents_of_file(config, kind: str, path: str, device: str = "auto", limit: i
 
 
 def written_for(config, problems: list[dict], dataset: str, split: str, args) -> Path:
-    """The folder with args.k chains that an R-JEPA's LLM writes for each problem; written where it is not there yet.
+    """The folder with args.k chains that an R-JEPA's LLM writes for each problem; written if it is not there yet.
 
-    Valid are those whose answer is right, whatever the split: the chains are judged, not trained on.
+    Valid are those whose answer is right, whatever the split: the chains are for evaluation, not for training.
     """
     what = [[p["id"], p["question"]] for p in problems], args.top_p, args.max_new_tokens
-    kind = "written" if split == "test" else "judged"  # not the folders that the gate judged, too
+    kind = "written" if split == "test" else "judged"  # "written" would hold chains whose steps were judged, too
     name = (f"{kind}-{dataset}-{split}-{len(problems)}-{runs.llm_label(config, args.llm)}-layer{config.layer}"
             f"-{config.pooling}-k{args.k}-t{args.temperature}-seed{args.seed}-{runs.digest(json.dumps(what))[:6]}")
     folder = Path("out/latents") / name
@@ -410,7 +408,7 @@ def written_for(config, problems: list[dict], dataset: str, split: str, args) ->
 
 def gold_for(config, problems: list[dict], dataset: str, split: str, args) -> Path:
     """The folder with the latents and logprobs of problems' own solutions and their counterfactuals, for an R-JEPA's
-    config; extracted where it is not there yet."""
+    config; extracted if it is not there yet."""
     what = [[p["id"], p["question"], p["answer"]] for p in problems], args.seed
     name = (f"gold-{dataset}-{split}-{len(problems)}-{runs.llm_label(config, args.llm)}-layer{config.layer}"
             f"-{config.pooling}-{runs.digest(json.dumps(what))[:6]}")
@@ -425,10 +423,10 @@ def gold_for(config, problems: list[dict], dataset: str, split: str, args) -> Pa
 
 
 def leave_out_a_step(config, chains: list[dict], seed: int, device: str = "auto"):
-    """Sets "hole", a random step of each chain, and "gapped", the LLM's latents of the chain without it, as PLAN finds
-    it: the states of later steps would tell of what the LLM has read.
+    """Sets "hole", a random step of each chain, and "gapped", the LLM's latents of the chain without that step.
 
-    config: of the R-JEPA. Read where they are not there yet, into a folder beside its latents.
+    PLAN meets such chains; had the LLM read the step, its states of later steps would give it away. config: of the
+    R-JEPA, beside whose latents these have a folder, made if it is not there yet.
     """
     rng, left = np.random.default_rng(seed), []
     for c in chains:
@@ -438,10 +436,10 @@ def leave_out_a_step(config, chains: list[dict], seed: int, device: str = "auto"
     texts = [[c["id"], c["question"], c["steps"]] for c in left]
     what = [runs.llm_label(config), latents.read_manifest(config.latents), texts]
     folder = Path(f"{Path(config.latents)}-gaps-{runs.digest(json.dumps(what, sort_keys=True))[:6]}")
-    if not runs.add_up(is_kept(folder)):  # all processes say the same
+    if not runs.add_up(is_kept(folder)):  # the sum: all processes decide alike
         runs.say(f"{len(chains):,} chains with a step left out -> {folder}")
         llm = llm_of(config, device=device)
-        try:  # in batches of one size, wherever it is gone on with
+        try:  # a fixed token budget: the folder can be continued on any device
             extract(llm, left, folder, {"dataset": config.dataset, "split": "train", "seed": seed},
                     [(llm.layer, llm.pooling)], False, 512, 8192)
         except SystemExit as error:
@@ -477,9 +475,10 @@ def run(args) -> dict:
     else:
         result = extract(llm, chains, out, description, wanted, args.logprobs, args.shard_size,
                          args.token_budget or llm.token_budget, args.overwrite)
-    dims, layers = ({llm.latent_dim(pooling) for _, pooling in wanted}, {layer for layer, _ in wanted})
-    return {"out": str(out), **result, **{name: min(found) if len(found) == 1 else sorted(found)
-                                          for name, found in (("dim", dims), ("layer", layers))}}
+    for name, found in (("dim", {llm.latent_dim(pooling) for _, pooling in wanted}),
+                        ("layer", {layer for layer, _ in wanted})):
+        result[name] = sorted(found) if len(found) > 1 else found.pop()
+    return {"out": str(out), **result}
 
 
 @plain_errors()

@@ -1,9 +1,9 @@
-"""Any LLM as this project sees it: what it thinks of each step of a chain, read or written.
+"""Any LLM as this project sees it: its latent of each step of a chain, while reading or writing it.
 
 A Hugging Face causal LM (name or folder), a GGUF file, or a run of this project: `load_llm`. A chain's latents are one
-row for its question, then one a step: the mean over its tokens, or its last token, of `hidden_states[layer]` (0 the
-embeddings, -1 the last after its norm). The first token of the sequence carries a massive activation (Sun et al. 2024)
-and never counts. Latents taken while writing (`generate`) equal those of reading the same text.
+row for its question, then one for each step: the mean over its tokens, or its last token, of `hidden_states[layer]` (0:
+the embeddings, -1: the last ones, after the norm). The first token of the sequence carries a massive activation (Sun et
+al. 2024) and never counts. Latents taken while writing (`generate`) equal those of reading the same text.
 """
 
 import copy
@@ -31,11 +31,11 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nano-j
 
 
 def unit_spans(pieces: list[tuple[int, int]], text, units: list[tuple[int, int]], skip: int = 1):
-    """First and last + 1 token of every unit (question or step): a list of pairs.
+    """(first token, last token + 1) of every unit, which is a question or a step.
 
     pieces: begin and end of each token in `text` (str or bytes), units: the same of each unit. A token belongs to the
-    unit in which its last character lies that is not white space: so '.\\n' closes a step, '\\nShe' opens the next,
-    and '\\n' alone belongs to none. The sequence's first token is left out.
+    unit that holds its last character other than white space: '.\\n' closes a step, '\\nShe' opens the next, and
+    '\\n' alone belongs to none. The sequence's first `skip` tokens are left out.
     """
     ends = []
     for begin, end in pieces:
@@ -52,7 +52,7 @@ def unit_spans(pieces: list[tuple[int, int]], text, units: list[tuple[int, int]]
 
 
 def chain_text(question: str, steps: list[str], after: str = "\n") -> tuple[str, list[tuple[int, int]]]:
-    """The text an LLM reads, question and steps a line each, and where each of them begins and ends in it.
+    """The text an LLM reads, question and steps on a line each, and where each of them begins and ends in it.
 
     after: what stands between the question and the first step.
     """
@@ -68,7 +68,7 @@ def chain_text(question: str, steps: list[str], after: str = "\n") -> tuple[str,
 def unit_tokens(spans, T: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Spans of every row's units -> (where their tokens lie among [B * T], where each unit begins among those).
 
-    What F.embedding_bag takes, which unlike segment_reduce runs on every device, unlike index_add in a fixed order.
+    For F.embedding_bag, which runs on every device, unlike segment_reduce, and in a fixed order, unlike index_add.
     """
     units = [torch.arange(i * T + begin, i * T + end) for i, row in enumerate(spans) for begin, end in row]
     offsets = torch.tensor([0, *map(len, units)]).cumsum(0)
@@ -90,10 +90,10 @@ def pool(h: torch.Tensor, spans, pooling: str) -> torch.Tensor:
 
 
 def batches_by_length(lengths: list[int], token_budget: int):
-    """Yields lists of indices, of like length and the longest first, of at most token_budget tokens with padding."""
+    """Yields lists of indices of similar lengths, the longest first; with padding at most token_budget tokens each."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     while order:
-        batch = [order.pop()]  # the longest left decides how many fit
+        batch = [order.pop()]  # the longest one left decides how many fit
         while order and (len(batch) + 1) * lengths[batch[0]] <= token_budget:
             batch.append(order.pop())
         yield batch
@@ -127,8 +127,8 @@ def few_shot(tokenizer) -> str:
 
 
 def chat_text(tokenizer, messages: list[dict]) -> str:
-    """Messages in the tokenizer's chat template, up to where the answer begins; less a token that it adds by itself."""
-    fixed = {"date_string": "26 Jul 2024", "enable_thinking": False}  # templates that would tell today's date, or think
+    """Messages in the tokenizer's chat template, up to where the answer begins; without a repeated BOS."""
+    fixed = {"date_string": "26 Jul 2024", "enable_thinking": False}  # else some templates give today's date, or think
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **fixed)
     adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     return text.removeprefix(tokenizer.bos_token) if adds_bos else text
@@ -142,13 +142,13 @@ class Stop(Exception):
 
 
 class Memory:
-    """What an LLM keeps of the rows that it writes: their caches, the next token's position [B], slots in use."""
+    """State of the rows that an LLM writes: their caches, the next token's position [B], which slots are in use."""
 
     def __init__(self, caches, position, is_real=None):
         self.caches, self.position, self.is_real = caches, position, is_real
 
     def select(self, rows: torch.Tensor):
-        """Keeps these rows, in this order; a row may be named more than once."""
+        """Keeps these rows, in this order; one may be named more than once."""
         for cache in self.caches:
             cache.reorder_cache(rows)
         self.position = self.position[rows]
@@ -160,13 +160,13 @@ class LLM:
     modules) and `run`, the last normed states [B, T, D] of tokens [B, T].
 
     name, dim (width), n_layer, context (longest sequence in tokens), dtype, quantization, tokenizer_hash, device,
-    weights (hash of those of a run of this project: it may be trained again under its name);
+    weights (their hash if it is a run of this project, which may be trained again under its name);
     layer (index into hidden_states, never negative) and pooling are those that `step_latents` uses. To write, they
     also bring `question_ids`, `decode`, `stop_ids`, `begin` and `read`.
     """
 
-    unwritten = -100  # a token that is read and never written: it has no logprob
-    positions = 128  # whose logits are in memory at a time, on a GPU four times as many
+    unwritten = -100  # a token that is read but never written: it has no logprob
+    positions = 128  # how many have their logits in memory at a time; on a GPU four times as many
     prompt, prompt_ids, after = "", [], "\n"  # `set_prompt`; tokens before every question, text after it
     end_of_turn = None  # of a chat, the token that ends it
     blend = None  # (alpha, target [B, D]) while `advance` runs: see there
@@ -188,7 +188,7 @@ class LLM:
         return self.dim * (2 if pooling == "both" else 1)
 
     def origin(self) -> dict:
-        """What latents at its layer and pooling say of the LLM, see `latents.check_same_llm`."""
+        """What a folder of latents at its layer and pooling records of the LLM, see `latents.check_same_llm`."""
         return {"llm": self.name, "layer": self.layer, "pooling": self.pooling, "prompt": self.prompt,
                 "dim": self.latent_dim(self.pooling), "weights": self.weights}
 
@@ -200,7 +200,7 @@ class LLM:
 
     @property
     def token_budget(self) -> int:
-        """Tokens a batch that is only read, with padding: a GPU needs more at a time to be busy."""
+        """Tokens in a batch that is only read, padding included: a GPU needs more at a time to be busy."""
         return 4096 if self.device.type == "cpu" else 16_384
 
     def layer_index(self, layer: int) -> int:
@@ -225,11 +225,11 @@ class LLM:
 
     @torch.no_grad()
     def read_next(self, question: str, before: list[str], steps: list[str], after: list[str] = ()):
-        """Each of n steps, were it the next after those before: its latent [n, D] and mean logprobs [n, 2], of its own
-        tokens and of these and all that follow. As of `read_chains`, but what comes first is read once a batch."""
+        """For each of n steps, if it came after those before: its latent [n, D], and two mean logprobs [n, 2], of its
+        own tokens and of these with all that follow. As `read_chains`, but each batch reads the common begin once."""
         coded = [self.encode(question, [*before, step, *after]) for step in steps]
         rows, spans = [ids for ids, _ in coded], [spans[1 + len(before)] for _, spans in coded]
-        n = min(len(os.path.commonprefix(rows)), *(begin for begin, _ in spans)) - 1  # but for the last that all share
+        n = min(len(os.path.commonprefix(rows)), *(begin for begin, _ in spans)) - 1  # all shared tokens but the last
         h = torch.empty(len(rows), self.latent_dim(self.pooling), device=self.device)
         means = torch.empty(len(rows), 2, device=self.device)
         for part in batches_by_length([len(row) for row in rows], self.token_budget):
@@ -246,10 +246,11 @@ class LLM:
 
     @torch.no_grad()
     def latents(self, rows, spans, wanted, logprobs=False):
-        """Token rows and their unit spans -> ({(layer, pooling): [units, D] fp32 a row}, mean logprobs [units] a row).
+        """Token rows and their unit spans -> ({(layer, pooling): for each row [units, D] fp32}, for each row mean
+        logprobs [units]).
 
         wanted: (layer, pooling) pairs. A unit's logprob is the mean over its tokens of log p(token | all before it),
-        [PRED] left out. From a GPU the values are still on their way: synchronize before looking at them.
+        [PRED] left out. From a GPU the values are still being copied: synchronize before looking at them.
         """
         self.check_room(rows, 0)
         idx = pad_rows(rows, 0, self.device)
@@ -264,10 +265,11 @@ class LLM:
         return {key: z.split(units) for key, z in zip(wanted, found, strict=False)}, means
 
     def states(self, idx, layers: set[int], to_the_end: bool, **cached):
-        """idx [B, T], right-padded -> ({layer: [B, T, D]}, the last normed states or None). Stops after what is read.
+        """idx [B, T], right-padded -> ({layer: [B, T, D]}, the last normed states, None unless to_the_end). The forward
+        pass stops at the last layer that is wanted.
 
-        Padding comes after all that is real, so causal attention needs no mask for it. `cached`: what `run` is told of
-        tokens that follow a cache.
+        Padding comes after all real tokens, so causal attention needs no mask for it. `cached`: the arguments of `run`
+        for tokens that follow a cache.
         """
         seen, hooks, last = {}, [], max(layers)
 
@@ -296,10 +298,10 @@ class LLM:
         return seen, final
 
     def sum_logprobs(self, final, idx, spans) -> torch.Tensor:
-        """Last normed states [B, T, D] of tokens [B, T] -> [U, 2] fp32: a unit's sum of logprobs, how many they are."""
+        """Last normed states [B, T, D] of tokens [B, T] -> [U, 2] fp32: sum and number of logprobs of each unit."""
         at, offsets = unit_tokens(spans, idx.shape[1], idx.device)
         final, targets, lp = final.flatten(0, 1), idx.flatten()[at], []
-        # all logits of a batch would fill the memory; on a CPU, larger blocks go back to the system each time
+        # all logits of a batch would fill the memory; a CPU allocates larger blocks anew each time
         size = self.positions * (1 if idx.device.type == "cpu" else 4)
         for before, tokens in zip((at - 1).split(size), targets.split(size), strict=True):
             lp.append(-F.cross_entropy(self.logits(final[before]).float(), tokens, reduction="none",
@@ -320,7 +322,7 @@ class LLM:
                     h[key][i] = z
             for i, values in zip(batch, lp, strict=False):
                 means[i] = values
-        if self.device.type != "cpu":  # what `latents` gave may still be on its way
+        if self.device.type != "cpu":  # what `latents` gave may still be being copied
             torch.accelerator.synchronize(self.device)
         return h, means
 
@@ -338,9 +340,8 @@ class LLM:
     def loglikelihoods(self, pairs: list[tuple[str, str]], token_budget: int = 0) -> list[tuple[float, int]]:
         """(log p(continuation | context), tokens of the continuation) for every pair of texts, in nats.
 
-        As in lm-evaluation-harness the two are tokenised as one text, the continuation (to which blanks at the end of
-        the context are moved) is what comes after the context's own tokens, and what is too long loses its begin.
-        Batches of like length.
+        As in lm-evaluation-harness the two are tokenised as one text; blanks at the end of the context count to the
+        continuation, which is what follows the context's own tokens; what is too long loses its beginning.
         """
         coded, out = [], [None] * len(pairs)
         for context, continuation in pairs:
@@ -370,7 +371,7 @@ class HuggingFaceLLM(LLM):
         self.dim, self.n_layer = config.hidden_size, config.num_hidden_layers
         self.context = getattr(config, "max_position_embeddings", None) or 2**31
         self.softcap = getattr(config, "final_logit_softcapping", None)
-        # Cohere, Granite
+        # Cohere multiplies, Granite divides
         self.logit_scale = (getattr(config, "logit_scale", None) or 1.0) / getattr(config, "logits_scaling", 1.0)
         self.has_known_head = False  # `check_head` will tell
         self.device, self.dtype = model.device, str(model.dtype)[6:]
@@ -390,7 +391,7 @@ class HuggingFaceLLM(LLM):
 
     def tokens(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and offsets of a text that opens a sequence or, with a prompt, follows it."""
-        text.encode()  # of half a character the tokenizer would say no more than that it is a TypeError
+        text.encode()  # half a character is a ValueError here; the tokenizer would raise a bare TypeError
         coded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not self.prompt_ids)
         ids, pieces = coded["input_ids"], coded["offset_mapping"]
         if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
@@ -404,9 +405,9 @@ class HuggingFaceLLM(LLM):
 
     @torch.no_grad()
     def set_prompt(self, prompt: str):
-        """What stands around every question from now on: `few_shot`, a text with {question} in it, or a file of one.
+        """Sets what stands around every question: `few_shot`, a text with {question} in it, or a file with such a text.
 
-        What comes before the question is read once and its cache shared.
+        The part before the question is read once and its cache shared.
         """
         if prompt == "few_shot":
             prompt = few_shot(self.tokenizer)
@@ -433,7 +434,7 @@ class HuggingFaceLLM(LLM):
         return self.tokens(question + self.after)[0]
 
     def text_ids(self, text: str) -> list[int]:
-        """Tokens of a text to be gone on from as it is."""
+        """Tokens of a text that is to be continued as it is."""
         assert not self.prompt_ids, "a prompt would stand before it"
         return self.tokens(text)[0]
 
@@ -450,7 +451,7 @@ class HuggingFaceLLM(LLM):
 
     @property
     def end_of_turn(self) -> int | None:
-        """Of a chat, the token that ends a turn: the first in the prompt that ends a text. Plain text has none."""
+        """The token that ends a chat's turn: of those that end a text, the first in the prompt. None for plain text."""
         places = {self.prompt.find(self.tokenizer.decode([i])): i for i in self.stop_ids}
         return places[min(found)] if (found := [at for at in places if at > 0]) else None
 
@@ -462,7 +463,7 @@ class HuggingFaceLLM(LLM):
 
     @torch.no_grad()
     def begin(self, rows: list[list[int]], k: int, room: int):
-        """Reads questions (token rows), each of them once, to be continued k times by up to `room` tokens.
+        """Reads questions (token rows), each once, so that each can be continued k times by up to `room` tokens.
 
         -> (last normed states [B k, D]; states [T, D] of each question's tokens at `layer`; Memory).
         """
@@ -501,7 +502,7 @@ class HuggingFaceLLM(LLM):
 
     @torch.no_grad()
     def check_head(self):
-        """Raises ValueError where the architecture makes its logits otherwise than `logits` does."""
+        """Raises ValueError where the architecture computes its logits in another way than `logits` does."""
         self.has_known_head, idx = True, torch.tensor([[1, 2, 3]], device=self.device)
         theirs = self.model(idx, use_cache=False).logits.float()
         ours = self.logits(self.base(idx, use_cache=False).last_hidden_state).float()
@@ -533,7 +534,7 @@ class RunLLM(LLM):
         text, units = chain_text(question, steps)
         q, a = self.tokenizer.encode(question), self.tokenizer.encode("\n".join(steps))
         in_bytes = self.tokenizer.bpe.decode_tokens_bytes
-        tokens = [*in_bytes(q), b"\n", *in_bytes(a)]  # [PRED] has the place of the line end
+        tokens = [*in_bytes(q), b"\n", *in_bytes(a)]  # [PRED] stands in for the line end
         ends = [*itertools.accumulate(map(len, tokens))]
         units = [(len(text[:begin].encode()), len(text[:end].encode())) for begin, end in units]
         spans = unit_spans(list(zip([0, *ends], ends, strict=False)), text.encode(), units)
@@ -641,10 +642,10 @@ def load_llm(name: str = "smollm2", device: str = "auto", dtype: str = "auto", q
 
 
 def llm_of(config, llm: str = "", device: str = "auto") -> LLM:
-    """The LLM whose latents a run or memory reads, at its layer and pooling; `llm` says where it lies, if not under its
-    name, which it keeps.
+    """The LLM whose latents a run or memory reads, at its layer and pooling. llm: its folder, where that is no longer
+    its name; it keeps the name that config has for it.
 
-    Raises ValueError where its depth or width is another, or where it is a run with other weights.
+    Raises ValueError where its depth or width differs, or where it is a run with other weights.
     """
     loaded = load_llm(llm or config.llm, device, layer=config.layer, pooling=config.pooling)
     loaded.set_prompt(config.prompt).name = config.llm
@@ -673,10 +674,10 @@ def smollm2() -> tuple[str, str, str]:
 
 
 def convert_gguf(path: Path) -> str:
-    """The folder with a GGUF file's dequantised weights (bf16) and tokenizer, made at the first use."""
+    """The folder with a GGUF file's dequantised weights (bf16) and tokenizer, which the first use makes."""
     import transformers
 
-    # all of its bytes: a fine-tune may share its size and most of its weights with its base
+    # a hash of all of it: a fine-tune may share its size and most of its weights with its base
     folder = CACHE / f"{path.stem}-{digest_file(path)[:12]}"
     if not (folder / "config.json").is_file():
         say(f"dequantising {path.name} into {folder}, once")
@@ -700,19 +701,19 @@ def convert_gguf(path: Path) -> str:
 
 
 def sample(logits, temperature: float, top_p: float, generators) -> torch.Tensor:
-    """Next tokens [B] of logits [B, V]: the highest at temperature 0, else nucleus sampling, a generator a row."""
+    """Next tokens [B] of logits [B, V]: the highest at temperature 0, else nucleus sampling, one generator a row."""
     if temperature == 0:
         return logits.argmax(-1)
     p, order = (logits / max(temperature, 1e-4)).softmax(-1).sort(-1, descending=True)
-    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0).cpu()  # the first that passes top_p stays
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0).cpu()  # the token with which the sum passes top_p stays
     drawn = torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(p, generators, strict=True)])
     return order.gather(1, drawn.to(order.device)[:, None])[:, 0]
 
 
 def written_steps(text: str, is_chat: bool = False) -> tuple[list[str], list[tuple[int, int]], bool]:
-    """(steps of a text, a line each, where each lies, whether it is over): over after '#### n' or an empty line.
+    """(steps of a text, one on each line; where each lies; whether the text is over: after '#### n' or an empty line).
 
-    is_chat: not after an empty line. It says itself when it has ended.
+    is_chat: an empty line does not end it, since a chat says itself when its turn has ended.
     """
     steps, spans, at = [], [], 0
     for line in text.splitlines(keepends=True):
@@ -727,7 +728,7 @@ def written_steps(text: str, is_chat: bool = False) -> tuple[list[str], list[tup
 
 
 def row_generator(seed: int, i: int, text: str) -> torch.Generator:
-    """The random numbers of candidate i for a text, whatever it shares a batch with."""
+    """The random numbers of candidate i for a text, whatever else is in its batch."""
     key = hashlib.sha256(f"{seed}:{i}:{text}".encode()).digest()[:7]
     return torch.Generator().manual_seed(int.from_bytes(key, "big"))
 
@@ -774,11 +775,11 @@ class Row:
         return "\n" in self.llm.decode([token])
 
     def chain(self) -> dict:
-        """{"steps", "h" [1 + S, D] fp32 on the CPU, "logprobs" [S], "n_tokens" [S], "logprob" (of all steps' tokens the
-        mean; None without steps)}."""
+        """{"steps", "h" [1 + S, D] fp32 on the CPU, "logprobs" [S], "n_tokens" [S], "logprob" (the mean over all steps'
+        tokens; None without steps)}."""
         text = self.llm.decode(self.ids)
         steps, units, _ = written_steps(text, self.llm.end_of_turn is not None)
-        for i in range(len(self.ends), len(self.ids)):  # where each token ends in the text, once for all calls
+        for i in range(len(self.ends), len(self.ids)):  # where each token ends in the text, kept for later calls
             self.ends.append(len(self.llm.decode(self.ids[: i + 1])))
         ends, pieces = list(itertools.accumulate([len(text), *reversed(self.ends)], min))[:0:-1], []
         for begin, end in zip([0, *ends], ends, strict=False):
@@ -797,11 +798,11 @@ class Row:
 def generate(llm: LLM, questions: list[str], k: int = 1, temperature: float = 0.8, top_p: float = 0.95,
              seed: int = 1, max_new_tokens: int = 256, nudge=None, started: list[list[str]] = (),
              one_step: bool = False):
-    """k chains for each question, with their latents and logprobs: a list of k of Row.chain's dicts for each.
+    """k chains for each question, with their latents and logprobs: for each question a list of k dicts of Row.chain.
 
-    A question is read once for all its candidates. Candidate i of a question follows from (seed, question, i) up to
-    the rounding of a batch. temperature 0 is greedy. nudge: see infer.Nudge. With `started`, the steps
-    that each question has already, only what follows them is written and returned, with one_step a single step of it.
+    A question is read once for all its candidates. Candidate i of a question follows from (seed, question, i), up to
+    the rounding of a batch. temperature 0 is greedy. nudge: see infer.Nudge. started: the steps that each question has
+    already; only what follows them is written and returned. one_step: no more than the first step.
     """
     rows = [llm.question_ids(q) for q in questions]
     for i, steps in enumerate(started):
@@ -822,7 +823,7 @@ def generate(llm: LLM, questions: list[str], k: int = 1, temperature: float = 0.
     for _ in range(max_new_tokens):
         active = [writing[i] for i in chosen]
         moved = None if nudge is None else nudge.move(final, h, active)
-        # one product for the LLM's own words and the nudged ones: what takes time is to read its matrix
+        # one product for the LLM's own words and the nudged ones: reading the output matrix is what takes time
         logits = llm.logits(final if moved is None else torch.cat((final, moved))).float()
         tokens = sample(logits[-len(final) :], temperature, top_p, [generators[i] for i in chosen])
         logprob = logits[: len(final)].log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
