@@ -318,9 +318,9 @@ class Transformer(nn.Module):
 
         positions: int [B or 1, T], 0 … T-1 by default. attn_allowed: bool [B or 1, T, T_keys]. context [B, T_ctx, C]
         or its `context_keys`, with context_allowed [B, T_ctx], for cross-attention. caches: see `new_caches`.
-        is_real bool [B, T]: nothing is computed for the other positions, and the output there is meaningless;
-        attn_allowed must bar attention to them. wanted bool [B, T]: output may be meaningless outside of these, too.
-        embed: turns the x given into x of width C; it runs on what is kept alone.
+        is_real bool [B, T]: the other positions are left out of all but attention, which attn_allowed or is_causal must
+        keep from them; their output is meaningless. wanted bool [B, T]: so may be that of all but these. embed: turns
+        the x given into x of width C; it runs on real positions alone.
         """
         (B, T), embed = kept.shape if kept else x.shape[:2], embed or (lambda x: x)
         if positions is None:
