@@ -326,18 +326,17 @@ class LLM:
             torch.accelerator.synchronize(self.device)
         return h, means
 
-    def read_chains(self, chains: list[tuple[str, list[str]]], logprobs: bool = False):
-        """Latents [1 + S, D] fp32 of chains (question, steps), or their units' mean logprobs [1 + S]."""
-        coded, key = [self.encode(question, steps) for question, steps in chains], (self.layer, self.pooling)
-        h, means = self.read_coded(coded, [key], logprobs)
-        return means if logprobs else h[key]
+    def read_chains(self, chains: list[tuple[str, list[str]]]) -> list[torch.Tensor]:
+        """Latents [1 + S, D] fp32 of each of the chains (question, steps)."""
+        wanted = self.layer, self.pooling
+        return self.read_coded([self.encode(question, steps) for question, steps in chains], [wanted])[0][wanted]
 
     def step_latents(self, question: str, steps: list[str]) -> torch.Tensor:
         """Latents [1 + S, D] fp32 of one chain."""
         return self.read_chains([(question, steps)])[0]
 
     @torch.no_grad()
-    def loglikelihoods(self, pairs: list[tuple[str, str]], token_budget: int = 0) -> list[tuple[float, int]]:
+    def loglikelihoods(self, pairs: list[tuple[str, str]]) -> list[tuple[float, int]]:
         """(log p(continuation | context), tokens of the continuation) for every pair of texts, in nats.
 
         As in lm-evaluation-harness the two are tokenised as one text; blanks at the end of the context count to the
@@ -353,7 +352,7 @@ class LLM:
             coded.append((ids[cut:], begin - cut))
         if n_cut := sum(len(ids) == self.context for ids, _ in coded):
             say(f"{n_cut} of {len(coded)} texts fill the context of {self.name} and may have lost their begin")
-        for batch in batches_by_length([len(ids) for ids, _ in coded], token_budget or self.token_budget):
+        for batch in batches_by_length([len(ids) for ids, _ in coded], self.token_budget):
             idx = pad_rows([coded[i][0] for i in batch], 0, self.device)
             _, final = self.states(idx, {self.n_layer}, True)
             spans = [[(coded[i][1], len(coded[i][0]))] for i in batch]

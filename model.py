@@ -1482,8 +1482,9 @@ def alignment(pred: torch.Tensor, target: torch.Tensor) -> dict:
     }
 
 
-def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(share: float, n: int) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson 1927)."""
+    z = 1.96
     mid = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return max(0.0, mid - half), min(1.0, mid + half)

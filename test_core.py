@@ -2305,10 +2305,11 @@ def check_logprobs(means, ids, spans, logits, unwritten=None):
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPT2", "Gemma3", "Qwen3Next"])
-def test_loglikelihoods_and_completions_equal_the_plain_forward(family):
+def test_loglikelihoods_and_completions_equal_the_plain_forward(family, monkeypatch):
     llm = tiny_llm(family)
     pairs = [("Mia has 3 pears. How", " many?"), ("Tom", " has 4 and Mia 3."), ("Tom has twice as many", " pears")]
-    for (context, text), (lp, n) in zip(pairs, llm.loglikelihoods(pairs, token_budget=40), strict=True):
+    monkeypatch.setattr(type(llm), "token_budget", 40)
+    for (context, text), (lp, n) in zip(pairs, llm.loglikelihoods(pairs), strict=True):
         ids, begin = llm.tokenizer(context + text)["input_ids"], len(llm.tokenizer(context)["input_ids"])
         logits = llm.model(torch.tensor([ids])).logits[0].log_softmax(-1)
         assert lp == pytest.approx(sum(float(logits[t - 1, ids[t]]) for t in range(begin, len(ids))), abs=1e-3)
@@ -2485,7 +2486,7 @@ def test_an_unknown_way_to_logits_is_refused_where_they_are_asked_for():
     llm.logit_scale = 0.25  # as if the architecture did something that is not known here
     for _ in range(2):
         assert llm.step_latents(*CHAINS[0]).isfinite().all()
-        refused(ValueError, "tiny Llama: how its logits follow .* not known", llm.read_chains, CHAINS, logprobs=True)
+        refused(ValueError, "tiny Llama: how its logits follow .* not known", chain_logprobs, llm, CHAINS)
 
 
 class Dictation:
@@ -2510,6 +2511,10 @@ class Dictation:
 
     def step_ended(self, row):
         pass
+
+
+def chain_logprobs(llm, chains):
+    return llm.read_coded([llm.encode(*chain) for chain in chains], [(llm.layer, llm.pooling)], True)[1]
 
 
 def test_a_slash_after_a_folder_makes_no_other_llm_of_it(run_llm):
@@ -2547,7 +2552,7 @@ def check_written_latents(llm):
         with patch.object(llm, "context", longest), patch.object(type(llm), "token_budget", 2 * longest):
             h, means = llm.read_next(question, before, nexts, after)  # in two batches
         assert torch.allclose(h, torch.stack([units[at] for units in llm.read_chains(chains)]), atol=1e-4)
-        each = llm.read_chains(chains, logprobs=True)
+        each = chain_logprobs(llm, chains)
         assert torch.allclose(means[:, 0], torch.stack([units[at] for units in each]), atol=1e-4)
         coded = [llm.encode(*chain) for chain in chains]
         rests = [[(spans[at][0], len(ids))] for ids, spans in coded]
@@ -3081,7 +3086,7 @@ def test_nudge_with_alpha_0_is_the_llm_alone(world):
         nudged = write(0.0, 100.0 if head else 4.0, head)[0]
         assert [c["steps"] for c in nudged] != [c["steps"] for c in own[0]]
         for chain in nudged if head else ():  # how likely the LLM alone finds what it was made to write
-            read = world.llm.read_chains([(QUESTION, chain["steps"])], logprobs=True)[0][1:]
+            read = chain_logprobs(world.llm, [(QUESTION, chain["steps"])])[0][1:]
             assert np.allclose(read, chain["logprobs"], atol=1e-3)
     found = result_of(infer.main, "nudge", world.rjepa, "--question", QUESTION, "--alpha", 1, "--max_new_tokens", 24,
                       "--device", "cpu")
