@@ -1500,7 +1500,7 @@ def test_extract_answer(text, mode, answer):
     ("18", 18), ("18.00", 18), ("$18", 18), ("18 apples.", 18), ("1,800", 1800), ("0.5", Fraction(1, 2)),
     (".5", Fraction(1, 2)), ("1/2", Fraction(1, 2)), ("50%", 50), ("\u22127", -7), ("-$7", -7), ("$-7", -7),
     ("0.1", Fraction(1, 10)), ("", None), ("apples", None), ("1/0", None), ("1,80", None), ("--3", None), ("3 4", None),
-    ("9" * 1000, None), ("1e9", None)])
+    ("9" * 1000, None), ("1e9", None), ("1/2\n", Fraction(1, 2)), ("\t3/4 ", Fraction(3, 4)), ("1\n/2", None)])
 def test_parse_number(text, value):
     assert verify.parse_number(text) == value
 

@@ -89,8 +89,9 @@ def parse_number(text):
     18 = 18.00 = $18 = "18 apples."; 1,800 = 1800; 1/2 = 0.5. "50%" is 50: GSM8K's answers are bare numbers, the
     percent sign is a unit there. More than 64 characters, or anything else than one number, is None.
     """
-    match = BARE.fullmatch(re.sub("[\u2212\u2013]", "-", text.strip())) if len(text) <= 64 else None
-    if match is None or not text.isprintable():
+    text = text.strip()
+    match = BARE.fullmatch(re.sub("[\u2212\u2013]", "-", text)) if len(text) <= 64 and text.isprintable() else None
+    if match is None:
         return None
     minus, inner_minus, number, divisor = match.groups()
     value, divisor = Fraction(number.replace(",", "")), Fraction((divisor or "1").replace(",", ""))
