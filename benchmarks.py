@@ -187,7 +187,8 @@ def as_problem(bench: Benchmark, row: dict, where: str) -> dict:
 
 
 def read_local(name: str, config: str | None, official: str, split: str, data_dir: str) -> tuple[list[dict], str]:
-    folder, stems = Path(data_dir), list(dict.fromkeys((split, official)))
+    # a `val` that is held out of `train` is never a file of its own: every 20th row of one would be all that is left
+    folder, stems = Path(data_dir), [official] if official == "train" else list(dict.fromkeys((split, official)))
     if folder.is_file():
         raise ValueError(f"--data_dir {data_dir} is a file: name the folder in which it lies")
     several = len(BENCHMARKS[name].configs) > 1

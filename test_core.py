@@ -751,6 +751,8 @@ def test_local_problems_from_jsonl_and_parquet(tmp_path):
     assert not {p["id"] for p in train_part} & {p["id"] for p in val_part}
     assert data.load_problems("gsm8k", "test", str(tmp_path))[2]["id"] == "gsm8k-test-2"
     assert len(data.load_problems("gsm8k", "train", str(tmp_path), limit=4)) == 4
+    write_jsonl(tmp_path / "val.jsonl", [{"question": f"Other? {i}", "answer": f"#### {i}"} for i in range(45)])
+    assert data.load_problems("gsm8k", "val", str(tmp_path)) == val_part  # held out of train, whatever lies there
 
 
 ARC_ROW = {"id": "1", "question": "Which animal barks?", "answerKey": "2",
