@@ -204,7 +204,10 @@ def read_local(name: str, config: str | None, official: str, split: str, data_di
 
         rows = pyarrow.parquet.read_table(path).to_pylist()
     elif path.suffix == ".json":
-        rows = json.loads(path.read_text(encoding="utf-8")).get("examples", [])
+        try:
+            rows = [dict(row) for row in json.loads(path.read_text(encoding="utf-8"))["examples"]]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}: needs a JSON object with a list 'examples' of objects ({error!r})") from None
     else:
         rows = verify.read_jsonl(path)
     if not rows:

@@ -860,6 +860,9 @@ def test_benchmarks_group_and_refuse(tmp_path):
         (tmp_path / f"{task}.json").write_text(json.dumps(official))
     problems = data.load_problems("bbh", "test", str(tmp_path))
     assert len(problems) == 27 and problems[0]["subject"] == "boolean_expressions"
+    for damaged in ("{", "[1]", "{}", '{"examples": [1]}'):
+        (tmp_path / "boolean_expressions.json").write_text(damaged)
+        refused(ValueError, "boolean_expressions.json: needs", data.load_problems, "bbh", "test", str(tmp_path))
     pool = [{"subject": s, "question": f"{s}{i}", "answer": "A"} for i in range(3) for s in "ab"]
     found = benchmarks.examples_for([pool[1]], pool, 2)[0]
     assert [e["question"] for e in found] == ["b1", "b2"]  # its own subject, not itself
@@ -1624,6 +1627,7 @@ def test_read_jsonl_errors_name_file_line_and_field(tmp_path):
     refused(FileNotFoundError, "rows.jsonl", verify.read_jsonl, path)
     for text, message in [("", "no rows"), ('{"a": 1}\n{"a": ', "rows.jsonl, line 2: no JSON"),
                              ("[1]\n", "line 1: expected an object"),
+                          ('{"a": ' + "1" * 5000 + "}", "rows.jsonl, line 1: no JSON: Exceeds the limit"),
                           ('{"a": 1}\n\n{"b": 1}\n', "line 3: field 'a' is missing")]:
         path.write_text(text)
         refused(ValueError, message, verify.read_jsonl, path, ["a"])

@@ -567,7 +567,7 @@ def read_jsonl(path, fields=(), limit=0):
                     continue
                 try:
                     row = json.loads(line)
-                except (json.JSONDecodeError, RecursionError) as e:
+                except (ValueError, RecursionError) as e:
                     raise ValueError(f"{path}, line {number}: no JSON: {getattr(e, 'msg', e)}") from None
                 if not isinstance(row, dict):
                     raise ValueError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
