@@ -19,6 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import verify
@@ -252,8 +253,8 @@ def examples_for(problems: list[dict], pool: list[dict], n: int) -> list[list[di
     for e in pool:
         by_subject.setdefault(e["subject"], []).append(e)
     for p in problems:
-        fitting = [e for e in by_subject.get(p["subject"], [])[: n + 1] if e["question"] != p["question"]]
-        if len(fitting) < n:
-            raise ValueError(f"--shots {n}: only {len(fitting)} examples with the subject '{p['subject']}'")
-        found.append(fitting[:n])
+        others = (e for e in by_subject.get(p["subject"], []) if e["question"] != p["question"])
+        found.append(list(islice(others, n)))
+        if len(found[-1]) < n:
+            raise ValueError(f"--shots {n}: only {len(found[-1])} examples with the subject '{p['subject']}'")
     return found

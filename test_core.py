@@ -866,6 +866,8 @@ def test_benchmarks_group_and_refuse(tmp_path):
     pool = [{"subject": s, "question": f"{s}{i}", "answer": "A"} for i in range(3) for s in "ab"]
     found = benchmarks.examples_for([pool[1]], pool, 2)[0]
     assert [e["question"] for e in found] == ["b1", "b2"]  # its own subject, not itself
+    found = benchmarks.examples_for([pool[1]], [pool[1], pool[1], *pool[2:]], 2)[0]  # nor itself said twice
+    assert [e["question"] for e in found] == ["b1", "b2"]
 
 
 def test_missing_and_malformed_data_is_named(tmp_path):
