@@ -88,9 +88,9 @@ def records(found) -> list[dict]:
 class Memory:
     """One DuckDB file of verified chains, their latents, and logged interactions. Made by the first write.
 
-    origin: latents.SAME_LLM of the latents that will be given, a manifest for one. The first
-    chain fixes it for the file; ValueError where a later one differs. wait_s: how long to wait for another process,
-    then TimeoutError. Reading a file that is not there raises FileNotFoundError.
+    origin: says which LLM the latents are from (the keys of latents.SAME_LLM), for instance the manifest of a folder of
+    latents. The first chain fixes it for the file. wait_s: how long to wait for another process. What is raised: see
+    `open`.
     """
 
     def __init__(self, path, origin: dict | None = None, wait_s: float = 10.0):
@@ -100,41 +100,50 @@ class Memory:
     def inode(self) -> int | None:
         return self.path.stat().st_ino if self.path.exists() else None
 
+    def connect(self, write: bool):
+        """A connection, once no other process is in the way. Raises as `open` does."""
+        duckdb = need("duckdb", "duckdb")
+        deadline, settings = time.monotonic() + self.wait_s, {"temp_directory": f"{self.path}.spill"}
+        while True:
+            inode = self.inode()
+            try:
+                connection = duckdb.connect(str(self.path), read_only=not write, config=settings)
+                if inode in (None, self.inode()):
+                    return connection
+                connection.close()  # `forget` put a new file there in between
+            except duckdb.Error as error:
+                if "set lock" not in str(error):
+                    is_begun = write and inode and isinstance(error, duckdb.IOException)
+                    if is_begun and 0 < self.path.stat().st_size < 3 * 4096:  # less than its headers take:
+                        self.path.unlink()  # a kill or a full disk came into its making, before this one
+                        continue
+                    raise ValueError(f"{self.path} cannot be opened: {str(error).splitlines()[0]}") from None
+                if time.monotonic() > deadline:
+                    pid = re.search(r"PID \d+", str(error))
+                    raise TimeoutError(f"{self.path} is in use by another process{f' ({pid[0]})' if pid else ''} for "
+                                       f"more than {self.wait_s:g} s: try again when it is done") from None
+            time.sleep(random.uniform(0.002, 0.03))
+
     @contextlib.contextmanager
     def open(self, write: bool = False, create: bool = False):
-        """(connection, meta as a dict); with `write` one transaction, which is undone where the block raises."""
+        """(connection, meta as a dict); with `write` one transaction, which is undone where the block raises.
+
+        Raises FileNotFoundError where there is no file (but with `create`), TimeoutError where another process keeps
+        it, ValueError where it is no memory, or one of another LLM, and OSError for a full disk or a damaged file.
+        """
         duckdb = need("duckdb", "duckdb")
         if self.path.is_dir():
             raise ValueError(f"{self.path} is a folder: name a file in it")
-        if create and not self.path.is_file():
+        if not self.path.is_file():
+            if not create:
+                raise FileNotFoundError(f"{self.path}: no such memory; `memory.py remember` or `log` makes one")
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        elif not self.path.is_file():
-            raise FileNotFoundError(f"{self.path}: no such memory; `memory.py remember` or `log` makes one")
-        elif self.path.stat().st_size:
-            with IN_PROCESS, open(self.path, "rb") as file:  # closing it would drop another thread's lock
-                if file.read(12)[8:] != b"DUCK":  # DuckDB would open a jsonl or parquet file as a view
-                    raise ValueError(f"{self.path} is no memory: not a DuckDB file")
-        deadline, settings = time.monotonic() + self.wait_s, {"temp_directory": f"{self.path}.spill"}
         with IN_PROCESS:
-            while True:
-                inode = self.inode()
-                try:
-                    connection = duckdb.connect(str(self.path), read_only=not write, config=settings)
-                    if inode in (None, self.inode()):
-                        break
-                    connection.close()  # `forget` put a new file there in between
-                except duckdb.Error as error:
-                    if "set lock" not in str(error):
-                        is_begun = write and inode and isinstance(error, duckdb.IOException)
-                        if is_begun and 0 < self.path.stat().st_size < 3 * 4096:  # its headers take as much:
-                            self.path.unlink()  # a kill or a full disk came into its making, before this one
-                            continue
-                        raise ValueError(f"{self.path} cannot be opened: {str(error).splitlines()[0]}") from None
-                    if time.monotonic() > deadline:
-                        pid = re.search(r"PID \d+", str(error))
-                        raise TimeoutError(f"{self.path} is in use by another process{f' ({pid[0]})' if pid else ''} "
-                                           f"for more than {self.wait_s:g} s: try again when it is done") from None
-                time.sleep(random.uniform(0.002, 0.03))
+            if self.path.is_file() and self.path.stat().st_size:
+                with open(self.path, "rb") as file:  # under the lock: closing it drops another thread's file lock
+                    if file.read(12)[8:] != b"DUCK":  # DuckDB would open a jsonl or parquet file as a view
+                        raise ValueError(f"{self.path} is no memory: not a DuckDB file")
+            connection = self.connect(write)
             try:
                 tables = {row[0] for row in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall()}
                 if write:
@@ -159,16 +168,13 @@ class Memory:
 
     # ------------------------------------------------------------------------- chains
 
-    def remember(self, problem: dict, chain: dict, h: torch.Tensor, domain: str = "") -> verify.Verdict:
-        """Stores a chain {"question", "steps", ...} with its latents h [1 + S, D] if the gate finds it valid.
-
-        problem {"id", "answer"} as in verify.validate, whose verdict is returned, or "personal_data": latents would
-        keep what a text must not. A chain that is there already stays as it is.
-        """
-        return self.remember_all([(problem, chain, h)], domain)[0]
-
     def remember_all(self, items, domain: str = "") -> list[verify.Verdict]:
-        """`remember` for many (problem, chain, h) in one transaction, with one verdict each."""
+        """Stores those of the items (problem, chain, h) that the gate finds valid, in one transaction -> its verdicts.
+
+        problem {"id", "answer"} as in verify.validate, chain {"question", "steps", ...}, h [1 + S, D] its latents. A
+        chain with personal data is refused as "personal_data": its latents would keep what a text must not. A chain
+        that is there already stays as it is. Raises ValueError for latents that do not fit.
+        """
         import pyarrow as pa
 
         if self.origin is None:
@@ -237,15 +243,15 @@ class Memory:
                 JOIN texts ON texts.id = nearest.chain ORDER BY cos DESC, chain, position""",
                 [z.tolist(), domain, domain, k]))  # fmt: skip
 
-    def vectors(self, domain: str = "", positions: str = "steps") -> tuple[torch.Tensor, list[dict]]:
+    def vectors(self, positions: str = "steps") -> tuple[torch.Tensor, list[dict]]:
         """(all latents [N, D] fp32, [{"chain_id", "position", "text"}]), in the order in which they were stored."""
         with self.open() as (connection, meta):
             if meta["dim"] is None:
                 return torch.zeros(0, 0), []
             found = connection.sql(f"""
                 SELECT chain AS chain_id, position, {TEXT} AS text, z
-                FROM latents JOIN texts ON texts.id = chain WHERE {WHERE[positions]} AND (? = '' OR domain = ?)
-                ORDER BY latents.rowid""", params=[domain, domain]).to_arrow_table()
+                FROM latents JOIN texts ON texts.id = chain WHERE {WHERE[positions]}
+                ORDER BY latents.rowid""").to_arrow_table()
         z = found["z"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, meta["dim"])
         return torch.from_numpy(z.copy()), found.drop_columns("z").to_pylist()
 
@@ -280,12 +286,12 @@ class Memory:
             raise ValueError("forget needs --id, --problem_id or --domain; or --everything, and nothing else")
         if id and (problem_id or domain) and self.path.is_file() and self.interactions(id):
             raise ValueError(f"id {id!r} is an interaction: it goes without problem_id and domain")
-        filters = [everything or not id, id, everything or not problem_id, problem_id, everything or not domain, domain]
         with self.open(write=True) as (connection, meta):
             connection.execute("COMMIT")  # a checkpoint needs it; and no log may be left beside the new file
             connection.execute("CHECKPOINT")
-            connection.execute("CREATE TEMP TABLE gone AS SELECT id FROM texts "
-                               "WHERE (? OR id = ?) AND (? OR problem_id = ?) AND (? OR domain = ?)", filters)
+            connection.execute("CREATE TEMP TABLE gone AS SELECT id FROM texts WHERE (? = '' OR id = ?) "
+                               "AND (? = '' OR problem_id = ?) AND (? = '' OR domain = ?)",
+                               [id, id, problem_id, problem_id, domain, domain])  # everything: all three are empty
             connection.execute("INSERT INTO gone SELECT id FROM interactions WHERE of IS NULL AND "
                                "(? OR id = ? OR chain IN (FROM gone))", [everything, id])
             count = connection.execute("SELECT count(*) FROM gone").fetchall()[0][0]
@@ -475,18 +481,23 @@ class Remember(Stats):
             raise ValueError(f"--latents {self.latents} is of a test split: the memory refuses it (--allow_test)")
         kept = [r for r in rows if r["is_valid"] and r["split"] in ("train", "test")]
         known = [r for r in kept if verify.answer_value(r["answer"]) is not None]
-        # the file's answer is the truth here: what the chain itself says must be read off its last step
-        mark = {"test": f"{manifest['dataset']}-test-"}  # the split is read off the id again when it is exported
-        items = [({"id": mark.get(r["split"], "") * ("-test-" not in r["problem_id"]) + r["problem_id"],
-                   "answer": r["answer"]}, r | {"answer": None}, r["h"]) for r in known]
-        say(f"{len(items):,} of {len(rows):,} chains are marked valid and of the split "
+        say(f"{len(known):,} of {len(rows):,} chains are marked valid and of the split "
             f"train{' or test' * self.allow_test}")
-        memory = Memory(self.memory, manifest)
-        before = memory.stats()["chains"] if memory.path.is_file() else 0
-        verdicts = memory.remember_all(items, self.domain or manifest["dataset"])
+        memory, items = Memory(self.memory, manifest), []
+        for r in known:
+            problem_id = r["problem_id"]
+            if r["split"] == "test" and "-test-" not in problem_id:  # the split is read off it when it is exported
+                problem_id = f"{manifest['dataset']}-test-{problem_id}"
+            # the file's answer is the truth here: what the chain itself says must be read off its last step
+            items.append(({"id": problem_id, "answer": r["answer"]}, r | {"answer": None}, r["h"]))
+
+        def n_stored():
+            return memory.stats()["chains"] if memory.path.is_file() else 0
+
+        before, verdicts = n_stored(), memory.remember_all(items, self.domain or manifest["dataset"])
         reasons = Counter(v.reason for v in verdicts) + Counter(no_answer=len(kept) - len(known))
-        return {"memory": self.memory, "remembered": reasons.pop("ok", 0),
-                "new": (memory.stats()["chains"] if memory.path.is_file() else 0) - before, "refused": dict(reasons)}
+        return {"memory": self.memory, "remembered": reasons.pop("ok", 0), "new": n_stored() - before,
+                "refused": dict(reasons)}
 
 
 @dataclass

@@ -45,6 +45,11 @@ def a_memory(tmp_path, n=0, **kw):
     return memory
 
 
+def remember(memory, problem, chain, h, domain=""):
+    """The verdict on one chain, which is stored if it is valid."""
+    return memory.remember_all([(problem, chain, h)], domain)[0]
+
+
 def bytes_beside(path):
     """All bytes of the database and of whatever lies beside it under its name."""
     return b"".join(p.read_bytes() for p in sorted(Path(path).parent.glob(Path(path).name + "*")) if p.is_file())
@@ -54,14 +59,14 @@ def test_memory_holds_verified_chains_alone(tmp_path):
     memory = a_memory(tmp_path)
     problem, chain, h = a_chain(3)
     wrong = chain | {"steps": ["3 + 2 = 6 pens", "6 * 2 = 12", "#### 10"]}
-    verdict = memory.remember(problem, wrong, h)
+    verdict = remember(memory, problem, wrong, h)
     assert (verdict.is_valid, verdict.reason) == (False, "arithmetic")
     assert not memory.path.exists(), "nothing is written for a chain that is not valid"
-    assert memory.remember(problem, chain, h, domain="toy") == verify.Verdict(True, "ok")
-    memory.remember(problem, chain, h)
-    memory.remember(problem, chain | {"answer": "11"}, h)
+    assert remember(memory, problem, chain, h, domain="toy") == verify.Verdict(True, "ok")
+    remember(memory, problem, chain, h)
+    remember(memory, problem, chain | {"answer": "11"}, h)
     for private in ({"question": "Tom (tom@example.org) has 3 pens?"}, {"source": "tom@example.org"}):
-        assert memory.remember(problem, chain | private, h).reason == "personal_data"
+        assert remember(memory, problem, chain | private, h).reason == "personal_data"
     stats = memory.stats()
     assert {k: stats[k] for k in ("chains", "steps", "latents", "domains", "llm", "dim")} == {
         "chains": 1, "steps": 3, "latents": 4, "domains": {"toy": 1}, "llm": "toy", "dim": 8}
@@ -71,7 +76,7 @@ def test_memory_holds_verified_chains_alone(tmp_path):
     (torch.zeros(3, 8), "shape"), (torch.zeros(4, 7), "shape"), (torch.full((4, 8), float("nan")), "not finite")])
 def test_memory_refuses_latents_that_do_not_fit(tmp_path, h, message):
     memory = a_memory(tmp_path)
-    refused(ValueError, message, memory.remember, *a_chain(3)[:2], h)
+    refused(ValueError, message, remember, memory, *a_chain(3)[:2], h)
     assert not memory.path.exists()
 
 
@@ -80,10 +85,10 @@ def test_memory_is_of_one_llm(tmp_path):
     for field, value in (("llm", "other"), ("layer", 3), ("pooling", "mean"), ("prompt", "{question}!"), ("dim", 9)):
         other = mem.Memory(memory.path, ORIGIN | {field: value})
         with pytest.raises(ValueError, match=f"{field}: {ORIGIN[field]} there, {value} here"):
-            other.remember(*a_chain(1)[:2], torch.ones(4, 9 if field == "dim" else 8))
+            remember(other, *a_chain(1)[:2], torch.ones(4, 9 if field == "dim" else 8))
         refused(ValueError, field, other.recall, torch.ones(8))
     refused(ValueError, "width 8", memory.recall, torch.ones(9))
-    refused(ValueError, "which LLM", mem.Memory(memory.path).remember, *a_chain(1))
+    refused(ValueError, "which LLM", remember, mem.Memory(memory.path), *a_chain(1))
 
 
 def test_recall_is_exact_cosine(tmp_path):
@@ -101,8 +106,8 @@ def test_recall_is_exact_cosine(tmp_path):
             assert np.allclose([f["cos"] for f in found], cos[best], atol=1e-6)
             assert found[0]["cos_mean"] == pytest.approx(float(cos.mean()), abs=1e-6)
     assert set(found[0]) == {"cos", "cos_mean", "chain_id", "position", "text", "question", "domain"}
-    h, rows = memory.vectors(domain="others")
-    assert torch.equal(h, torch.cat([h[1:] for *_, h in chains[40:]])) and rows[0]["text"] == chains[40][1]["steps"][0]
+    h, rows = memory.vectors()
+    assert torch.equal(h, torch.cat([h[1:] for *_, h in chains])) and rows[0]["text"] == chains[0][1]["steps"][0]
     assert torch.equal(memory.latent(rows[4]["chain_id"], 2), h[4])
     for bad in (torch.zeros(8), torch.full((8,), float("inf"))):
         refused(ValueError, "finite and not zero", memory.recall, bad)
@@ -111,7 +116,7 @@ def test_recall_is_exact_cosine(tmp_path):
 def test_what_is_forgotten_is_not_in_the_file(tmp_path):
     memory = a_memory(tmp_path, n=300)
     secret = a_chain(777, question="The zebra Xylophonia has 777 pens, gets 2, doubles them?")
-    memory.remember(*secret, domain="zoo")
+    remember(memory, *secret, domain="zoo")
     memory.log("demo", secret[1]["question"], secret[1]["steps"], truth="1558")
     needles = [b"Xylophonia", b"779 * 2 = 1558"]
     assert all(needle in bytes_beside(memory.path) for needle in needles)
@@ -131,7 +136,7 @@ def test_what_is_forgotten_is_not_in_the_file(tmp_path):
     assert b"Quetzalia" not in bytes_beside(memory.path)
     z = secret[2][1]
     assert all("777" not in found["text"] for found in memory.recall(z))
-    assert memory.remember(*secret).is_valid and memory.forget(everything=True) == 301
+    assert remember(memory, *secret).is_valid and memory.forget(everything=True) == 301
     assert memory.stats()["latents"] == 0 and memory.recall(z) == [] and b"pens" not in bytes_beside(memory.path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.duckdb"]
 
@@ -182,10 +187,10 @@ def test_adversarial_texts_come_back_unchanged_or_are_refused(tmp_path):
             kept.append((problem, chain | {"source": text[:100]}, h))
         except ValueError as error:
             assert "surrogate" in str(error)
-            refused(ValueError, "surrogate", memory.remember, problem, chain, h, text)
+            refused(ValueError, "surrogate", remember, memory, problem, chain, h, text)
             n_refused += 1
     assert n_refused == 2 and all(v.is_valid for v in memory.remember_all(kept, "' OR 1=1 --"))
-    _, rows = memory.vectors("' OR 1=1 --", "questions")
+    _, rows = memory.vectors("questions")
     assert [row["text"] for row in rows] == [chain["question"] for _, chain, _ in kept]
     hard = [chain["question"] for _, chain, _ in kept[1::50]]
     ids = [memory.log(text[:40], text, [text], answer=text, extra={text: text}) for text in hard]
@@ -213,7 +218,7 @@ import threading, memory as mem, test_memory as t
 memory, (n, first, kill_after) = mem.Memory(sys.argv[1], t.ORIGIN, wait_s=60), map(float, sys.argv[2:])
 for i in range(int(first), int(first + n)):
     problem, chain, h = t.a_chain(i)
-    assert memory.remember(problem, chain, h).is_valid
+    assert t.remember(memory, problem, chain, h).is_valid
     if i % 5 == 0:
         assert memory.forget(problem_id=problem["id"]) == 1
     print(i, flush=True)
@@ -239,11 +244,11 @@ def test_a_file_in_use_is_named_with_the_process(tmp_path):
         process.stdout.readline()
         if how == "r":
             assert memory.stats()["chains"] == 1
-        for call in (lambda: memory.remember(*a_chain(1)), lambda: memory.forget(everything=True), memory.stats)[
+        for call in (lambda: remember(memory, *a_chain(1)), lambda: memory.forget(everything=True), memory.stats)[
                 : 2 if how == "r" else 3]:
             refused(TimeoutError, rf"m.duckdb is in use by another process \(PID {process.pid}\)", call)
         process.communicate()
-    assert memory.remember(*a_chain(1)).is_valid
+    assert remember(memory, *a_chain(1)).is_valid
 
 
 def test_a_second_thread_does_not_give_the_first_ones_lock_away(tmp_path):
@@ -451,7 +456,7 @@ def test_feedback_becomes_chains(tmp_path):
     memory.rate(good, "up")
     memory.rate(twice, "down")
     assert exported() == ["Bob", "Eva"] and len(memory.interactions(later)) == 2
-    memory.remember(*a_chain(1))
+    remember(memory, *a_chain(1))
     assert exported(remembered=True) == ["Bob", "Eva", "Tom"]
     records = latents.chains_of_file(str(tmp_path / "chains.jsonl"), "chains")
     assert len(records) == 3 and all(r["is_valid"] and r["split"] in ("train", "val") for r in records)
