@@ -9,15 +9,14 @@
     python memory.py forget --problem_id gsm8k-train-7               # or --id, --domain, --everything
     python memory.py stats
 
-One DuckDB file, opened for each operation and closed after it: many processes may read, one at a time writes, the
-others wait for it a few seconds. A write is one transaction: what is killed in the middle leaves nothing. Personal
-data (what redact.py finds) are taken out of a logged text before it reaches the disk, and a chain that has some is not
+All is in one DuckDB file, which is opened for each operation and closed after it. Many processes may read; while one
+writes, the others wait a few seconds. A write is one transaction: one that is killed leaves nothing behind. Personal
+data (what redact.py finds) are cut out of a logged text before it reaches the disk, and a chain that has some is not
 remembered.
 """
 
 import contextlib
 import datetime
-import functools
 import json
 import random
 import re
@@ -61,8 +60,7 @@ def checked(name: str, text) -> str:
 # ----------------------------------------------------------------------------- the file
 
 TABLES = """
-CREATE TABLE {0}meta (schema INTEGER, llm VARCHAR, layer INTEGER, pooling VARCHAR, prompt VARCHAR,
-    dim INTEGER);
+CREATE TABLE {0}meta (schema INTEGER, llm VARCHAR, layer INTEGER, pooling VARCHAR, prompt VARCHAR, dim INTEGER);
 CREATE TABLE {0}texts (id VARCHAR PRIMARY KEY, problem_id VARCHAR, domain VARCHAR, question VARCHAR,
     steps VARCHAR[], answer VARCHAR, source VARCHAR, created TIMESTAMP);
 CREATE TABLE {0}interactions (id VARCHAR, of VARCHAR, created TIMESTAMP, kind VARCHAR, chain VARCHAR,
@@ -279,15 +277,15 @@ class Memory:
     def forget(self, id: str = "", problem_id: str = "", domain: str = "", everything: bool = False) -> int:
         """Deletes the chains that fit all filters, also from the log, or the interaction of that id -> how many.
 
-        DuckDB keeps the bytes of deleted rows, so what is left goes to a new file that takes the old one's place:
-        killed in between, the old one stays. everything: all chains and interactions.
+        everything: all chains and interactions. DuckDB keeps the bytes of deleted rows in its file, so what is left is
+        copied to a new file, which then takes the old one's place in one step.
         """
         if everything == bool(id or problem_id or domain):
             raise ValueError("forget needs --id, --problem_id or --domain; or --everything, and nothing else")
         if id and (problem_id or domain) and self.path.is_file() and self.interactions(id):
             raise ValueError(f"id {id!r} is an interaction: it goes without problem_id and domain")
         with self.open(write=True) as (connection, meta):
-            connection.execute("COMMIT")  # a checkpoint needs it; and no log may be left beside the new file
+            connection.execute("COMMIT")  # no checkpoint in a transaction, and no .wal may be left beside the new file
             connection.execute("CHECKPOINT")
             connection.execute("CREATE TEMP TABLE gone AS SELECT id FROM texts WHERE (? = '' OR id = ?) "
                                "AND (? = '' OR problem_id = ?) AND (? = '' OR domain = ?)",
@@ -296,7 +294,7 @@ class Memory:
                                "(? OR id = ? OR chain IN (FROM gone))", [everything, id])
             count = connection.execute("SELECT count(*) FROM gone").fetchall()[0][0]
             if count:
-                write_atomic(self.path.resolve(), functools.partial(self.copy_rest, connection, meta))
+                write_atomic(self.path.resolve(), lambda path: self.copy_rest(connection, meta, path))
             connection.execute("BEGIN")
         return count
 
@@ -372,10 +370,10 @@ class Memory:
                 "SELECT * FROM interactions WHERE ? = '' OR coalesce(of, id) = ? ORDER BY rowid", [id, id]))
 
     def export(self, out, remembered: bool = False, without: tuple = ()) -> dict:
-        """Writes chains for retraining (extract.py --chains): those of the log that hold and that nobody rated down.
+        """Writes chains for retraining (extract.py --chains): logged ones that the gate accepts and nobody rated down.
 
-        Each once; the gate judges them again, as they are stored. remembered: the stored chains as well. without: jsonl
-        files of problems whose questions are left out (test sets). -> {"out", "chains", "interactions", "rated_down",
+        Each is written once, and judged as it is stored. remembered: the stored chains as well. without: jsonl files of
+        problems whose questions are left out (test sets). -> {"out", "chains", "interactions", "rated_down",
         "left_out"}.
         """
         tested = {plain_question(redact(checked(f"{path}, a question", row["question"]))[0])  # as they are logged
@@ -423,7 +421,7 @@ class Memory:
 
 
 def redact_row(row: dict) -> tuple[dict, int]:
-    """(row with every text in it, also in its lists and dicts, checked and redacted, how many places were)."""
+    """(row with every text in it, also in lists and dicts, checked and redacted; how many places were cut out)."""
     count = 0
 
     def clean(name, value):

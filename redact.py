@@ -1,12 +1,12 @@
-"""Personal data and keys out of a text, before it touches the disk.
+"""Cuts personal data and keys out of a text, before it touches the disk.
 
     from redact import redact
     redact("Call 650-253-0000 or write to ann@example.com")  # ("Call [PHONE] or write to [EMAIL]", 2)
 
-E-mail addresses, phone and card numbers, IBANs, IP addresses, API keys, passwords that are called so. What is found is
-what is written as usual: numbers in words, "ann at example dot com", ten digits in a row, local numbers of other
-countries without a word such as "call" before them or of eight digits that are not in pairs, passwords without a digit
-or sign, cards next to a comma and a digit, and account numbers of other kinds pass.
+Cut are e-mail addresses, phone and card numbers, IBANs, IP addresses, API keys, and passwords that are called so, in
+their usual spelling. Not found: numbers in words; "ann at example dot com"; ten digits in a row; local numbers of other
+countries, if no word such as "call" stands before them or they have eight digits that are not in pairs; passwords
+without a digit or sign; cards next to a comma and a digit; account numbers of other kinds.
 """
 
 import functools
@@ -15,10 +15,9 @@ import re
 
 from config import need
 
-# ann＠example.com; spaces and hyphens that do not break
+# full-width characters (ann＠example.com), spaces and hyphens that do not break -> plain ones
 WIDE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0xA0: " ", 0x202F: " ", 0x2011: "-"}
 REGION = "US"  # whose phone numbers are known without a country code
-
 
 SECRETS = """aws.AWSKeyDetector azure_storage_key.AzureStorageKeyDetector basic_auth.BasicAuthDetector
 discord.DiscordBotTokenDetector github_token.GitHubTokenDetector gitlab_token.GitLabTokenDetector
@@ -38,7 +37,7 @@ MORE_KEYS = [re.compile(pattern, re.S) for pattern in (
     r"(?=[^\s\"']{0,64}[A-Za-z])(?=[^\s\"']{0,64}\d)[^\s\"',;()]{12,}",
 )]
 EMAIL = re.compile(r"(?<![\w.+%&'-])[\w.+%&'-]+@[\w-]+(?:\.[\w-]+)*\.[^\W\d_][\w-]+")
-# what is looked for ahead may begin inside what looked like one
+# IBANs and cards are looked for ahead, (?=...), since a true one may begin inside what only looks like one
 IBAN = re.compile(r"(?<![A-Za-z0-9])(?=([A-Za-z]{2}\d{2}(?:[ -]?[A-Za-z0-9]){11,30}))")
 CARDS = [re.compile(rf"(?<!\d)(?<!\d[.,])(?=({digits})(?!\d|[.,]\d))") for digits in (
     r"(?:\d{4}[ -]?){4}\d{3}", r"(?:\d{4}[ -]?){3}\d{4}", r"\d{4}[ -]?\d{6}[ -]?\d{4,5}", r"\d{13}")]
@@ -61,7 +60,7 @@ def key_patterns() -> list[re.Pattern]:
 
 
 def iban_length(text: str) -> int:
-    """How many characters from the start of a text are a valid IBAN (country's form, check digits); 0: none."""
+    """How many characters from the start of a text are a valid IBAN (form of its country, check digits); 0: none."""
     iban = need("stdnum.iban", "python-stdnum")
     ends = [match.end() for match in re.finditer(r"[A-Za-z0-9]+", text) if match.end() > 14]  # no country has less
     return next((end for end in reversed(ends) if iban.is_valid(text[:end], check_country=False)), 0)
@@ -102,8 +101,9 @@ def phone_spans(text: str) -> list[tuple[int, int]]:
 def redact(text: str) -> tuple[str, int]:
     """(text with personal data replaced by [KEY], [EMAIL], [IBAN], [CARD], [IP] or [PHONE], how many were).
 
-    Of what two kinds claim, the first in this order has it. Keys: patterns of detect-secrets and MORE_KEYS; the rest
-    is checked as far as it can be: IBANs and cards by their check digits, addresses and phone numbers by libraries.
+    They are searched for in this order. Keys are found by the patterns of detect-secrets and MORE_KEYS; IBANs and cards
+    must have right check digits, IP addresses and phone numbers must be valid by the libraries ipaddress and
+    phonenumbers. Where nothing is found the text comes back as it was given.
     """
     count, given, text = 0, text, text.translate(WIDE)
 

@@ -175,7 +175,7 @@ def check_expression(text):
     """Verdict on one bare expression ("2+2", may it be evaluated?) or equation ("2+2=4", does it hold?)."""
     if len(text) > MAX_STEP:
         return Verdict(False, "too_long", f"{len(text)} characters, more than {MAX_STEP}")
-    sides = [_ascii(side) for side in re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.replace("==", "=")).split("=")]
+    sides = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.translate(ASCII).replace("==", "=")).split("=")
     try:
         values = [evaluate(side) for side in sides]
     except Rejected as e:
@@ -194,8 +194,6 @@ TOKEN = re.compile(rf"""
 OPERATOR = {"^": "**", "times": "*", "plus": "+", "minus": "-", "divided by": "/", "x": "*", "X": "*"}
 SENTENCE = set("and or so is are was were then if because but that which equals total answer he she they it".split())
 SCALE = set("dozen dozens hundred thousand million billion trillion k cents cent am pm remainder".split())
-
-
 SPELLINGS = [(r"(?<![\w)])\*\*(?! )([^*]+)(?<! )\*\*(?![\w(-]|\.\d)", r"\1"),  # Markdown, LaTeX
              (r"\\times\b|\\cdot\b", "*"), (r"\\div\b", "/"),
              (r"\\(?!text)[a-zA-Z]+|_\{?\d+\}?", " 0:0 "), (r"\\[()$\[\]]?", ""),  # \pi, a_1: left unjudged
@@ -205,12 +203,7 @@ SPELLINGS = [(r"(?<![\w)])\*\*(?! )([^*]+)(?<! )\*\*(?![\w(-]|\.\d)", r"\1"),  #
              (r"\ban? (?=[a-z])|\bthe (?=[a-z$\d])", ""),
              (r"(\d) and [ (]*(\d+/\d+)\)?", r"\1 \2"),  # 5 and 2/3
              (r"/\s+(\d+/\d+)(?!\d|/\d)", r"/ (\1)")]  # 60 / 3/4 divides by three quarters
-
-
-def _ascii(text):
-    for chars, ascii_char in (("×·∗", "*"), ("÷", "/"), ("−–", "-"), ("\u00a0$€£", " ")):
-        text = re.sub(f"[{chars}]", ascii_char, text)
-    return text
+ASCII = str.maketrans("×·∗÷−–\u00a0$€£", "***/--    ")
 
 
 def _operator(tokens, i, out):
@@ -268,7 +261,7 @@ def _phrase(tokens, i):
 
 def _equations(text):
     """Yield (left, right) for every equation in a step that can be judged; in a = b = c both are held against a."""
-    text = _ascii(text)
+    text = text.translate(ASCII)
     for pattern, plain in SPELLINGS:
         text = re.sub(pattern, plain, text)
     sides = [[]]
@@ -439,12 +432,12 @@ def check_program(problem, completion, timeout_s=10, allow_unsafe=False):
 
 # ----------------------------------------------------------------------------- problems and chains
 
-def field(record, kind, name, types):
-    """record[name], or a ValueError that says what `kind` of record lacks it."""
+def field(record, where, name, types):
+    """record[name]. Raises ValueError, beginning with `where`, for one that is missing, empty or of another type."""
     value = record.get(name) if isinstance(record, dict) else None
     if not isinstance(value, types) or value == "":
         expected = {str: "a non-empty string", list: "a list", bool: "true or false"}[types]
-        raise ValueError(f"{kind}: field {name!r} is {value!r:.60}, expected {expected}")
+        raise ValueError(f"{where}: field {name!r} is {value!r:.60}, expected {expected}")
     return value
 
 
@@ -464,8 +457,9 @@ def validate(problem, chain, allow_unsafe=False):
     Raises ValueError naming the field that is missing, empty or of the wrong type.
     """
     kind, name = problem.get("kind", "number"), f"chain {chain.get('id', '')!r}"
+    where = f"problem {problem.get('id', '')!r}"
     if kind not in ("number", "math", "choice", "exact", "code"):
-        raise ValueError(f"problem {problem.get('id', '')!r}: kind {kind!r}: use number, math, choice, exact or code")
+        raise ValueError(f"{where}: kind {kind!r}: use number, math, choice, exact or code")
     steps = field(chain, name, "steps", list)
     if any(not isinstance(step, str) or not step.strip() for step in steps):
         raise ValueError(f"{name}: field 'steps' holds something else than non-empty strings")
@@ -475,13 +469,13 @@ def validate(problem, chain, allow_unsafe=False):
         return check_program(problem, "\n".join(steps), allow_unsafe=allow_unsafe)
     stated = field(chain, name, "answer", str) if chain.get("answer") is not None else None
     by_kind = {"number": _validate_number, "math": _validate_math, "choice": _validate_choice, "exact": _validate_exact}
-    return by_kind[kind](problem, steps, stated)
+    return by_kind[kind](problem, where, steps, stated)
 
 
-def _validate_number(problem, steps, stated):
-    truth = field(problem, f"problem {problem.get('id', '')!r}", "answer", str)
+def _validate_number(problem, where, steps, stated):
+    truth = field(problem, where, "answer", str)
     if answer_value(truth) is None:
-        raise ValueError(f"problem {problem.get('id', '')!r}: field 'answer' holds no number: {truth!r:.60}")
+        raise ValueError(f"{where}: field 'answer' holds no number: {truth!r:.60}")
     last = steps[-1]
     declared = extract_answer(last) if STRICT.search(last) or DECLARED.search(last) else None
     otherwise = last.rpartition("=")[2]  # of its last equation
@@ -494,8 +488,8 @@ def _validate_number(problem, steps, stated):
     return check_steps(steps)
 
 
-def _validate_math(problem, steps, stated):
-    truth = field(problem, f"problem {problem.get('id', '')!r}", "answer", str)
+def _validate_math(problem, where, steps, stated):
+    truth = field(problem, where, "answer", str)
     text = "\n".join(steps)
     written = text if "\\boxed" in text else steps[-1]
     for answer in [stated] * (stated is not None) + [written] * (stated is None or written is text):
@@ -506,8 +500,8 @@ def _validate_math(problem, steps, stated):
     return Verdict(True, "ok")
 
 
-def _validate_exact(problem, steps, stated):
-    truth = field(problem, f"problem {problem.get('id', '')!r}", "answer", str).strip().removesuffix(".")
+def _validate_exact(problem, where, steps, stated):
+    truth = field(problem, where, "answer", str).strip().removesuffix(".")
     for answer in [stated] * (stated is not None) + [steps[-1]]:
         if answer.strip().removesuffix(".") != truth:
             return Verdict(False, "wrong_answer", f"{answer:.60} instead of {truth:.60}")
@@ -529,12 +523,11 @@ def _choice(text, choices):
     return texts.index(text.casefold()) if texts.count(text.casefold()) == 1 else None
 
 
-def _validate_choice(problem, steps, stated):
-    kind = f"problem {problem.get('id', '')!r}"
-    choices, label = [str(choice) for choice in field(problem, kind, "choices", list)], problem.get("label")
-    truth = _choice(field(problem, kind, "answer", str), choices) if label is None else label
+def _validate_choice(problem, where, steps, stated):
+    choices, label = [str(choice) for choice in field(problem, where, "choices", list)], problem.get("label")
+    truth = _choice(field(problem, where, "answer", str), choices) if label is None else label
     if not isinstance(truth, int) or not 0 <= truth < len(choices):
-        raise ValueError(f"{kind}: neither field 'answer' nor 'label' names one of the {len(choices)} choices")
+        raise ValueError(f"{where}: neither field 'answer' nor 'label' names one of the {len(choices)} choices")
     declared = CHOICE.findall(steps[-1])
     answers = [stated] * (stated is not None) + ["".join(match) for match in declared[-1:]] or [steps[-1]]
     for answer in answers:
@@ -602,11 +595,11 @@ def check_candidates(path, limit=0):
     """{"n", "agree": share whose is_correct label equals check_answer, "disagree": the first few ids}."""
     n, disagree = 0, []
     for row in read_jsonl(path, ["answer", "candidates"], limit):
-        kind = f"{path}, row {row.get('id')!r}"
-        for candidate in field(row, kind, "candidates", list):
-            steps, label = field(candidate, kind, "steps", list), field(candidate, kind, "is_correct", bool)
+        where = f"{path}, row {row.get('id')!r}"
+        for candidate in field(row, where, "candidates", list):
+            steps, label = field(candidate, where, "steps", list), field(candidate, where, "is_correct", bool)
             n += 1
-            if (bool(steps) and check_answer(str(steps[-1]), field(row, kind, "answer", str))) != label:
+            if (bool(steps) and check_answer(str(steps[-1]), field(row, where, "answer", str))) != label:
                 disagree.append(row.get("id"))
     return {"n": n, "agree": (n - len(disagree)) / max(1, n), "disagree": disagree[:5]}
 
@@ -647,7 +640,7 @@ def main(argv=None):
     import tyro
 
     args = tyro.cli(Args, args=argv)
-    if sum(mode is not None for mode in (args.chains, args.candidates, args.expression, args.humaneval)) != 1:
+    if [args.chains, args.candidates, args.expression, args.humaneval].count(None) != 3:
         raise ValueError("give exactly one of --chains, --candidates, --humaneval FILE, --expression TEXT")
     if args.expression is not None:
         verdict = check_expression(args.expression)
@@ -655,9 +648,10 @@ def main(argv=None):
         result = {"valid": verdict.is_valid, "reason": verdict.reason}
     elif args.humaneval is not None:
         result = check_humaneval(args.humaneval, args.mutants, args.limit, args.allow_unsafe_code)
+    elif args.chains is not None:
+        result = check_chains(args.chains, args.limit)
     else:
-        check = check_chains if args.chains is not None else check_candidates
-        result = check(args.candidates if args.chains is None else args.chains, args.limit)
+        result = check_candidates(args.candidates, args.limit)
     print(json.dumps(result))
     if args.humaneval is not None and result["passed"] != (0 if args.mutants else result["n"]):
         raise SystemExit(1)
