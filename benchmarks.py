@@ -56,6 +56,7 @@ class Benchmark:
 
 
 def choice(question: str, choices: list[str], label, subject: str = "") -> dict:
+    """A problem of multiple choice; label: the index of the right one, as a number or a text."""
     label = int(label)
     return {"question": question, "choices": list(choices), "label": label, "answer": "ABCDEFGHIJ"[label],
             "subject": subject}
@@ -131,39 +132,41 @@ WITH_NUMBERS = [name for name, bench in BENCHMARKS.items() if bench.kind == "num
 def load(name: str, split: str, data_dir: str = "") -> list[dict]:
     """Problems of a split (`train`, `val`, `test`, or an official name), in order.
 
-    data_dir: a local folder, else the hub. It holds FILE, NAME/FILE or, of several configurations, CONFIG/FILE, where
-    FILE is SPLIT (or the official name of it) with .jsonl, .jsonl.gz or .parquet, in the official fields or as
-    problems; BBH's own CONFIG.json and HumanEval.jsonl.gz are found as well. Raises FileNotFoundError or ValueError
-    that names the file, the row or the field.
+    data_dir: a local folder; without it the hub is asked. The folder holds FILE or NAME/FILE, of a data set of several
+    configurations CONFIG/FILE or NAME/CONFIG/FILE. FILE is SPLIT or its official name, as .jsonl, .jsonl.gz or
+    .parquet, in the official fields or as problems; BBH's own CONFIG.json and HumanEval.jsonl.gz are found as well.
+    Raises FileNotFoundError or ValueError that names the file, the row or the field.
     """
     bench = BENCHMARKS[name]
-    official = bench.splits.get(split, split)
+    official, several = bench.splits.get(split, split), len(bench.configs) > 1
     if split in OFFICIAL and split not in bench.splits:
         raise ValueError(f"--split {split}: {name} has only {', '.join(bench.splits)}")
     problems, ids = [], set()
     for config in bench.configs:
-        rows, where = read_local(name, config, official, split, data_dir) if data_dir else (
-            read_hub(name, config, official), f"{bench.hub} {config or ''} {official}")
+        if data_dir:
+            rows, where = read_local(name, config, official, split, data_dir)
+        else:
+            rows, where = read_hub(name, config, official), f"{bench.hub} {config or ''} {official}"
+        prefix = f"{name}-{config}" if several else name
         for i, row in enumerate(rows):
             problem = as_problem(bench, row, f"{where}, row {i + 1}")
-            subject = str(problem.get("subject") or (config if len(bench.configs) > 1 else ""))
-            prefix = f"{name}-{config}" if len(bench.configs) > 1 else name
-            number = f"{prefix}-{official}-{i}" if problem.get("id") is None else str(problem["id"])
-            if number in ids:
-                raise ValueError(f"{where}, row {i + 1}: the id {number!r} is there twice")
-            ids.add(number)
-            problems.append(problem | {"id": number, "kind": bench.kind, "subject": subject})
+            subject = str(problem.get("subject") or (config if several else ""))
+            id = f"{prefix}-{official}-{i}" if problem.get("id") is None else str(problem["id"])
+            if id in ids:
+                raise ValueError(f"{where}, row {i + 1}: the id {id!r} is there twice")
+            ids.add(id)
+            problems.append(problem | {"id": id, "kind": bench.kind, "subject": subject})
     if name == "gsm8k" and (n := sum("####" not in p["answer"] for p in problems)):
-        lack = f"{n} of {len(problems)} answers have no line '#### 42'"
-        print(f"{where}: {lack}; their last number is read", file=sys.stderr)
+        print(f"{where}: {n} of {len(problems)} answers have no line '#### 42'; their last number is read",
+              file=sys.stderr)
     if bench.splits.get("val") == "train" and split in ("train", "val"):
         problems = [p for i, p in enumerate(problems) if (i % VAL_EVERY == 0) == (split == "val")]
     return problems
 
 
 def spread(problems: list[dict], n: int) -> list[dict]:
-    """n of the problems, as evenly over the subjects as they go, the first ones of each; in the order they had."""
-    seen, turns = Counter(), []
+    """n of the problems: the first ones of every subject, as many of each as possible; in the order they had."""
+    seen, turns = Counter(), []  # turns: (how many of its subject came before, index)
     for i, p in enumerate(problems):
         turns.append((seen[p["subject"]], i))
         seen[p["subject"]] += 1
@@ -171,6 +174,7 @@ def spread(problems: list[dict], n: int) -> list[dict]:
 
 
 def as_problem(bench: Benchmark, row: dict, where: str) -> dict:
+    """A row, in the official fields or as a problem, as a problem. Raises ValueError, beginning with `where`."""
     is_official = set(bench.fields) <= set(row)
     if not is_official and (bench.kind in ("choice", "code") or not {"question", "answer"} <= set(row)):
         missing = next(name for name in bench.fields if name not in row)
@@ -188,6 +192,7 @@ def as_problem(bench: Benchmark, row: dict, where: str) -> dict:
 
 
 def read_local(name: str, config: str | None, official: str, split: str, data_dir: str) -> tuple[list[dict], str]:
+    """The rows of the first file that fits, and where it lies (see `load`)."""
     # a `val` that is held out of `train` is never a file of its own: every 20th row of one would be all that is left
     folder, stems = Path(data_dir), [official] if official == "train" else list(dict.fromkeys((split, official)))
     if folder.is_file():

@@ -29,8 +29,8 @@ from model import Rows, answer_row, pad_rows, pool_weights, to_device
 def load_problems(dataset: str, split: str, data_dir: str = "", limit: int = 0, seed: int = 1, max_steps: int = 8):
     """Problems of a split (`train`, `val`, `test`) as dicts id, question, answer.
 
-    data_dir, and what is raised: see benchmarks.load. limit: N of them, of every subject the first ones; for
-    `synthetic` the number to make (required), seed and max_steps say which.
+    data_dir, and what is raised: see benchmarks.load. limit: how many, the first ones of every subject (0: all).
+    `synthetic` problems are made: `limit` of them, which follow from seed and max_steps.
     """
     if dataset == "synthetic":
         if data_dir:
@@ -282,7 +282,9 @@ def tell_story(rng: random.Random, graph: list[tuple], values: dict, constants: 
             story.append(rng.choice(phrases).format(**words))
         steps.append(capitalise(step.format(**words)))
     if rng.random() < P_DISTRACTOR:
-        unused = next(n for n in iter(lambda: rng.randint(2, 99), None) if n not in [*values.values(), *constants])
+        unused = rng.randint(2, 99)
+        while unused in [*values.values(), *constants]:
+            unused = rng.randint(2, 99)
         story.insert(rng.randrange(len(story) + 1), f"{owners[-1]} has {unused} {other_items}.")
     if rng.random() < P_SHUFFLE:
         rng.shuffle(story)
@@ -527,9 +529,9 @@ def load_bpe(path) -> Tokenizer:
 
 
 def encode_problems(problems: list[dict], tokenizer: Tokenizer, config) -> list[dict]:
-    """Problems -> examples {"id", "question", "answer", for nanoJEPA "target": token ids}, as *_text fields say.
-
-    Raises ValueError naming the first problem whose longest row would not fit config.block_size.
+    """Problems -> examples {"id", "question", "answer", for nanoJEPA "target"} in token ids; which text is answer or
+    target, config.answer_text and target_text say. Raises ValueError naming the first problem whose longest row would
+    not fit config.block_size.
     """
     examples = []
     for p in problems:
@@ -548,8 +550,8 @@ def encode_problems(problems: list[dict], tokenizer: Tokenizer, config) -> list[
 class Batches:
     """Deterministic batches: a pure function of (seed, index), so that resuming needs no loader state.
 
-    Every epoch shuffles the examples, leaves out a random remainder, and groups examples of like length: strips by
-    the first length, inside a strip by the second, so that rows of a batch need little padding in either view.
+    Every epoch shuffles the examples, leaves out the random few that fill no batch, and groups examples of like length:
+    into strips by the first length, inside a strip by the second, so that a batch needs little padding in either view.
     """
 
     unit = "problems"
@@ -565,9 +567,9 @@ class Batches:
 
     def measure(self) -> np.ndarray:
         """The lengths [n, 2] by which examples are grouped."""
-        q, a, t = np.array([[len(e.get(k, ())) for k in ("question", "answer", "target")] for e in self.examples],
-                           dtype=float).T
-        # with `question` one row, and the target's; without one (lambda_jepa = 0) the batches stay the same
+        q, a, t = (np.array([len(e.get(k, ())) for e in self.examples], dtype=float)
+                   for k in ("question", "answer", "target"))
+        # `question`: one row of both, another of the target; with lambda_jepa = 0 too, so that the batches are the same
         return np.stack([q + a, t] if getattr(self.config, "answer_context", "") == "question" else [q, a], axis=1)
 
     def indices(self, index: int) -> np.ndarray:
@@ -593,11 +595,11 @@ class Batches:
 
 
 def collate(examples: list[dict], config, device=None, packed: bool = False, padded: bool = False) -> dict:
-    """Examples -> the batch that NanoJEPA.forward documents, and for the record n_tokens (question and answer), n_rows
-    (that hold them), n_filled and n_slots (all rows, the target's too, without and with padding).
+    """Examples -> the batch that NanoJEPA.forward documents, and four counts for the log: n_tokens of questions and
+    answers, n_rows that hold them, n_filled (tokens of all rows, the target's among them), n_slots (with padding).
 
     packed: both views in one row, in the order of the examples' tokens, for the reference path with a dense mask
-    (answer_context = isolated, target = the answer itself). padded: of these rows padding is not left out.
+    (answer_context = isolated, target = the answer itself). padded: these rows keep their padding.
     """
     eos_id, pred_id = config.vocab_size - 2, config.vocab_size - 1
     questions = [[*e["question"], pred_id] for e in examples]
@@ -649,9 +651,9 @@ def lay_out(rows: list[list[int]], fill: int, read, written, padded: bool = Fals
     """Token rows without their last `cut` tokens -> {"idx", "rows", "loss_at", "targets"} as NanoJEPA.forward documents
     them, and where each row begins in idx [B].
 
-    To be predicted are what follows the first read [B] tokens of a row, and what follows those from written [B] on.
-    The rows are followed by others of `fill`: kernels are made for every new number of tokens. padded: idx is [B, T],
-    filled on the right, without "rows".
+    Predicted are the tokens that follow the first read [B] ones of a row, and those that follow its tokens from
+    written [B] on. Rows of `fill` come last, up to a round number of tokens: kernels are compiled for every new one.
+    padded: idx is [B, T], filled on the right, without "rows".
     """
     lengths = np.array([len(row) for row in rows])
     tokens = np.fromiter(itertools.chain.from_iterable(rows), np.int64, lengths.sum())
@@ -676,7 +678,7 @@ def lay_out(rows: list[list[int]], fill: int, read, written, padded: bool = Fals
 
 
 def end_to_end(lengths):
-    """Of rows [B] that lie end to end: the row [N] and place in it [N] of every token, and where each row ends [B]."""
+    """Rows of these lengths [B], end to end -> every token's row and place in it [N], and where each row ends [B]."""
     row, ends = np.arange(len(lengths)).repeat(lengths), lengths.cumsum()
     return row, np.arange(len(row)) - (ends - lengths)[row], ends
 
@@ -697,9 +699,9 @@ def move(batch: dict, device) -> dict:
 def load_texts(config, split: str) -> list[str]:
     """The documents of `train` or `val` that a DocumentConfig names.
 
-    A problem with its solution, a .txt file, or a row of a text data set of the hub (empty rows are left out). Every
-    20th is of `val`; of fewer than 40, the last 20th of each one's paragraphs. Raises ValueError or FileNotFoundError
-    naming the file that is empty or no text.
+    A document is a problem with its solution, a .txt file, or a row of a text data set of the hub (empty rows are left
+    out). Every 20th is of `val`; if there are fewer than 40, the last 20th of the paragraphs of each. Raises ValueError
+    or FileNotFoundError naming the file that is empty or no text.
     """
     if not config.text:
         return [document_text(p) for p in run_problems(config, split)]
@@ -735,8 +737,8 @@ EMPTY_LINE = r"\n[^\S\n]*\n"
 
 
 def cut_text(text: str, split: str) -> str:
-    """A text less the last 20th of its paragraphs (of its lines, where it has no empty one; of its sentences, where it
-    is a single line), or for `val` that part."""
+    """A text without the last 20th of its paragraphs, or for `val` that part alone. Without empty lines a text is cut
+    by lines, a single line by sentences."""
     parts, between = re.split(EMPTY_LINE, text), "\n\n"
     if len(parts) == 1:
         parts, between = text.splitlines(), "\n"
@@ -764,8 +766,8 @@ def sentence_pieces(text: str) -> list[tuple[str, int]]:
 def encode_document(text: str, tokenizer: Tokenizer, block_size: int) -> list[dict]:
     """A text as documents of at most block_size tokens: {"tokens", "sentences" (tokens of each), "paragraphs"}.
 
-    A longer text is cut between sentences, a sentence longer than a third of a block inside. A text of one sentence
-    alone has nothing to be predicted from: no document.
+    A longer text is cut between sentences; a sentence that is longer than a third of a block is cut up, too. A text of
+    one sentence gives no document: there would be nothing to predict it from.
     """
     parts, part = [], []
     for piece, number in sentence_pieces(text):
@@ -785,8 +787,8 @@ def encode_document(text: str, tokenizer: Tokenizer, block_size: int) -> list[di
 def draw_spans(document: dict, config, rng) -> np.ndarray:
     """Which of a document's sentences are hidden, bool [n]: spans of sentences or of whole paragraphs.
 
-    Spans are drawn until one more sentence would lead away from the share of tokens drawn for this document. One is
-    hidden at least, one stays visible, and every sentence can be either.
+    A share of tokens is drawn for the document, then spans until one more sentence would lead away from that share. At
+    least one sentence is hidden and one visible, and each can be either.
     """
     lengths, paragraphs = np.array(document["sentences"]), np.array(document["paragraphs"])
     hidden, n = np.zeros(len(lengths), dtype=bool), len(lengths)
@@ -833,7 +835,7 @@ def collate_documents(rows: list[list[dict]], config, rng, device=None) -> dict:
 
 
 def packed(documents: list[dict], config, device, masks: bool = True):
-    """Yields a batch of `collate_documents` after the other, under masks that are always the same: for evaluation."""
+    """Yields the documents in batches of `collate_documents`, under masks that are always the same, or without any."""
     rows = pack([len(d["tokens"]) for d in documents], config.block_size)
     for start in range(0, len(rows), config.batch_size):
         part = [[documents[i] for i in row] for row in rows[start : start + config.batch_size]]
