@@ -444,11 +444,11 @@ def field(record, where, name, types):
 def validate(problem, chain, allow_unsafe=False):
     r"""Verdict on a chain of steps, by the problem's "kind".
 
-    chain {"steps": [str], "answer": optional}. Where both chain["answer"] and the last step declare an answer, both
-    must be right. Reasons common to all: "ok", "no_steps", "no_answer", "wrong_answer".
-    - "number" (also where there is no kind): {"answer": bare or with ####}; the answer is declared by #### n, A: n or
-      \boxed, and the arithmetic of every step must hold: else the reason of the first bad step (check_step); the
-      detail has its number, from 1.
+    chain {"steps": [str], "answer": optional}. Where both chain["answer"] and the steps declare an answer, both must be
+    right. Reasons common to all: "ok", "no_steps", "no_answer", "wrong_answer".
+    - "number" (also where there is no kind): {"answer": bare or with ####}; the answer is declared in the last step by
+      #### n, A: n or \boxed, else it is the result of that step's last equation. The arithmetic of every step must
+      hold, else the reason is that of the first bad step (check_step); the detail has its number, from 1.
     - "math": {"answer": LaTeX}; declared by the last \boxed, or the last step as it is. Steps are not judged.
     - "exact": {"answer": text}; the last step is that text, but for blanks around it and a full stop.
     - "choice": {"choices": [str], "answer": its letter, or "label": its index}; a letter or the choice's text, declared
@@ -467,7 +467,7 @@ def validate(problem, chain, allow_unsafe=False):
         return Verdict(False, "no_steps", "the chain has no steps")
     if kind == "code":
         return check_program(problem, "\n".join(steps), allow_unsafe=allow_unsafe)
-    stated = field(chain, name, "answer", str) if chain.get("answer") is not None else None
+    stated = [] if chain.get("answer") is None else [field(chain, name, "answer", str)]
     by_kind = {"number": _validate_number, "math": _validate_math, "choice": _validate_choice, "exact": _validate_exact}
     return by_kind[kind](problem, where, steps, stated)
 
@@ -478,9 +478,8 @@ def _validate_number(problem, where, steps, stated):
         raise ValueError(f"{where}: field 'answer' holds no number: {truth!r:.60}")
     last = steps[-1]
     declared = extract_answer(last) if STRICT.search(last) or DECLARED.search(last) else None
-    otherwise = last.rpartition("=")[2]  # of its last equation
     right = truth if parse_number(truth) is not None else extract_answer(truth)
-    for answer in [text for text in (stated, declared) if text is not None] or [otherwise]:
+    for answer in [*stated, *([] if declared is None else [declared])] or [last.rpartition("=")[2]]:
         if answer_value(answer) is None:
             return Verdict(False, "no_answer", f"no number in {answer!r:.60}")
         if not check_answer(answer, truth):
@@ -491,8 +490,7 @@ def _validate_number(problem, where, steps, stated):
 def _validate_math(problem, where, steps, stated):
     truth = field(problem, where, "answer", str)
     text = "\n".join(steps)
-    written = text if "\\boxed" in text else steps[-1]
-    for answer in [stated] * (stated is not None) + [written] * (stated is None or written is text):
+    for answer in [*stated, *([text] if "\\boxed" in text else [])] or [steps[-1]]:
         if not _boxed(answer).strip():
             return Verdict(False, "no_answer", f"nothing in {answer!r:.60}")
         if not check_math(answer, truth):
@@ -502,7 +500,7 @@ def _validate_math(problem, where, steps, stated):
 
 def _validate_exact(problem, where, steps, stated):
     truth = field(problem, where, "answer", str).strip().removesuffix(".")
-    for answer in [stated] * (stated is not None) + [steps[-1]]:
+    for answer in [*stated, steps[-1]]:
         if answer.strip().removesuffix(".") != truth:
             return Verdict(False, "wrong_answer", f"{answer:.60} instead of {truth:.60}")
     return Verdict(True, "ok")
@@ -528,9 +526,8 @@ def _validate_choice(problem, where, steps, stated):
     truth = _choice(field(problem, where, "answer", str), choices) if label is None else label
     if not isinstance(truth, int) or not 0 <= truth < len(choices):
         raise ValueError(f"{where}: neither field 'answer' nor 'label' names one of the {len(choices)} choices")
-    declared = CHOICE.findall(steps[-1])
-    answers = [stated] * (stated is not None) + ["".join(match) for match in declared[-1:]] or [steps[-1]]
-    for answer in answers:
+    declared = ["".join(match) for match in CHOICE.findall(steps[-1])]
+    for answer in [*stated, *declared[-1:]] or [steps[-1]]:
         if (index := _choice(answer, choices)) is None:
             return Verdict(False, "no_answer", f"no choice in {answer!r:.60}")
         if index != truth:
