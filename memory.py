@@ -35,7 +35,7 @@ import torch
 
 import latents
 import verify
-from config import check, need, not_negative, plain_errors, positive
+from config import check, need, plain_errors, positive
 from data import plain_question
 from redact import redact
 from runs import digest, say, write_atomic, write_jsonl
@@ -252,15 +252,6 @@ class Memory:
                 ORDER BY latents.rowid""").to_arrow_table()
         z = found["z"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, meta["dim"])
         return torch.from_numpy(z.copy()), found.drop_columns("z").to_pylist()
-
-    def latent(self, chain_id: str, position: int) -> torch.Tensor:
-        """The stored latent [D] of a chain's question (position 0) or step. Raises ValueError where there is none."""
-        with self.open() as (connection, meta):
-            rows = [] if meta["dim"] is None else connection.execute(
-                "SELECT z FROM latents WHERE chain = ? AND position = ?", [chain_id, position]).fetchall()
-        if not rows:
-            raise ValueError(f"{self.path} holds no chain {chain_id!r} with a position {position}")
-        return torch.tensor(rows[0][0])
 
     def export_latents(self, out) -> int:
         """Parquet of chain id, position and latent, without any text; the prompt of the LLM is there as its hash."""
@@ -500,12 +491,10 @@ class Remember(Stats):
 
 @dataclass
 class Recall(Stats):
-    """The stored steps or questions nearest to a question, to the last step of a chain, or to a stored one."""
+    """The stored steps nearest to the last step of a chain, or the stored questions nearest to a question alone."""
 
     question: str = ""  # embedded by the memory's LLM
     steps: tuple[str, ...] = ()  # after the question; the last one is searched with
-    id: str = ""  # a stored chain instead (the chain_id that recall shows), with --position
-    position: int = 0  # 0: its question; 1, 2, …: a step
     positions: Literal["like", "steps", "questions", "all"] = "like"  # where to search; like: what is searched with
     domain: str = ""  # only chains of this one
     k: int = 5  # how many
@@ -514,24 +503,17 @@ class Recall(Stats):
 
     def __post_init__(self):
         positive(self, "k")
-        not_negative(self, "position")
-        check(self, "question", bool(self.question.strip()) != bool(self.id), "give it, or --id of a stored chain")
-        check(self, "steps", not (self.id and self.steps), "are for --question; --id goes with --position")
-        check(self, "position", not (self.question and self.position), "is for --id")
+        check(self, "question", bool(self.question.strip()), "must not be empty")
 
     def run(self) -> dict:
-        memory = Memory(self.memory)
-        if self.id:
-            z, is_step = memory.latent(self.id, self.position), self.position > 0
-        else:
-            from llm import llm_of
+        from llm import llm_of
 
-            meta = memory.stats()
-            if meta["dim"] is None:
-                raise ValueError(f"{self.memory} holds no chains")
-            llm = llm_of(SimpleNamespace(**meta), self.llm, self.device)
-            z, is_step = llm.step_latents(self.question, list(self.steps))[-1], bool(self.steps)
-        positions = self.positions if self.positions != "like" else "steps" if is_step else "questions"
+        memory = Memory(self.memory)
+        meta = memory.stats()
+        if meta["dim"] is None:
+            raise ValueError(f"{self.memory} holds no chains")
+        z = llm_of(SimpleNamespace(**meta), self.llm, self.device).step_latents(self.question, list(self.steps))[-1]
+        positions = self.positions if self.positions != "like" else "steps" if self.steps else "questions"
         return {"nearest": memory.recall(z, self.k, self.domain, positions)}
 
 
