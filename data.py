@@ -380,10 +380,10 @@ def counterfactual(problem: dict, chain: dict, seed: int) -> tuple[dict, int]:
     equations = list(ANNOTATION.finditer(answer))
     rng = random.Random(f"{seed}:{problem['id']}:{answer}")
     gold_steps = split_steps(answer)
-    # The last step can nearly always be changed: as a second choice early ones come first, or it would be most of all.
+    # After the step that is drawn the others are tried in order. Drawn as well, it would be the last one most of all,
+    # which can nearly always be changed.
     drawn = int(rng.random() * len(equations))
-    order = sorted(range(len(equations)), key=lambda i: (i != drawn, i))
-    for i in order:
+    for i in sorted(range(len(equations)), key=lambda i: (i != drawn, i)):
         edits = list(possible_edits(problem["question"], equations, i))
         for position, token in rng.sample(edits, len(edits)):
             text = rework(problem["question"], answer, equations, i, position, token)
@@ -401,8 +401,7 @@ def counterfactual(problem: dict, chain: dict, seed: int) -> tuple[dict, int]:
 def possible_edits(question: str, equations: list, i: int):
     """Yields (token position in equation i, new token): another operation, or another number near by or at hand."""
     tokens = TOKEN.findall(equations[i][1])
-    at_hand = NUMBER.findall(question) + [e[2] for e in equations[:i]]
-    at_hand = {n.replace(",", "") for n in at_hand}
+    at_hand = {n.replace(",", "") for n in NUMBER.findall(question) + [e[2] for e in equations[:i]]}
     for position, token in enumerate(tokens):
         if token in "+-*/":
             yield from ((position, other) for other in "+-*/" if other != token)
@@ -461,13 +460,12 @@ BPE_PATTERN = r""" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]|\s+(?!\S)|\s+"""
 
 
 class Tokenizer:
-    """A byte-level BPE in tiktoken plus two special ids, the last of the vocabulary: [EOS], then [PRED]."""
+    """A byte-level BPE in tiktoken; vocab_size counts two special ids more, its last ones: [EOS], then [PRED]."""
 
     def __init__(self, ranks: dict[bytes, int], pattern: str):
         import tiktoken
 
-        self.ranks, n = ranks, len(ranks)
-        self.eos_id, self.pred_id, self.vocab_size = n, n + 1, n + 2
+        self.ranks, self.vocab_size = ranks, len(ranks) + 2
         self.bpe = tiktoken.Encoding("nano-jepa", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         self.encode, self.decode = self.bpe.encode_ordinary, self.bpe.decode  # text -> token ids, and back
 
