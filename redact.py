@@ -28,7 +28,7 @@ MORE_KEYS = [re.compile(pattern, re.S) for pattern in (
     r"-----BEGIN [A-Z ]*PRIVATE KEY( BLOCK)?-----.*?(-----END [A-Z ]*PRIVATE KEY( BLOCK)?-----|\Z)",
     r"(?<![A-Za-z0-9])(?:sk|rk|pk)[-_][\w-]{20,}",  # OpenAI, Anthropic, Stripe
     r"(?<![A-Za-z0-9])(?:hf_\w{20,}|npm_\w{20,}|github_pat_\w{20,}|AIza[\w-]{30,})",
-    r"(?<![A-Za-z0-9])eyJ[\w=-]+\.[\w=-]+(?:\.[\w.+/=-]*)?",  # JSON web tokens
+    r"(?<![A-Za-z0-9])eyJ[\w=-]{1,4096}+\.[\w=-]+(?:\.[\w.+/=-]*)?",  # JSON web tokens; unbounded, -eyJ-eyJ is slow
     r"(?i:\bpassw(?:or)?d|\bpwd|\bpassphrase)(?!\D{0,9}\d+(?:\s*[*^]\s*\d+)+(?:\s*=|[\s.]|$))"
     r"(?:\s+is)?\s{0,3}[:=]?\s{0,3}[\"']?(?=[^\s\"']{0,64}[\d!@#$%&*])"
     r"[^\s\"',;()]{6,}",
