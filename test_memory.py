@@ -490,7 +490,8 @@ def test_memory_command_line(tmp_path, monkeypatch):
                                for i, (p, c, h) in enumerate(chains)], dataset="toy", split=split, **ORIGIN)
 
     refused(SystemExit, "2", use, "recall", "--steps", "a")  # what is wrong, stderr says
-    for command in ("stats", "recall --question x", "forget --everything", "export", "rate --id x --rating up", "latents"):
+    for command in ("stats", "recall --question x", "forget --everything", "export", "rate --id x --rating up",
+                    "latents"):
         refused(SystemExit, "no such memory", use, *command.split())
     folder_of("test")
     remember = functools.partial(use, "remember", "--latents", folder)
