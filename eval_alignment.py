@@ -607,13 +607,16 @@ def evaluate_tjepa(run: str, args) -> dict:
         texts = (data.load_texts(config, "val")[: args.limit or None] if own_text
                  else [data.document_text(p) for p in problems])
         documents = [d for t in texts for d in data.encode_document(t, tokenizer, config.block_size)]
+        if not documents:
+            raise ValueError(f"no document of two sentences and more among {len(texts)}: raise --limit")
         torch.manual_seed(args.seed)
         figures = [jobs.span_figures(net, documents, device) for net in
                    (runs.load_run(run, args.device)[0], runs.build_model(config).to(device).eval())]
         result |= figures[0] | {"untrained": figures[1]}
     if len(problems) < 2:
-        if args.teacher:
-            raise ValueError(f"--teacher is looked at on problems, here {len(problems)}: name a --dataset")
+        if args.teacher or not result:
+            raise ValueError(f"probes and --teacher need two problems, here are {len(problems)}: name a --dataset, or "
+                             "raise --limit")
         return result
     dataset = args.dataset or config.dataset
     data_dir = args.data_dir or (config.data_dir if dataset == config.dataset else "")

@@ -262,7 +262,7 @@ class Nudge:
     def __init__(self, model, llm: LLM, alpha: float, guide=None, shuffled: bool = False):
         if not 0 <= alpha <= MAX_ALPHA:
             raise ValueError(f"alpha {alpha}: must lie in [0, {MAX_ALPHA}]")
-        if guide is None and llm.layer == llm.n_layer:
+        if alpha > 0 and guide is None and llm.layer == llm.n_layer:
             raise ValueError("nudging the hidden state needs a layer below the last: there is nothing above it")
         self.model, self.llm, self.alpha, self.guide, self.shuffled = model, llm, alpha, guide, shuffled
 
@@ -683,6 +683,8 @@ def run_think(args: Think) -> dict:
             texts = data.load_texts(config, "train")
         else:
             texts = [p["question"] for p in data.run_problems(config, "train")]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{args.stored} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     except OSError as error:
         what = args.stored or f"the training texts of {args.run}"
         raise OSError(f"{what} cannot be read ({str(error).splitlines()[0]}): --stored FILE, a text a line") from None

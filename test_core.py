@@ -1065,6 +1065,7 @@ def test_bad_input_changes_nothing(finished, tmp_path):
     (evaluate_accuracy.main, "run --k 2 --top_p 0", "--top_p 0"), (evaluate_accuracy.main, "run --k 0", "--k 0"),
     (evaluate_accuracy.main, "run --limit -1", "--limit -1"), (evaluate_accuracy.main, "run --dataset foo", "foo"),
     (evaluate_accuracy.main, "run --max_new_tokens -1", "--max_new_tokens -1"),
+    (evaluate_accuracy.main, "run --also a/net b/net", "--also"),
     (verify.main, "--chains x.jsonl --limit -1", "--limit -1"), (verify.main, "", "exactly one of"),
     (verify.main, "--chains x.jsonl --expression 1=1", "exactly one of")])
 def test_arguments_that_mean_nothing_are_refused_before_anything_is_read(main, argv, message, capsys):
@@ -3626,6 +3627,9 @@ def test_a_nudge_is_towards_what_follows_the_steps_so_far():
     pull = infer.Nudge(model, SimpleNamespace(layer=1, n_layer=2, dim=1), 0.5)
     pull.begin(rows)
     assert pull.blend(rows[1:])[0] == 0.5 and pull.blend(rows[1:])[1].tolist() == [[1], [2]]
+    last = SimpleNamespace(layer=2, n_layer=2)  # greedy answers of a run over the last layer, and no guide: no pull
+    assert infer.Nudge(model, last, 0.0).blend(rows) is None
+    refused(ValueError, "needs a layer below the last", infer.Nudge, model, last, 0.5)
 
 
 def test_scores_and_weights_of_chains_equal_hand_values(monkeypatch):
@@ -4208,6 +4212,12 @@ def test_tjepa_commands(thinkers):
         found, figures = evaluate("speak"), job.figures(None, "cpu", contextlib.nullcontext)
     assert figures == {"lm_loss": 2.5, "lm_loss_shuffled": 4.25}
     assert [found[name] for name in ("lm_loss", "lm_loss_shuffled", "gap", "tokens")] == [2.5, 4.25, 1.75, 8]
+    encoder, config, tokenizer = runs.load_encoder(thinkers / "student", "cpu")
+    of_documents = encoder, dataclasses.replace(config, text="folder"), tokenizer  # no problems, and no masked spans
+    with patch.object(runs, "load_encoder", lambda *_: of_documents):
+        refused(SystemExit, "name a --dataset", evaluate, "student")
+    with patch.object(data, "encode_document", lambda *_: []):
+        refused(SystemExit, "no document of two sentences", evaluate, "tjepa")
     found = evaluate("speak")
     assert math.isclose(found["gap"], found["lm_loss_shuffled"] - found["lm_loss"], abs_tol=1e-6)
     assert result_of(evaluate_accuracy.main, thinkers / "speak", "--limit", 8, "--max_new_tokens", 8)["n"] == 8
@@ -4219,6 +4229,9 @@ def test_tjepa_commands(thinkers):
                 "--device", "cpu")
     best = found["nearest"][0]
     assert best["text"] == "Ann has 3 pens." and math.isclose(best["cos"], 1, abs_tol=1e-4)
+    stored.write_bytes(b"caf\xe9")
+    refused(SystemExit, "stored.txt is not UTF-8", infer.main, ["think", str(thinkers / "tjepa"), "--text", "Ann",
+                                                                "--stored", str(stored)])
     found = result_of(infer.main, "speak", thinkers / "speak", "--question", "How many?", "--max_new_tokens", 4)
     assert set(found) == {"question", "response", "answer"}
 
