@@ -1,5 +1,6 @@
-"""R-JEPA at work: how coherent is each step of a chain (score), which of K candidates is it (RERANK), where should the
-next step go (NUDGE), and what is missing (PLAN)? And T-JEPA: which texts are alike (think), what is the answer (speak)?
+"""R-JEPA at work: how coherent is each step of a chain (score), which of K candidates is best (RERANK), where should
+the next step go (NUDGE), which step is missing (PLAN)? And T-JEPA: which texts are alike (think), what is the answer
+(speak)?
 
     python infer.py score out/rjepa-small --question "Tom has 3 apples and buys 4. How many?" --steps "3+4 = 7" "#### 7"
     python infer.py score out/rjepa-small --chains FILE      # one JSON object a line for each chain, then a summary
@@ -10,9 +11,9 @@ next step go (NUDGE), and what is missing (PLAN)? And T-JEPA: which texts are al
     python infer.py think out/tjepa-small --text "..."                         # nearest among its training texts
     python infer.py speak out/tjepa-speak --question "..."
 
-A step's energy is the L1 error of its latent when it is hidden and predicted from the others (leave-one-out) or from
-what comes before it alone (next-step). Two things to know: its target is encoded from the whole chain, and the LLM's
-states of later steps have read the hidden one. Its coherence is the share of verified steps whose energy is higher.
+A step's energy is the L1 error of its latent when it is hidden and predicted from all other steps (leave-one-out) or
+from those before it alone (next-step). Its coherence is the share of verified steps with a higher energy. Two caveats:
+the target is encoded from the whole chain, and the LLM's states of later steps have read the hidden one.
 """
 
 import json
@@ -44,10 +45,10 @@ def load_world_model(run: str, device: str = "auto"):
 
 
 def load_chains(run: str, config, folder, limit: int = 0, logprobs: bool = False) -> list[dict]:
-    """Rows of latents.load_latents, of the first `limit` problems (0: all), for a run and its config.
+    """Rows of latents.load_latents for a run and its config: the chains of the first `limit` problems (0: of all).
 
-    Of the folder that the run was trained on only those that its `where` let in. Raises ValueError where they are of
-    another LLM, layer or pooling, or have no logprobs and should.
+    From the folder that the run was trained on come only the chains that its `where` let in. Raises ValueError where
+    they are of another LLM, layer or pooling, or where logprobs are asked for and there are none.
     """
     is_own = bool(config.latents) and Path(folder).resolve() == Path(config.latents).resolve()
     rows, manifest = latents.load_latents(folder, config.where * is_own)
@@ -74,11 +75,11 @@ def energies(model, chains: list[torch.Tensor], batch_size: int = 64) -> list[di
 
 
 def suspect(steps: list[str], found: dict[str, torch.Tensor]) -> tuple[int, str]:
-    """Which step (1-based) is likely to be the first wrong one, by the gate and the energies of `energies`, and why.
+    """(number from 1 of the step that is likely to be the first wrong one, why), from the gate and from `energies`.
 
-    The first that states a false equation ("equation"); else ("energies") the one whose next-step energy is furthest
-    above its leave-one-out energy: the steps before do not lead to it, those after go along with it. The last step has
-    none after it, so energies name it only where no other has such a difference.
+    "equation": the first step that states a false equation. Where there is none, "energies": the step whose next-step
+    energy is furthest above its leave-one-out energy, for the steps before do not lead to it and those after go along
+    with it. Nothing comes after the last step, so energies name it only where no other step has such a difference.
     """
     for number, step in enumerate(steps, 1):
         if not verify.check_step(step).is_valid:
@@ -87,7 +88,7 @@ def suspect(steps: list[str], found: dict[str, torch.Tensor]) -> tuple[int, str]
 
 
 def check_llm(model, llm: LLM):
-    """Raises ValueError for a model that is no R-JEPA, and an LLM whose states are not those that it reads."""
+    """Raises ValueError for a model that is no R-JEPA, or an LLM whose states are not those that it reads."""
     if not isinstance(model.config, cfg.RJEPAConfig):
         raise ValueError(f"an R-JEPA is needed, not a {type(model).__name__}")
     what = f"{llm.name}, as it was loaded (llm.llm_of(config) loads it for a run),"
@@ -118,9 +119,10 @@ def score(model, llm: LLM, question: str, steps: list[str]) -> dict:
 
 
 def by_question(rows: list[dict], seed) -> tuple[list[dict], np.ndarray, list[np.ndarray]]:
-    """Labelled candidates -> (the same in random order, the number of each one's question [n], each question's rows).
+    """Labelled candidates -> (the same in random order, question number of each [n], row numbers of each question).
 
-    A tie goes to the first of a question's candidates: their order in the file must not decide. seed: or a generator.
+    In random order because a tie goes to the first of a question's candidates: their order in the file must not decide.
+    seed: a number, or a generator to draw from.
     """
     rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
     ids = {name: i for i, name in enumerate(dict.fromkeys(r["problem_id"] for r in rows))}
@@ -129,7 +131,7 @@ def by_question(rows: list[dict], seed) -> tuple[list[dict], np.ndarray, list[np
 
 
 def centred(x: np.ndarray, question: np.ndarray) -> np.ndarray:
-    """x [n, F] less its mean over the candidates of a question [n]."""
+    """x [n, F] less its mean over the candidates of the same question; question [n] says whose each row is."""
     out = x.astype(float)
     for q in np.unique(question):
         out[question == q] -= out[question == q].mean(0)
@@ -147,7 +149,7 @@ def regression(x: np.ndarray, right: np.ndarray, C: float, least: float) -> tupl
 
 def cross_validated(x: np.ndarray, right: np.ndarray, question: np.ndarray, folds: int, seed, C: float,
                     least: float = -np.inf):
-    """Scores [n] of a `regression` on x [n, F], centred within questions [n], always fitted on other questions."""
+    """Scores [n] of a `regression` on x [n, F], centred within questions [n]; each fitted on other questions alone."""
     names, question = np.unique(question, return_inverse=True)
     x, scores, folds = centred(x, question), np.zeros(len(x)), min(folds, len(names))
     if folds < 2:
@@ -179,9 +181,9 @@ def chain_energy(found: dict[str, torch.Tensor]) -> float | None:
 def fit_weights(model, rows: list[dict], seed: int = 1) -> dict:
     """alpha and beta of RERANK from labelled candidates (rows of `load_chains` with logprobs).
 
-    By `regression` on logprob and -energy; no weight is below 0, where it would rank by what misleads. -> {"alpha",
-    "beta", "n" (questions), "accuracy", "random", "logprob", "energy"}: accuracies of picking, for such weights by
-    cross-validation, and by one of the two alone.
+    By `regression` on logprob and -energy; a weight below 0 becomes 0, since it would rank by what misleads. ->
+    {"alpha", "beta", "n" (questions), and the accuracy of picking: "accuracy" (by such weights, cross-validated),
+    "random", "logprob" and "energy" (by one of the two alone)}.
     """
     rng = np.random.default_rng(seed)
     rows, question, members = by_question([r for r in rows if r["steps"]], rng)
@@ -204,9 +206,9 @@ def rerank(model, chains: list[dict], alpha: float, beta: float, gate: bool = Fa
     """Chains of llm.generate ({"steps", "logprob", "h"}) -> the same, best first, each with its number, energy, score,
     answer and arithmetic.
 
-    score = alpha * mean logprob + beta * (-energy). `arithmetic` is the gate's word on the steps' equations, without
-    knowing the answer: "" where they all hold, else why not. gate: those that it finds fault with, and those without an
-    answer, come after all others.
+    score = alpha * mean logprob + beta * (-energy). `arithmetic` is the gate's verdict on the steps' equations, without
+    knowing the answer: "" where they all hold, else why not. gate: chains that it finds fault with, and those without
+    an answer, come after all others.
     """
     ranked = []
     for i, (chain, found) in enumerate(zip(chains, energies(model, [c["h"] for c in chains]), strict=True), 1):
@@ -222,7 +224,7 @@ def rerank(model, chains: list[dict], alpha: float, beta: float, gate: bool = Fa
 
 
 def fitted_weights(run: str) -> dict | None:
-    """What `infer.py rerank RUN --fit` has found for the weights that the run holds now, alpha and beta among it."""
+    """What `infer.py rerank RUN --fit` found (alpha, beta, ...), or None if the run has other weights by now."""
     path = Path(run) / "rerank.json"
     fitted = json.loads(path.read_text()) if path.is_file() else None
     return fitted if fitted and fitted.get("world") == weights_digest(run) else None
@@ -234,9 +236,9 @@ def fitted_weights(run: str) -> dict | None:
 def load_beside(run: str, folder: str = "", kind: str = "speak", device: str = "auto"):
     """The Guidance (`guide`) or Speaker (`speak`) of an R-JEPA run: (model, config, folder).
 
-    Raises ValueError that says which command makes the one that is missing, or was made for other weights.
+    Raises ValueError, naming the command that makes it, where it is missing or was made for other weights.
     """
-    load_config(run)  # says so where this is the run that is missing
+    load_config(run)  # raises where the R-JEPA itself is missing
     folder = folder or f"{Path(run)}-{kind}"
     command = f"python train.py rjepa-{kind} --init_from {run}"
     if not (Path(folder) / "model.safetensors").is_file():
@@ -315,8 +317,8 @@ def nudge(model, llm: LLM, question: str, alpha: float, guide=None, temperature:
 def find_gap(model, ahead: torch.Tensor, quantile: float = 0.9) -> tuple[int | None, float]:
     """(step before which something seems to be missing or None, threshold) from a chain's next-step energies [S].
 
-    A gap is the step after the first with the highest next-step energy, if that is above the `quantile` of what
-    verified chains' highest one is.
+    Of the steps after the first it is the one with the highest next-step energy, if that is above the `quantile` of
+    the highest energies of verified chains.
     """
     threshold = float(model.quantiles[2, round(quantile * (model.quantiles.shape[1] - 1))])
     if len(ahead) < 2:
@@ -377,13 +379,14 @@ def next_lines(llm: LLM, chains: list[tuple[str, list[str]]], max_new_tokens: in
     return [chain["steps"][0] if chain["steps"] else "" for (chain,) in found]
 
 
-TRIES = 8  # texts that a Speaker may try for a step
+TRIES = 8  # texts that a Speaker may try for a step, unless told otherwise
 
 
 def until_it_holds(write, n: int, tries: int = TRIES) -> list[str]:
-    """Steps of n chains by write(rows, temperature, seed): greedily, and where the arithmetic does not hold, sampled.
+    """A step for each of n chains, from write(rows, temperature, seed), which writes them for the chains `rows`.
 
-    Of `tries` texts the first one that the gate finds no fault with (it does not know the answer), else the greedy one.
+    The first text is greedy; where the gate, which does not know the answer, finds fault with it, up to tries - 1 more
+    are sampled. -> the first one without fault or, where there is none, the greedy one.
     """
     wrong, texts = list(range(n)), [""] * n
     for seed in range(max(1, tries)):
@@ -402,7 +405,10 @@ def until_it_holds(write, n: int, tries: int = TRIES) -> list[str]:
 
 def say(speaker, tokenizer, context, allowed, offsets=None, reads=None, max_new_tokens: int = 64,
         tries: int = 1) -> list[str]:
-    """What a Speaker says of each context, after what it reads; see `until_it_holds`."""
+    """The step that a Speaker says from each latent context and from the tokens that it `reads`; see `until_it_holds`.
+
+    context [n, 1 + S, C], allowed bool and offsets int [n, 1 + S]: as model.RJEPA.around makes them.
+    """
     reads = reads or [[]] * len(context)
 
     def write(rows, temperature, seed):
@@ -414,50 +420,43 @@ def say(speaker, tokenizer, context, allowed, offsets=None, reads=None, max_new_
 
 
 def plan(model, llm: LLM, question: str, steps: list[str], decode: str = "speaker", speaker=None, tokenizer=None,
-         memory=None, at: int = 0, slots: int = 1, quantile: float = 0.9, max_new_tokens: int = 64,
-         tries: int = TRIES) -> dict:
-    """Finds where steps are missing, fills up to `slots` of them, says whether the chain now holds together.
+         memory=None, at: int = 0, quantile: float = 0.9, max_new_tokens: int = 64, tries: int = TRIES) -> dict:
+    """Finds where a step is missing, fills it in, and says whether the chain now holds together better.
 
     at: the 1-based step before which to insert; 0: where `find_gap` says. decode: `speaker` (from the predicted latent)
     or `llm` (prompted with question, steps so far and the nearest verified steps of `memory`, a `load_memory`). tries:
     of the Speaker, see `until_it_holds`.
-    -> {"steps", "filled": [{"step", "text", "nearest", "valid", "reason"}], "gap", "threshold", "next_step_energies",
-    "energy_before", "energy_after", "decode"}.
+    -> {"steps", "filled": [{"step", "text", "nearest", "valid", "reason"}] (empty where no gap is seen, or nothing
+    comes to be said), "gap", "threshold", "next_step_energies", "energy_before", "energy_after", "decode"}.
     """
     check_llm(model, llm)
-    if decode not in ("speaker", "llm") or not 0 <= at <= len(steps) + 1 or slots < 1 or not 0 <= quantile <= 1:
-        raise ValueError(f"decode {decode!r} (speaker, llm), at {at} (0 to {len(steps) + 1}), slots {slots} (1 and "
-                         f"more), quantile {quantile} (0 to 1): one of them cannot be")
+    if decode not in ("speaker", "llm") or not 0 <= at <= len(steps) + 1 or not 0 <= quantile <= 1:
+        raise ValueError(f"decode {decode!r} (speaker, llm), at {at} (0 to {len(steps) + 1}), quantile {quantile} "
+                         "(0 to 1): one of them cannot be")
     if decode == "speaker" and (speaker is None or tokenizer is None):
         raise ValueError("plan: decode='speaker' needs speaker and tokenizer (load_beside, runs.load_tokenizer)")
-    steps, filled, before, gap = list(steps), [], None, None
-    for _ in range(slots):
-        h = llm.step_latents(question, steps)
-        e = energies(model, [h])[0]
-        found, threshold = find_gap(model, e["next_step"], quantile)
-        if not filled:
-            before, gap, first = chain_energy(e), found, e["next_step"].tolist()
-        position = at + len(filled) if at else found
-        if position is None:
-            break
+    steps, filled, h = list(steps), [], llm.step_latents(question, steps)
+    found = energies(model, [h])[0]
+    gap, threshold = find_gap(model, found["next_step"], quantile)
+    if position := at or gap:
         slot = torch.tensor([position], device=model.h_mean.device)
         context, allowed, offsets = model.around(*latents.with_slots([h], [position], slot.device), slot)
         nearest = nearest_steps(model, memory, context[0, 0]) if memory else []
+        before, after = steps[: position - 1], steps[position - 1 :]
         if decode == "speaker":
-            read = data.read_around(speaker.config, tokenizer, question, steps[: position - 1], steps[position - 1 :])
+            read = data.read_around(speaker.config, tokenizer, question, before, after)
             text = say(speaker, tokenizer, context, allowed, offsets, [read], max_new_tokens, tries)[0]
         else:
             hints = [n["text"] for n in nearest]
-            text = " ".join(next_lines(llm, [(question, steps[: position - 1])], max_new_tokens, hints)[0].split())
-        if not text:
-            break
-        verdict = verify.check_step(text)
-        steps.insert(position - 1, text)
-        filled.append({"step": position, "text": text, "nearest": nearest, "valid": verdict.is_valid,
-                       "reason": verdict.reason})
-    after = chain_energy(energies(model, [llm.step_latents(question, steps)])[0])
-    return {"steps": steps, "filled": filled, "gap": gap, "threshold": threshold, "next_step_energies": first,
-            "energy_before": before, "energy_after": after, "decode": decode}
+            text = " ".join(next_lines(llm, [(question, before)], max_new_tokens, hints)[0].split())
+        if text:
+            verdict, steps = verify.check_step(text), [*before, text, *after]
+            filled = [{"step": position, "text": text, "nearest": nearest, "valid": verdict.is_valid,
+                       "reason": verdict.reason}]
+    energy_after = chain_energy(energies(model, [llm.step_latents(question, steps)])[0])
+    return {"steps": steps, "filled": filled, "gap": gap, "threshold": threshold,
+            "next_step_energies": found["next_step"].tolist(), "energy_before": chain_energy(found),
+            "energy_after": energy_after, "decode": decode}
 
 
 # ----------------------------------------------------------------------------- T-JEPA
@@ -478,8 +477,11 @@ def think(encoder, tokenizer, block_size: int, texts: list[str]) -> torch.Tensor
 
 
 def nearest_texts(thought: torch.Tensor, stored: torch.Tensor, texts: list[str], k: int = 5) -> list[dict]:
-    """The k stored texts whose thoughts [N, C] are nearest to a thought [C], by cosine less the stored ones' mean (if
-    there are 16 and more; that of a few is what they say)."""
+    """The k stored texts whose thoughts [N, C] are nearest to a thought [C], by cosine.
+
+    From 16 stored texts on, all are taken less their mean, the direction that all share. The mean of fewer would be
+    what these few say.
+    """
     mean = stored.mean(0) if len(stored) >= 16 else torch.zeros_like(thought)
     cos = torch.cosine_similarity((thought - mean)[None], stored - mean, dim=1)
     return [{"text": texts[i], "cos": float(cos[i])} for i in cos.argsort(descending=True)[:k].tolist()]
@@ -489,58 +491,75 @@ def nearest_texts(thought: torch.Tensor, stored: torch.Tensor, texts: list[str],
 
 
 @dataclass
-class Asked:
-    """What all commands have in common: the run, and whether to keep what came of it."""
+class Command:
+    """What all commands have in common."""
 
     run: Annotated[str, tyro.conf.Positional]  # a run folder: of R-JEPA; of T-JEPA for think and speak
-    log: str = ""  # memory.py's file: appends question and steps without personal data, and the gate's verdict
-    truth: str = ""  # --log: the right answer, if it is known; memory.py export needs it
     device: str = "auto"
 
 
 @dataclass
-class Score(Asked):
-    """Energies and coherence of one chain, or of every chain in a file."""
+class Asked(Command):
+    """A command that answers one question, and may keep what came of it."""
 
     question: str = ""
+    log: str = ""  # memory.py's file: appends question and steps without personal data, and the gate's verdict
+    truth: str = ""  # --log: the right answer, if it is known; memory.py export needs it
+
+
+def check_question(args: Asked):
+    check(args, "question", bool(args.question.strip()), "is empty: give the text of the problem")
+
+
+@dataclass
+class OfWorld(Asked):
+    """A command of an R-JEPA, which reads the states of its LLM."""
+
+    llm: str = ""  # where the run's LLM lies, if not under the name it was trained with
+
+    def load(self):
+        """(model, config, LLM)"""
+        model, config = load_world_model(self.run, self.device)
+        return model, config, llm_of(config, self.llm, self.device)
+
+
+@dataclass
+class Score(OfWorld):
+    """Energies and coherence of one chain, or of every chain in a file."""
+
     steps: tuple[str, ...] = ()  # one text a step
     chains: str = ""  # a jsonl file of chains instead
-    llm: str = ""  # where the run's LLM lies, if not under the name it was trained with
     limit: int = 0  # the first N chains of the file; 0: all
 
     def __post_init__(self):
         not_negative(self, "limit")
 
-
-def run_score(args: Score) -> dict:
-    if bool(args.chains) == bool(args.question):
-        raise ValueError("give --question and --steps, or --chains FILE")
-    model, config = load_world_model(args.run, args.device)
-    llm = llm_of(config, args.llm, args.device)
-    if not args.chains:
-        return score(model, llm, args.question, list(args.steps))
-    found = []
-    for chain in latents.chains_of_file(args.chains, "chains", args.limit):
-        try:
-            found.append(score(model, llm, chain["question"], chain["steps"]))
-        except ValueError as error:
-            raise ValueError(f"{args.chains}, {chain['id']}: {error}") from None
-        print(json.dumps({"id": chain["id"], **found[-1]}))
-    if not found:
-        raise ValueError(f"{args.chains}: no chain")
-    return {"n": len(found), **{k: sum(f[k] for f in found) / len(found) for k in ("energy", "coherence")}}
+    def result(self) -> dict:
+        if bool(self.chains) == bool(self.question):
+            raise ValueError("give --question and --steps, or --chains FILE")
+        model, _, llm = self.load()
+        if not self.chains:
+            return score(model, llm, self.question, list(self.steps))
+        found = []
+        for chain in latents.chains_of_file(self.chains, "chains", self.limit):
+            try:
+                found.append(score(model, llm, chain["question"], chain["steps"]))
+            except ValueError as error:
+                raise ValueError(f"{self.chains}, {chain['id']}: {error}") from None
+            print(json.dumps({"id": chain["id"], **found[-1]}))
+        if not found:
+            raise ValueError(f"{self.chains}: no chain")
+        return {"n": len(found), **{k: sum(f[k] for f in found) / len(found) for k in ("energy", "coherence")}}
 
 
 @dataclass
-class Writing(Asked):
+class Writing(OfWorld):
     """What commands that let the run's LLM write have in common."""
 
-    question: str = ""
     temperature: float = 0.8  # 0: greedy
     top_p: float = 0.95
     max_new_tokens: int = 256
     seed: int = 1
-    llm: str = ""  # where the run's LLM lies, if not under the name it was trained with
 
     def __post_init__(self):
         not_negative(self, "temperature")
@@ -549,9 +568,8 @@ class Writing(Asked):
 
     def load(self):
         """(model, config, LLM). Raises ValueError for an empty question before anything is loaded."""
-        check(self, "question", bool(self.question.strip()), "is empty: give the text of the problem")
-        model, config = load_world_model(self.run, self.device)
-        return model, config, llm_of(config, self.llm, self.device)
+        check_question(self)
+        return super().load()
 
 
 @dataclass
@@ -573,36 +591,35 @@ class Rerank(Writing):
             value = getattr(self, name)
             check(self, name, value is None or 0 <= value < float("inf"), "must be 0 or more, and finite")
 
-
-def run_rerank(args: Rerank) -> dict:
-    load_config(args.run)  # is it a run at all? before anything says that its weights are missing
-    if args.fit:
-        model, config = load_world_model(args.run, args.device)
-        folder = Path(args.fit)
-        if not folder.is_dir():
-            folder = extract.latents_of_file(config, "candidates", args.fit, args.device, args.limit, args.llm)
-        rows = load_chains(args.run, config, folder, args.limit, logprobs=True)
-        fitted = {"world": weights_digest(args.run), **fit_weights(model, rows, args.seed)}
-        if fitted["n"] < 50:
-            print(f"{fitted['n']} questions are few: the weights may be far off")
-        if fitted["alpha"] == fitted["beta"] == 0:
-            print("neither logprob nor energy is higher where these candidates are right: weights of 0 rank nothing")
-        write_jsonl(path := Path(args.run) / "rerank.json", [fitted])
-        return {"fitted": str(path), **fitted}
-    weights = {"alpha": args.alpha, "beta": args.beta}
-    if None in weights.values():
-        if not (fitted := fitted_weights(args.run)):
-            raise ValueError(f"{args.run} has no weights of RERANK, or those of an earlier state: infer.py rerank "
-                             f"{args.run} --fit FILE makes them, or give --alpha and --beta")
-        weights = {k: fitted[k] if v is None else v for k, v in weights.items()}
-    model, _, llm = args.load()
-    chains = generate(llm, [args.question], args.k, args.temperature, args.top_p, args.seed, args.max_new_tokens)[0]
-    weights["gate"] = args.gate
-    return {"question": args.question, **weights, "candidates": rerank(model, chains, **weights)}
+    def result(self) -> dict:
+        load_config(self.run)  # is it a run at all? before anything says that its weights are missing
+        if self.fit:
+            model, config = load_world_model(self.run, self.device)
+            folder = Path(self.fit)
+            if not folder.is_dir():
+                folder = extract.latents_of_file(config, "candidates", self.fit, self.device, self.limit, self.llm)
+            rows = load_chains(self.run, config, folder, self.limit, logprobs=True)
+            fitted = {"world": weights_digest(self.run), **fit_weights(model, rows, self.seed)}
+            if fitted["n"] < 50:
+                print(f"{fitted['n']} questions are few: the weights may be far off")
+            if fitted["alpha"] == fitted["beta"] == 0:
+                print("neither logprob nor energy is higher where candidates are right: weights of 0 rank nothing")
+            write_jsonl(path := Path(self.run) / "rerank.json", [fitted])
+            return {"fitted": str(path), **fitted}
+        weights = {"alpha": self.alpha, "beta": self.beta}
+        if None in weights.values():
+            if not (fitted := fitted_weights(self.run)):
+                raise ValueError(f"{self.run} has no weights of RERANK, or those of an earlier state: infer.py rerank "
+                                 f"{self.run} --fit FILE makes them, or give --alpha and --beta")
+            weights = {k: fitted[k] if v is None else v for k, v in weights.items()}
+        model, _, llm = self.load()
+        chains = generate(llm, [self.question], self.k, self.temperature, self.top_p, self.seed, self.max_new_tokens)[0]
+        weights["gate"] = self.gate
+        return {"question": self.question, **weights, "candidates": rerank(model, chains, **weights)}
 
 
 @dataclass
-class NudgeArgs(Writing):
+class Nudged(Writing):
     """One chain written with the predicted next step pulling at it, beside the LLM's own."""
 
     alpha: float = 0.5  # strength; 0: the LLM's own tokens
@@ -614,55 +631,49 @@ class NudgeArgs(Writing):
         super().__post_init__()
         check(self, "alpha", 0 <= self.alpha <= MAX_ALPHA, f"must lie in [0, {MAX_ALPHA}]")
 
-
-def run_nudge(args: NudgeArgs) -> dict:
-    guide = load_beside(args.run, args.guide, "guide", args.device)[0] if args.nudge == "bias" else None
-    model, _, llm = args.load()
-    return nudge(model, llm, args.question, args.alpha, guide, args.temperature, args.top_p, args.seed,
-                 args.max_new_tokens)
+    def result(self) -> dict:
+        guide = load_beside(self.run, self.guide, "guide", self.device)[0] if self.nudge == "bias" else None
+        model, _, llm = self.load()
+        return nudge(model, llm, self.question, self.alpha, guide, self.temperature, self.top_p, self.seed,
+                     self.max_new_tokens)
 
 
 @dataclass
-class Plan(Asked):
+class Plan(OfWorld):
     """Finds and fills a gap in a chain."""
 
-    question: str = ""
     steps: tuple[str, ...] = ()  # one text a step
     at: int = 0  # the 1-based step before which something is missing; 0: find it, from step 2 on
-    slots: int = 1  # steps to insert, at most
     decode: Literal["speaker", "llm"] = "speaker"  # who puts the predicted step into words
     speaker: str = ""  # the Speaker's run folder; empty: RUN-speak
     memory: str = ""  # where near verified steps come from: a folder of latents, memory.py's file; empty: the run's own
     quantile: float = 0.9  # a gap is a next-step energy above this quantile of verified steps' energies
     max_new_tokens: int = 64
-    tries: int = TRIES  # the Speaker says a step again, so often at most in all, while its arithmetic does not hold
-    llm: str = ""  # where the run's LLM lies, if not under the name it was trained with
+    tries: int = TRIES  # texts that the Speaker may try, while a step's arithmetic does not hold
 
     def __post_init__(self):
-        check(self, "slots", 1 <= self.slots <= 16, "must lie in [1, 16]")
         check(self, "at", 0 <= self.at <= len(self.steps) + 1, f"must lie in [0, {len(self.steps) + 1}]")
         shares(self, "quantile")
         positive(self, "max_new_tokens tries")
 
-
-def run_plan(args: Plan) -> dict:
-    if not args.question.strip() or not args.steps or not all(s.strip() for s in args.steps):
-        raise ValueError("plan needs --question and --steps, none of them empty")
-    model, config = load_world_model(args.run, args.device)
-    speaker, tokenizer = None, None
-    if args.decode == "speaker":
-        speaker, speak_config, folder = load_beside(args.run, args.speaker, "speak", args.device)
-        tokenizer = load_tokenizer(folder, speak_config)
-    folder = args.memory or (config.latents if (Path(config.latents) / "manifest.json").is_file() else "")
-    memory = load_memory(config, folder) if folder else None
-    llm = llm_of(config, args.llm, args.device)
-    return {"question": args.question, **plan(model, llm, args.question, list(args.steps), args.decode, speaker,
-                                              tokenizer, memory, args.at, args.slots, args.quantile,
-                                              args.max_new_tokens, args.tries)}
+    def result(self) -> dict:
+        if not self.question.strip() or not self.steps or not all(s.strip() for s in self.steps):
+            raise ValueError("plan needs --question and --steps, none of them empty")
+        model, config = load_world_model(self.run, self.device)
+        speaker, tokenizer = None, None
+        if self.decode == "speaker":
+            speaker, speak_config, folder = load_beside(self.run, self.speaker, "speak", self.device)
+            tokenizer = load_tokenizer(folder, speak_config)
+        folder = self.memory or (config.latents if (Path(config.latents) / "manifest.json").is_file() else "")
+        memory = load_memory(config, folder) if folder else None
+        llm = llm_of(config, self.llm, self.device)  # after what may be missing: it takes the longest to load
+        return {"question": self.question} | plan(
+            model, llm, self.question, list(self.steps), self.decode, speaker, tokenizer, memory, self.at,
+            self.quantile, self.max_new_tokens, self.tries)
 
 
 @dataclass
-class Think(Asked):
+class Think(Command):
     """The thought vector of a text, and the texts that are nearest to it."""
 
     text: str = ""
@@ -673,84 +684,84 @@ class Think(Asked):
         positive(self, "k")
         check(self, "text", bool(self.text.strip()), "is empty: give a text")
 
-
-def run_think(args: Think) -> dict:
-    encoder, config, tokenizer = load_encoder(args.run, args.device)
-    try:
-        if args.stored:
-            texts = [line.strip() for line in Path(args.stored).read_text("utf-8").splitlines() if line.strip()]
-        elif getattr(config, "text", ""):
-            texts = data.load_texts(config, "train")
-        else:
-            texts = [p["question"] for p in data.run_problems(config, "train")]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{args.stored} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except OSError as error:
-        what = args.stored or f"the training texts of {args.run}"
-        raise OSError(f"{what} cannot be read ({str(error).splitlines()[0]}): --stored FILE, a text a line") from None
-    print(f"{len(texts):,} texts to compare with", flush=True)
-    if not texts:
-        raise ValueError(f"{args.stored or args.run + ', its training texts'}: no text there")
-    thoughts = think(encoder, tokenizer, encoder_block_size(config), [args.text, *texts])
-    return {"text": args.text, "nearest": nearest_texts(thoughts[0], thoughts[1:], texts, args.k),
-            "thought": [round(x, 5) for x in thoughts[0].tolist()]}
+    def result(self) -> dict:
+        encoder, config, tokenizer = load_encoder(self.run, self.device)
+        source = self.stored or f"the training texts of {self.run}"
+        try:
+            if self.stored:
+                texts = [line.strip() for line in Path(self.stored).read_text("utf-8").splitlines() if line.strip()]
+            elif getattr(config, "text", ""):
+                texts = data.load_texts(config, "train")
+            else:
+                texts = [p["question"] for p in data.run_problems(config, "train")]
+        except (OSError, UnicodeDecodeError) as error:
+            why = str(error).splitlines()[0]
+            raise OSError(f"{source} cannot be read ({why}): --stored FILE, a text a line, in UTF-8") from None
+        print(f"{len(texts):,} texts to compare with", flush=True)
+        if not texts:
+            raise ValueError(f"{source}: no text there")
+        thoughts = think(encoder, tokenizer, encoder_block_size(config), [self.text, *texts])
+        return {"text": self.text, "nearest": nearest_texts(thoughts[0], thoughts[1:], texts, self.k),
+                "thought": [round(x, 5) for x in thoughts[0].tolist()]}
 
 
 @dataclass
 class Speak(Asked):
     """What a Speaker answers to a question; the run is one of train.py tjepa-speak."""
 
-    question: str = ""
     temperature: float = 0.0  # 0: greedy
     seed: int = 1
     max_new_tokens: int = 256
 
     def __post_init__(self):
-        check(self, "question", bool(self.question.strip()), "is empty: give the text of the problem")
+        check_question(self)
         not_negative(self, "temperature")
         positive(self, "max_new_tokens")
 
-
-def run_speak(args: Speak) -> dict:
-    model, config = load_run(args.run, args.device, cfg.AnswerConfig,
-                             "which has no Speaker: python train.py tjepa-speak --init_from RUN")
-    tokenizer = load_tokenizer(args.run, config)
-    ids = model.generate([tokenizer.encode(args.question)], args.max_new_tokens, args.temperature, args.seed)[0]
-    text = tokenizer.decode(ids)
-    return {"question": args.question, "response": text, "answer": verify.extract_answer(text)}
-
-
-COMMANDS = {"score": (Score, run_score), "rerank": (Rerank, run_rerank), "nudge": (NudgeArgs, run_nudge),
-            "plan": (Plan, run_plan), "think": (Think, run_think), "speak": (Speak, run_speak)}  # fmt: skip
+    def result(self) -> dict:
+        model, config = load_run(self.run, self.device, cfg.AnswerConfig,
+                                 "which has no Speaker: python train.py tjepa-speak --init_from RUN")
+        tokenizer = load_tokenizer(self.run, config)
+        ids = model.generate([tokenizer.encode(self.question)], self.max_new_tokens, self.temperature, self.seed)[0]
+        text = tokenizer.decode(ids)
+        return {"question": self.question, "response": text, "answer": verify.extract_answer(text)}
 
 
-def log_answer(command: str, args: Asked, result: dict) -> str:
+def check_log(args: Asked):
+    """Raises ValueError for a --log or --truth that cannot be kept, before there is work to lose."""
+    if args.truth and (not args.log or verify.answer_value(args.truth) is None):
+        raise ValueError(f"--truth {args.truth}: needs a number, and --log FILE to be kept in")
+    if args.log and (not args.question.strip() or getattr(args, "fit", "")):
+        raise ValueError("--log is for the answer to one --question")
+    if args.log and Path(args.log).exists():
+        with Memory(args.log).open(write=True):  # is it one, and free?
+            pass
+
+
+def log_answer(args: Asked, result: dict) -> str:
     """Appends what came of a command to the feedback log -> its id, for `memory.py rate`."""
-    steps = {"score": lambda: args.steps, "rerank": lambda: result["candidates"][0]["steps"],
-             "nudge": lambda: result["nudged"]["steps"], "plan": lambda: result["steps"],
-             "speak": lambda: data.split_steps(result["response"])}[command]()
-    return Memory(args.log).log(command, args.question, list(steps), args.truth or None, extra={"run": args.run})
+    command, steps_of = {
+        Score: ("score", lambda: args.steps), Rerank: ("rerank", lambda: result["candidates"][0]["steps"]),
+        Nudged: ("nudge", lambda: result["nudged"]["steps"]), Plan: ("plan", lambda: result["steps"]),
+        Speak: ("speak", lambda: data.split_steps(result["response"]))}[type(args)]
+    return Memory(args.log).log(command, args.question, list(steps_of()), args.truth or None, extra={"run": args.run})
+
+
+COMMANDS = {"score": Score, "rerank": Rerank, "nudge": Nudged, "plan": Plan, "think": Think, "speak": Speak}
 
 
 @plain_errors()
 def main(argv=None):
-    kinds = {name: kind for name, (kind, _) in COMMANDS.items()}
-    args = tyro.extras.subcommand_cli_from_dict(kinds, args=argv, prog="infer.py", description=__doc__)
-    command, function = next((name, f) for name, (kind, f) in COMMANDS.items() if type(args) is kind)
-    if args.truth and (not args.log or verify.answer_value(args.truth) is None):
-        raise ValueError(f"--truth {args.truth}: needs a number, and --log FILE to be kept in")
-    if args.log and (command == "think" or not args.question.strip() or getattr(args, "fit", "")):
-        raise ValueError("--log is for the answer to one --question")
-    if args.log and Path(args.log).exists():
-        with Memory(args.log).open(write=True):  # is it one, and free? before there is work to lose
-            pass
-    result, not_logged = function(args), None
-    if args.log:
+    args = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=argv, prog="infer.py", description=__doc__)
+    if may_log := isinstance(args, Asked):
+        check_log(args)
+    result, not_logged = args.result(), None
+    if may_log and args.log:
         try:
-            result["interaction"] = log_answer(command, args, result)
-        except (ValueError, OSError) as error:
+            result["interaction"] = log_answer(args, result)
+        except (ValueError, OSError) as error:  # the result is printed all the same
             not_logged = error
-    if command == "score" and "steps" in result:
+    if isinstance(args, Score) and not args.chains:
         for i, s in enumerate(result["steps"], 1):
             mark = f" <- suspect, by its {result['suspect_by']}" if i == result["suspect"] else ""
             print(f"{i:3}  energy {s['energy']:.3f}  next {s['next_step_energy']:.3f}  coherence {s['coherence']:.2f}  "
