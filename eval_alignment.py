@@ -44,7 +44,8 @@ from model import TextEncoder, alignment, latent_figures, wilson
 class Problems:
     """A run and the problems to look at: test problems of the run's own data set unless told otherwise.
 
-    Of an R-JEPA `eval_alignment.py` looks at `latents`, or else at what its training held out, where none are named.
+    Of an R-JEPA eval_alignment.py looks at `latents`; where neither these nor problems are named, at the chains that
+    its training held out.
     """
 
     run: Annotated[str, tyro.conf.Positional]  # a run folder of train.py
@@ -92,7 +93,8 @@ def held_out(args, config) -> list[dict]:
 
 
 def counterfactuals(problems, config, seed) -> tuple[list[int], list[str], list[str]]:
-    """(which problems, their true answers, counterfactual ones): those whose solution allows an unambiguous one."""
+    """(numbers of the problems whose solution allows an unambiguous counterfactual, their true answers, the wrong ones)
+    """
     kept, right, wrong = [], [], []
     for i, p in enumerate(problems):
         try:
@@ -106,7 +108,7 @@ def counterfactuals(problems, config, seed) -> tuple[list[int], list[str], list[
 
 
 def nearer(pred, right, wrong) -> dict:
-    """How often pred [N, C] is nearer (cosine, a tie counts ½) to right than to wrong; chance is 0.5."""
+    """How often pred [N, C] is nearer (by cosine; a tie counts ½) to right [N, C] than to wrong; chance is 0.5."""
     if not len(pred):
         return {"top1": None, "ci95": None, "n": 0}
     gap = F.cosine_similarity(pred, right) - F.cosine_similarity(pred, wrong)
@@ -117,7 +119,7 @@ def nearer(pred, right, wrong) -> dict:
 def evaluate_nanojepa(run: str, args) -> dict:
     """The figures of model.alignment for a run on held-out problems, with the controls named above.
 
-    `counterfactual`: see `nearer`. `lexical` is no network: TF-IDF of the texts, words and numbers, whose weights come
+    `counterfactual`: see `nearer`. `lexical` is no network but TF-IDF of the texts' words and numbers, with weights
     from these very texts.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -166,7 +168,7 @@ def print_table(result: dict):
 def pairwise(scores, right) -> float | None:
     """Over pairs of a right and a wrong candidate of one problem: how often the right one scores higher (tie ½).
 
-    scores, right (bool): an array for each problem. Its mean over the problems that have such pairs; None without any.
+    scores, right (bool): an array for each problem. -> the mean over problems that have such pairs; None without any.
     """
     wins = [np.mean((s[r][:, None] > s[~r]) + 0.5 * (s[r][:, None] == s[~r]))
             for s, r in zip(scores, right, strict=True) if 0 < r.sum() < len(r)]
@@ -174,25 +176,23 @@ def pairwise(scores, right) -> float | None:
 
 
 def ranking_figures(score: np.ndarray, is_valid: np.ndarray, group: list[str]) -> dict:
-    """AUROC of score [n] for is_valid, overall and within groups (`pairwise`), and Spearman's rho."""
-    from scipy.stats import spearmanr
+    """AUROC of score [n] for is_valid, overall and within groups (`pairwise`); None where all are of one kind."""
     from sklearn.metrics import roc_auc_score
 
     if is_valid.all() or not is_valid.any():
-        return {"auroc": None, "auroc_within": None, "spearman": None}
+        return {"auroc": None, "auroc_within": None}
     group = np.array(group)
     members = [np.flatnonzero(group == g) for g in np.unique(group)]
-    rho = float(spearmanr(score, is_valid).statistic) if np.ptp(score) else None  # of a constant there is none
-    return {"auroc": float(roc_auc_score(is_valid, score)), "spearman": rho,
+    return {"auroc": float(roc_auc_score(is_valid, score)),
             "auroc_within": pairwise([score[m] for m in members], [is_valid[m] for m in members])}
 
 
 def add_ranks(ranks: dict, guesses: dict, among: torch.Tensor, own: list[int], k: int, of: str = "") -> dict:
-    """Adds to `ranks` that of among[0], from 1, among [n, C] by cosine to each guess [C]; ties count against it.
+    """Appends to `ranks` the rank (from 1) of among[0] in among [n, C] by cosine to each guess [C]; a tie is a loss.
 
-    It is step k of a chain, after it come the chain's `own` other steps: baselines may not pick its neighbours. Under
-    NAME_others among other chains' steps alone, which no method has been given. `of` follows every name. -> the right
-    one's score and those of other chains' steps, by guess.
+    among[0] is step k of a chain; its chain's `own` other steps follow, of which the baselines may not pick the
+    neighbours, since they are made of these. NAME_others: the rank among other chains' steps alone. `of` is put behind
+    every name. -> by guess the scores of the right one and of other chains' steps.
     """
     rest, scores = [0, *range(1 + len(own), len(among))], {}
     near = [i for i, s in enumerate(own, 1) if abs(s - k) == 1]
@@ -210,17 +210,28 @@ def rank_figures(ranks: dict[str, list[int]]) -> dict:
             for name, r in ranks.items()}
 
 
+def draw_candidates(rng, n_steps: list[int], c: int, k: int, others, n: int) -> tuple[list[int], list[tuple]]:
+    """n candidates for step k of chain c -> (the chain's own other steps, (chain, step) of every candidate).
+
+    The right one comes first, then the chain's own other steps, then steps of the chains `others`, drawn with
+    replacement. n_steps: of every chain.
+    """
+    own = [s for s in range(1, n_steps[c] + 1) if s != k]
+    far = [(o, int(rng.integers(1, n_steps[o] + 1))) for o in rng.choice(others, max(0, n - 1 - len(own)))]
+    return own, [(c, k), *((c, s) for s in own), *far]
+
+
 @torch.no_grad()
 def step_retrieval(model, rows: list[dict], seed: int, n_candidates: int = 100) -> dict:
     """A hidden middle step among n_candidates, the chain's other steps among them: is it the step or the topic?
 
-    By cosine, in target space to z_pred and in the LLM's standardised space to W_out(z_pred); baselines in target
-    space: the step before (copy), the mean of both neighbours (neither of these two can pick a neighbour
-    itself), and the mean target of that position in the other chains. At most 2,000 chains are looked at.
+    By cosine, in target space to z_pred and in the LLM's standardised space to W_out(z_pred). Baselines in target
+    space: the step before (copy), the mean of both neighbours (neither of these two can pick a neighbour itself), and
+    the mean target of that position in the other chains. At most 2,000 chains are looked at.
     """
     rng = np.random.default_rng(seed)
     rows = [r for r in rows if r["is_valid"] and 3 <= r["n_steps"] < n_candidates][:2000]
-    problem = np.array([r["problem_id"] for r in rows])
+    problem, n_steps = np.array([r["problem_id"] for r in rows]), [r["n_steps"] for r in rows]
     if len(set(problem)) < 2:
         return {"n": 0}
     h, is_real = latents.pad_latents([r["h"] for r in rows], model.h_mean.device)
@@ -230,12 +241,10 @@ def step_retrieval(model, rows: list[dict], seed: int, n_candidates: int = 100) 
     sums, counts = (z_all * goes_on[..., None]).sum(0), goes_on.sum(0)  # (S, C), (S,)
     at = {pair: i for i, pair in enumerate(zip(chain.tolist(), step.tolist(), strict=True))}
     ranks = {}
-    for c, row in enumerate(rows):
-        k = int(rng.integers(2, row["n_steps"]))  # a middle step
-        own = [s for s in range(1, row["n_steps"] + 1) if s != k]
-        far = [(o, int(rng.integers(1, rows[o]["n_steps"] + 1)))
-               for o in rng.choice(np.flatnonzero(problem != problem[c]), n_candidates - 1 - len(own))]
-        where = torch.tensor([(c, k), *((c, s) for s in own), *far], device=h.device).T
+    for c in range(len(rows)):
+        k = int(rng.integers(2, n_steps[c]))  # a middle step
+        own, where = draw_candidates(rng, n_steps, c, k, np.flatnonzero(problem != problem[c]), n_candidates)
+        where = torch.tensor(where, device=h.device).T
         z, x, i = z_all[where[0], where[1]], x_all[where[0], where[1]], at[c, k]
         position = (sums[k] - z_all[c, k]) / (counts[k] - 1).clamp_min(1)
         add_ranks(ranks, {"z_pred": z_pred[i], "copy": z_all[c, k - 1], "position": position,
@@ -245,9 +254,10 @@ def step_retrieval(model, rows: list[dict], seed: int, n_candidates: int = 100) 
 
 
 def adds(scores: list[dict[str, np.ndarray]], known: tuple[str, ...], new: str, seed: int) -> dict:
-    """Does `new` find more beside what is `known`? Scores by name [n], of each chain's candidates, the first is right.
+    """Does the score `new` find more of the right candidates if it is added to the `known` ones?
 
-    Each lot is fitted together on other chains (`infer.cross_validated`). -> {"without", "with": {"top1", "ci95"}, "p"}
+    scores: for each chain its candidates' scores [n] by name, the right candidate first. Without and with `new` they
+    are weighed by a fit on other chains (`infer.cross_validated`). -> {"without", "with": {"top1", "ci95"}, "p", "n"}
     """
     chain = np.repeat(np.arange(len(scores)), [len(s[new]) for s in scores])
     right = np.concatenate([np.arange(len(s[new])) == 0 for s in scores])
@@ -261,7 +271,7 @@ def adds(scores: list[dict[str, np.ndarray]], known: tuple[str, ...], new: str, 
 
 
 def paired_p(a: np.ndarray, b: np.ndarray) -> float:
-    """Exact McNemar test, two-sided: could two ways that are right [n] and [n] on the same problems be as good?"""
+    """Two-sided p of the exact McNemar test; a and b (bool [n]): where two methods are right on the same problems."""
     from scipy.stats import binomtest
 
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
@@ -274,26 +284,10 @@ def numbers(text: str) -> list:
 
 @torch.no_grad()
 def evaluate_plan(run: str, args) -> dict:
-    """PLAN on chains of three steps and more from which a middle one is taken before the LLM reads them.
+    """PLAN on chains of three steps and more, a middle one of which is taken out before the LLM reads them.
 
-    `retrieval`: the true step's latent (as the LLM had it in the whole chain) among 100 (those of other chains are
-    drawn with replacement), in the LLM's standardised space by cosine, the chain's other steps among them; against the
-    step before (copy), the mean of both neighbours, the mean training latent of the position, and the prediction from
-    the steps before alone (next_step). Another chain's step has its latent from there, and its topic with it; under
-    NAME_placed the LLM has read every candidate in the gap's place (first --logprob_limit chains), under NAME_centred
-    guess and candidates are each less these candidates' mean. There is what the LLM itself knows: every candidate's
-    mean logprob after the steps before (llm_logprob), or that of it and all that follows (llm_chain). It has just read
-    some of them, and such a line again is likely; with NAME_others none is of this chain. p_plan: `paired_p` with the
-    prediction, of llm_X with plan_placed.
-    `together`: what PLAN's cosine adds (`adds`) to scores of plan_placed_others' candidates that need no world model.
-    `decoded`: share of texts whose equations hold, whose last number is the true step's, and both. The Speaker says
-    the predicted latent (and another chain's, `shuffled`; with what is before the gap alone, `before`, unless it reads
-    what follows; the true latent instead, `true`; with as many `tries` as infer.py gives; one that was trained for it
-    also without the surroundings, `alone`), the LLM goes on from the steps before (`llm_before`, and with `tries`).
-    These texts are kept in the Speaker's run folder.
-    `gaps`: infer.find_gap on chains with and without the gap. `given_away`: what the Speaker recovers of a step from
-    its target latent alone, which was encoded with the whole chain in view; and from another's (`shuffled`); of one
-    that was trained for it (alone_share).
+    -> {"n", "retrieval" and "together" (see `plan_retrieval`), "gaps" (infer.find_gap on the chains with and without
+    the gap)} and, with --decode_limit, what `plan_texts` says.
     """
     model, config = infer.load_world_model(run, args.device)
     llm = infer.llm_of(config, args.llm, args.device)
@@ -303,99 +297,142 @@ def evaluate_plan(run: str, args) -> dict:
         raise ValueError(f"{len(chains)} of {len(problems)} solutions have three steps and more: raise --limit, or "
                          "take another data set")
     if args.decode_limit:
-        speaker, speak_config, speaks = infer.load_beside(run, args.speaker, "speak", args.device)
-        tokenizer = runs.load_tokenizer(speaks, speak_config)
-    rng = np.random.default_rng(args.seed)
-    holes = [int(rng.integers(2, len(c["steps"]))) for c in chains]
-    whole = llm.read_chains([(c["question"], c["steps"]) for c in chains])
-    gapped_steps = [c["steps"][: k - 1] + c["steps"][k:] for c, k in zip(chains, holes, strict=True)]
-    gapped = llm.read_chains([(c["question"], s) for c, s in zip(chains, gapped_steps, strict=True)])
-    slots = torch.tensor(holes, device=model.h_mean.device)
-    context, allowed, offsets = model.around(*latents.with_slots(gapped, holes, slots.device), slots)
-
-    def space(z):
-        return model.standardize(z.to(slots.device))
-
-    ahead = model.predict_next(*latents.pad_latents([z[:k] for z, k in zip(gapped, holes, strict=True)],
-                                                    model.h_mean.device))
+        beside = infer.load_beside(run, args.speaker, "speak", args.device)
+    rng, device = np.random.default_rng(args.seed), model.h_mean.device
+    for c in chains:
+        c["hole"] = k = int(rng.integers(2, len(c["steps"])))
+        c["before"], c["missing"], c["after"] = c["steps"][: k - 1], c["steps"][k - 1], c["steps"][k:]
+    read_whole = llm.read_chains([(c["question"], c["steps"]) for c in chains])
+    read_gapped = llm.read_chains([(c["question"], c["before"] + c["after"]) for c in chains])
+    for c, whole, gapped in zip(chains, read_whole, read_gapped, strict=True):
+        c["whole"], c["gapped"] = whole, gapped
+    holes = [c["hole"] for c in chains]
+    slots = torch.tensor(holes, device=device)
+    around = model.around(*latents.with_slots(read_gapped, holes, device), slots)
+    ahead = model.predict_next(*latents.pad_latents([c["gapped"][: c["hole"]] for c in chains], device))
     folder = args.latents or config.latents
     seen = [r["h"] for r in infer.load_chains(run, config, folder) if r["is_valid"] and r["split"] == "train"]
     if not seen:
         raise ValueError(f"{folder} holds no verified chain of a training split")
+    result = {"n": len(chains)} | plan_retrieval(model, llm, chains, around[0][:, 0], ahead, seen, rng, args)
+
+    found = [[infer.find_gap(model, e["next_step"], args.quantile)[0] for e in infer.energies(model, zs)]
+             for zs in (read_gapped, read_whole)]
+    flagged, false = (sum(g is not None for g in gaps) for gaps in found)
+    result["gaps"] = {"recall": flagged / len(chains), "false_alarms": false / len(chains),
+                      "precision": flagged / max(1, flagged + false),
+                      "located": float(np.mean([g == k for g, k in zip(found[0], holes, strict=True)]))}
+    if not args.decode_limit:
+        return result
+
+    n = min(args.decode_limit, len(chains))
+    z_true = model.target_of(*latents.pad_latents(read_whole[:n], device), slots[:n])
+    said, rows = plan_texts(llm, chains[:n], [t[:n] for t in around], ahead[:n], z_true, *beside)
+    made_by = [runs.weights_digest(beside[2]), runs.llm_label(config, args.llm), [row["truth"] for row in rows]]
+    name = f"{args.dataset or config.dataset}-{args.split}-n{n}-{runs.digest(json.dumps(made_by))[:8]}"
+    path = Path(beside[2]) / f"generations-plan-{name}.jsonl"
+    runs.write_jsonl(path, rows)
+    print(f"generations: {path}")
+    return result | said
+
+
+def plan_retrieval(model, llm, chains: list[dict], z_pred, z_next, seen: list[torch.Tensor], rng, args) -> dict:
+    """How well PLAN tells the missing step from 99 others -> {"retrieval": {NAME: top-1, ...}, "together"}.
+
+    z_pred [n, C]: the predictions of `evaluate_plan`'s chains; z_next: from the steps before the gap alone; seen: the
+    latents of training chains.
+
+    The true step's latent, as the LLM had it in the whole chain, is to be found by cosine in the LLM's standardised
+    space, among the chain's other steps and steps of other chains. Beside the prediction (plan) and z_next (next_step):
+    the step before (copy), the mean of both neighbours, and the mean training latent of the position. What another
+    chain's step brings along is its topic; so the first --logprob_limit chains have every candidate read by the LLM in
+    the gap's place, too (NAME_placed; in NAME_centred guess and candidates are each less these candidates' mean). For
+    these there is also what the LLM itself knows: a candidate's mean logprob after the steps before (llm_logprob), or
+    that of it and all that follows (llm_chain). It has just read some of them, and finds a line likely that it has
+    read; in NAME_others none is of this chain. p_plan: `paired_p` with the prediction; of llm_X with plan_placed.
+    together: what PLAN's cosine adds (`adds`) to scores of plan_placed_others' candidates that need no world model.
+    """
+    def space(z):
+        return model.standardize(z.to(model.h_mean.device))
+
     mean_of = {k: space(torch.stack([z[k] for z in seen if len(z) > k + 1] or [z[-1] for z in seen]).float()).mean(0)
-               for k in set(holes)}  # of the last steps, "#### 42", no mean is wanted where there is another
-    x = [space(z) for z in whole]
+               for k in {c["hole"] for c in chains}}  # of the last steps, "#### 42", only where there is nothing else
+    x, n_steps = [space(c["whole"]) for c in chains], [len(c["steps"]) for c in chains]
     if n_weighed := min(args.logprob_limit, len(chains)):
         print(f"{n_weighed} chains, of each 100 candidates for the LLM to weigh (--logprob_limit)", flush=True)
-    ranks, weighed, predicted, predicted_next = {}, [], model.w_out(context[:, 0]), model.w_out(ahead)
-    for c, k in enumerate(tqdm(holes, unit="chain", disable=not (n_weighed and sys.stderr.isatty()))):
-        own = [s for s in range(1, len(x[c])) if s != k]
-        far = [(o, int(rng.integers(1, len(x[o]))))
-               for o in rng.choice([i for i in range(len(x)) if i != c], max(0, 99 - len(own)))]
-        where = [(c, k), *((c, s) for s in own), *far]
+    ranks, weighed, predicted, predicted_next = {}, [], model.w_out(z_pred), model.w_out(z_next)
+    for i, chain in enumerate(tqdm(chains, unit="chain", disable=not (n_weighed and sys.stderr.isatty()))):
+        k = chain["hole"]
+        own, where = draw_candidates(rng, n_steps, i, k, [o for o in range(len(chains)) if o != i], 100)
         among = torch.stack([x[o][s] for o, s in where])
-        before, after = space(gapped[c][k - 1]), space(gapped[c][k])
-        guesses = {"plan": predicted[c], "next_step": predicted_next[c], "copy": before,
+        before, after = space(chain["gapped"][k - 1]), space(chain["gapped"][k])
+        guesses = {"plan": predicted[i], "next_step": predicted_next[i], "copy": before,
                    "neighbours": (before + after) / 2, "position": mean_of[k]}
         add_ranks(ranks, guesses, among, own, k)
-        if c < args.logprob_limit:
-            steps, texts = chains[c]["steps"], [chains[o]["steps"][s - 1] for o, s in where]
-            placed, means = llm.read_next(chains[c]["question"], steps[: k - 1], texts, steps[k:])
-            placed = space(placed)
-            middle = placed.mean(0)
-            weighed.append(add_ranks(ranks, guesses, placed, own, k, of="_placed"))
-            add_ranks(ranks, {name: guess - middle for name, guess in guesses.items()}, placed - middle, own, k,
-                      of="_centred")
-            for name, values in zip(("llm_logprob", "llm_chain"), means.T, strict=True):
-                weighed[-1][name] = torch.cat((values[:1], values[1 + len(own) :])).cpu().numpy()
-                for of, others in (("", values[1:]), ("_others", values[1 + len(own) :])):
-                    ranks.setdefault(name + of, []).append(1 + int((others >= values[0]).sum()))
+        if i >= n_weighed:
+            continue
+        texts = [chains[o]["steps"][s - 1] for o, s in where]
+        placed, means = llm.read_next(chain["question"], chain["before"], texts, chain["after"])
+        placed = space(placed)
+        middle = placed.mean(0)
+        weighed.append(add_ranks(ranks, guesses, placed, own, k, of="_placed"))
+        add_ranks(ranks, {name: guess - middle for name, guess in guesses.items()}, placed - middle, own, k,
+                  of="_centred")
+        for name, values in zip(("llm_logprob", "llm_chain"), means.T, strict=True):
+            others = values[1 + len(own) :]
+            weighed[-1][name] = torch.cat((values[:1], others)).cpu().numpy()
+            for of, rivals in (("", values[1:]), ("_others", others)):
+                ranks.setdefault(name + of, []).append(1 + int((rivals >= values[0]).sum()))
     retrieval, hits = rank_figures(ranks), {name: np.array(r) == 1 for name, r in ranks.items()}
     for name, hit in hits.items():
         kind = next((kind for kind in ("_centred", "_placed") if kind in name), "_placed" * ("llm" in name))
         plan = hits["plan" + kind + "_others" * name.endswith("_others")]
         retrieval[name]["p_plan"] = paired_p(hit, plan[: len(hit)])
-
-    found = [[infer.find_gap(model, e["next_step"], args.quantile)[0] for e in infer.energies(model, zs)]
-             for zs in (gapped, whole)]
-    flagged, false = sum(g is not None for g in found[0]), sum(g is not None for g in found[1])
-    gaps = {"recall": flagged / len(chains), "false_alarms": false / len(chains),
-            "precision": flagged / max(1, flagged + false),
-            "located": float(np.mean([g == k for g, k in zip(found[0], holes, strict=True)]))}
     simple = ("copy", "neighbours", "position")
     together = {"+".join(known): adds(weighed, known, "plan", args.seed)
                 for known in (("llm_logprob",), simple, ("llm_logprob", *simple), ("llm_chain", *simple))
                 if n_weighed > 1}
-    result = {"n": len(chains), "retrieval": retrieval, "together": together, "gaps": gaps}
-    if not args.decode_limit:
-        return result
+    return {"retrieval": retrieval, "together": together}
 
-    n = min(args.decode_limit, len(chains))
-    context, allowed, offsets, ahead, slots = (t[:n] for t in (context, allowed, offsets, ahead, slots))
-    z_true = model.target_of(*latents.pad_latents(whole[:n], context.device), slots)
-    truths = [" ".join(c["steps"][k - 1].split()) for c, k in zip(chains, holes, strict=True)][:n]
 
-    alone = torch.zeros_like(allowed)
+def plan_texts(llm, chains: list[dict], around: list[torch.Tensor], z_next, z_true, speaker, config,
+               folder: str) -> tuple[dict, list[dict]]:
+    """The missing step in words -> ({"decoded", "given_away"}, rows of texts to keep).
+
+    around: as model.RJEPA.around makes it of `evaluate_plan`'s chains; z_next, z_true [n, C]: the predictions from the
+    steps before the gap alone, and the true targets; then a Speaker with its config and folder.
+
+    decoded: shares of texts whose equations hold, whose last number is the true step's, and of both (right). The
+    Speaker says the predicted latent (speaker), another chain's (shuffled), the true one (true), or says the predicted
+    one with as many `tries` as infer.py gives. One that does not read what follows also says z_next with what stands
+    before the gap alone (before); one that was trained for it (alone_share) the predicted latent without the
+    surroundings (alone). The LLM goes on from the steps before (llm_before, and with `tries`).
+    given_away: what such a Speaker recovers of a step from its target latent alone, which was encoded with the whole
+    chain in view; and from another's (shuffled).
+    """
+    tokenizer, n, (context, allowed, offsets) = runs.load_tokenizer(folder, config), len(chains), around
+    truths = [" ".join(c["missing"].split()) for c in chains]
+    reads = [data.read_around(config, tokenizer, c["question"], c["before"], c["after"]) for c in chains]
+    asked = [(c["question"], c["before"]) for c in chains]
+    z_pred, alone = context[:, 0], torch.zeros_like(allowed)
     alone[:, 0] = True
-    reads = [data.read_around(speak_config, tokenizer, c["question"], c["steps"][: k - 1], c["steps"][k:])
-             for c, k in zip(chains[:n], holes, strict=False)]
-    before = [(c["question"], c["steps"][: k - 1]) for c, k in zip(chains[:n], holes, strict=False)]
-    z_pred = context[:, 0]
 
     def say(z, allowed, reads=None, tries=1):
         """Texts from latents z [n, C] in place of the predicted ones."""
         z = torch.cat((z[:, None], context[:, 1:]), dim=1)
-        return infer.say(speaker, tokenizer, z, allowed, offsets, reads, speak_config.block_size, tries)
+        return infer.say(speaker, tokenizer, z, allowed, offsets, reads, config.block_size, tries)
+
+    def go_on(rows, temperature=0.0, seed=1):
+        return infer.next_lines(llm, [asked[i] for i in rows], 64, (), temperature, seed)
 
     texts = {"speaker": say(z_pred, allowed, reads), "speaker_shuffled": say(z_pred.roll(1, 0), allowed, reads),
              "speaker_tries": say(z_pred, allowed, reads, infer.TRIES),
              "speaker_tries_shuffled": say(z_pred.roll(1, 0), allowed, reads, infer.TRIES),
              "speaker_true": say(z_true, allowed, reads),
-             "llm_before": infer.next_lines(llm, before, 64), "llm_before_tries": infer.until_it_holds(
-                 lambda rows, *how: infer.next_lines(llm, [before[i] for i in rows], 64, (), *how), n)}
-    if speak_config.reads != "all":
-        texts["speaker_before"] = say(ahead, allowed & (offsets <= 0), reads)
-    if knows_alone := speak_config.alone_share > 0:
+             "llm_before": go_on(range(n)), "llm_before_tries": infer.until_it_holds(go_on, n)}
+    if config.reads != "all":
+        texts["speaker_before"] = say(z_next, allowed & (offsets <= 0), reads)
+    if knows_alone := config.alone_share > 0:
         texts["speaker_alone"] = say(z_pred, alone)
 
     def recovered(said):
@@ -409,28 +446,24 @@ def evaluate_plan(run: str, args) -> dict:
 
     given_away = {name: recovered(say(z, alone)) for name, z in (("true", z_true), ("shuffled", z_true.roll(1, 0)))
                   if knows_alone}
-    decoded, kept = {}, [{"id": c["id"], "step": k, "truth": t} for c, k, t in zip(chains, holes, truths, strict=False)]
+    decoded, rows = {}, [{"id": c["id"], "step": c["hole"], "truth": t} for c, t in zip(chains, truths, strict=True)]
     for name, said in texts.items():
         holds = np.array([bool(t.strip()) and verify.check_step(t).is_valid for t in said])
         number = np.array([numbers(t)[-1:] == numbers(truth)[-1:] != [] for t, truth in zip(said, truths, strict=True)])
         right = float((holds & number).mean())
         decoded[name] = {"n": n, "holds": float(holds.mean()), "number": float(number.mean()), "right": right,
                          "ci95": list(wilson(right, n))}
-        for row, text, is_right in zip(kept, said, (holds & number).tolist(), strict=True):
+        for row, text, is_right in zip(rows, said, (holds & number).tolist(), strict=True):
             row[name] = {"text": text, "is_right": is_right}
-    made_by = runs.digest(json.dumps([runs.weights_digest(speaks), runs.llm_label(config, args.llm), truths]))[:8]
-    path = Path(speaks) / f"generations-plan-{args.dataset or config.dataset}-{args.split}-n{n}-{made_by}.jsonl"
-    runs.write_jsonl(path, kept)
-    print(f"generations: {path}")
-    return result | {"decoded": decoded, "given_away": given_away}
+    return {"decoded": decoded, "given_away": given_away}, rows
 
 
 @torch.no_grad()
 def evaluate_rjepa(run: str, args) -> dict:
-    """Error, collapse, and where the latents hold right and wrong chains, energy against correctness.
+    """Error, collapse and, where there are right and wrong chains, energy against correctness.
 
-    Of the run's own held-out chains; of --latents; or, with --dataset, --split or --data_dir, and where the run names
-    no latents, of problems' own solutions and their counterfactuals.
+    The chains are those of --latents; with --dataset, --split or --data_dir the solutions of these problems and their
+    counterfactuals; with none of these what the run's training held out or, where it names no latents, solutions too.
     """
     model, config = infer.load_world_model(run, args.device)
     if args.latents and (args.dataset or args.data_dir):
@@ -459,13 +492,12 @@ def evaluate_rjepa(run: str, args) -> dict:
     result["retrieval"] = step_retrieval(model, rows, args.seed)
     is_valid, group = np.array([r["is_valid"] for r in rows]), [r["problem_id"] for r in rows]
     for mode in model.ENERGIES:
-        for name, reduce in (("mean", torch.mean), ("max", torch.amax), ("last", lambda e: e[-1])):
-            score = np.array([-float(reduce(e[mode])) for e in found])
-            result[mode if name == "mean" else f"{mode}_{name}"] = ranking_figures(score, is_valid, group)
+        for of, reduce in (("", torch.mean), ("_max", torch.amax), ("_last", lambda e: e[-1])):
+            result[mode + of] = ranking_figures(np.array([-float(reduce(e[mode])) for e in found]), is_valid, group)
     logprob = np.array([infer.mean_logprob(r) for r in rows])
     by_logprob = {} if np.isnan(logprob).any() else ranking_figures(logprob, is_valid, group)
-    loo = result["leave_one_out"]
-    result |= {"logprob": by_logprob, "auroc_correct": loo["auroc"], "auroc_logprob": by_logprob.get("auroc")}
+    result |= {"logprob": by_logprob, "auroc_correct": result["leave_one_out"]["auroc"],
+               "auroc_logprob": by_logprob.get("auroc")}
     plot_energies(Path(run), model, rows, found)
     return result | {"n": len(rows), "n_valid": int(is_valid.sum())}
 
@@ -499,10 +531,11 @@ def plot_energies(run: Path, model, rows: list[dict], found: list[dict]):
 
 
 def evaluate_step_errors(run: str, args) -> dict:
-    """How often infer.suspect names the first wrong step -> {"top1", "ci95", what else could name it, "n"}.
+    """How often infer.suspect names the first wrong step -> {"top1", "ci95", "top1_NAME" of other ways, "n"}.
 
-    By the highest leave-one-out energy, next-step energy, or difference of both (`untrained`: of new weights); by the
-    lowest logprob; the last step; the middle one; any. `gate`: by a false equation alone, `gate_X`: else as X says.
+    Other ways: the highest leave_one_out energy, next_step energy, or difference of the two (untrained: with fresh
+    weights); the lowest logprob; the last step; the middle one; a random one. gate: a false equation and nothing else;
+    gate_X: a false equation or, where there is none, what X says.
     """
     model, config = infer.load_world_model(run, args.device)
     folder = args.latents or extract.latents_of_file(config, "step_errors", args.step_errors, device=args.device,
@@ -538,8 +571,8 @@ def evaluate_step_errors(run: str, args) -> dict:
 def probes(encoder, tokenizer, train_problems: list[dict], problems: list[dict], seed: int) -> dict:
     """R2 on `problems` of ridge regressions, fitted on `train_problems`, from the question's thought vector.
 
-    steps: how many steps the solution has; magnitude: log10(1 + |answer|). 0 is what the mean gets; None where all
-    problems have the same.
+    steps: how many steps the solution has; magnitude: log10(1 + |answer|). Predicting the mean gets 0; None where all
+    problems have the same value.
     """
     from sklearn.linear_model import RidgeCV
     from sklearn.pipeline import make_pipeline
@@ -642,9 +675,9 @@ def evaluate_tjepa(run: str, args) -> dict:
 
 
 def evaluate_answers(run: str, args) -> dict:
-    """Token loss of held-out responses, nats: given their question, given another problem's; `gap` between the two.
+    """Token loss of held-out responses in nats: given their question, given another problem's, and the gap between.
 
-    Over the runs of one tokenizer they compare; lm_loss_per_character does over all.
+    It compares runs of one tokenizer; lm_loss_per_character compares all.
     """
     model, config = runs.load_run(run, args.device)
     tokenizer, problems = runs.load_tokenizer(run, config), held_out(args, config)
@@ -676,20 +709,17 @@ def print_figures(result: dict, name: str = ""):
 def main(argv=None):
     args = tyro.cli(Args, args=argv)
     config = runs.load_config(args.run)[1]
-    is_rjepa = isinstance(config, cfg.RJEPAConfig)
-    if args.teacher and (not isinstance(config, cfg.TextConfig) or isinstance(config, cfg.AnswerConfig)):
+    evaluate = {cfg.NanoJEPAConfig: evaluate_nanojepa, cfg.RJEPAConfig: evaluate_rjepa, cfg.TJEPAConfig: evaluate_tjepa,
+                cfg.DistillConfig: evaluate_tjepa, cfg.AnswerConfig: evaluate_answers}.get(type(config))
+    if args.teacher and evaluate is not evaluate_tjepa:
         raise ValueError(f"--teacher is for encoders of T-JEPA, pre-trained or distilled; {args.run} is none")
-    if (args.latents or args.step_errors or args.plan) and not is_rjepa:
+    if (args.latents or args.step_errors or args.plan) and evaluate is not evaluate_rjepa:
         raise ValueError(f"--latents, --step_errors and --plan are for R-JEPA runs; {args.run} is none")
-    if isinstance(config, (cfg.GuideConfig, cfg.SpeakConfig)):
+    if evaluate is None:
         raise ValueError(f"{args.run} is a guide or Speaker of an R-JEPA: evaluate_accuracy.py --method nudge and "
                          "eval_alignment.py --plan look at these, beside their R-JEPA")
-    if is_rjepa:
+    if evaluate is evaluate_rjepa:
         evaluate = evaluate_plan if args.plan else evaluate_step_errors if args.step_errors else evaluate_rjepa
-    elif isinstance(config, cfg.TextConfig):
-        evaluate = evaluate_answers if isinstance(config, cfg.AnswerConfig) else evaluate_tjepa
-    else:
-        evaluate = evaluate_nanojepa
     result = evaluate(args.run, args)
     (print_table if evaluate is evaluate_nanojepa else print_figures)(result)
     print(json.dumps(result, allow_nan=False))
