@@ -105,9 +105,9 @@ def generate(model, questions: list[list[int]], tokenizer, args) -> list[list[st
 
 
 def majority(texts: list[str], weights=None) -> int:
-    """Index of the heaviest candidate with the answer of the largest total weight (1 each unless given).
+    """Index of the text that a vote picks: the heaviest of those with the answer of the largest total weight.
 
-    Answers count by value; a text without one never votes.
+    weights: one a text, 1 unless given. Answers count by value; a text without an answer does not vote.
     """
     values, weights = [verify.answer_value(t) for t in texts], np.ones(len(texts)) if weights is None else weights
     votes = {}
@@ -137,7 +137,7 @@ def holds_together(steps: list[str]) -> bool:
 
 
 def method_figures(correct, random: float, oracle: float, seed: int, recovered: bool = True, pairs=None) -> dict:
-    """What is reported of one way of answering, from whether (or how often) each problem came out right, [n]."""
+    """What is reported of one method. correct [n]: whether, or in which share of tries, each problem came out right."""
     correct = np.asarray(correct, dtype=float)
     gained = (correct.mean() - random) / (oracle - random) if recovered and oracle > random else None
     return {"accuracy": float(correct.mean()), "ci95": interval(correct, seed), "recovered": gained, "pairwise": pairs}
@@ -163,29 +163,25 @@ def evaluate_run(run: str, args) -> dict:
         for p, truth, row, ok in zip(problems, truths, texts, right, strict=True)])
     print(f"generations: {Path(run) / name}")
 
-    n, first = len(problems), np.arange(len(problems))
-    random, oracle = float(right.mean()), float(right.any(1).mean())
+    n, random, oracle = len(problems), float(right.mean()), float(right.any(1).mean())
     figures = functools.partial(method_figures, random=random, oracle=oracle, seed=args.seed)
-    methods = {}
     if args.k == 1:
-        methods["greedy"] = figures(right[:, 0], recovered=False)
         strict = [r and verify.extract_answer(t[0], "strict") is not None
                   for t, r in zip(texts, right[:, 0], strict=True)]
-        methods["greedy_strict"] = figures(strict, recovered=False)
+        methods = {"greedy": figures(right[:, 0], recovered=False), "greedy_strict": figures(strict, recovered=False)}
     else:
-        methods["random"] = figures(right.mean(1))
         lengths = -np.array([[len(t) for t in row] for row in texts], dtype=float)
-        methods["shortest"] = figures(right[first, lengths.argmax(1)], pairs=pairwise(lengths, right))
-        methods["majority"] = figures(right[first, [majority(row) for row in texts]])
-        methods["majority"]["expected"] = majority_expected(texts, right)
         holds = np.array([[holds_together(data.split_steps(t)) for t in row] for row in texts])
         left = [np.flatnonzero(ok) if ok.any() else np.arange(args.k) for ok in holds]
-        methods["gate"] = figures([r[i].mean() for r, i in zip(right, left, strict=True)], pairs=pairwise(holds, right))
-        left_texts = [[row[j] for j in i] for row, i in zip(texts, left, strict=True)]
-        votes = [i[majority(row)] for row, i in zip(left_texts, left, strict=True)]
-        methods["gate_majority"] = figures(right[first, votes])
-        methods["gate_majority"]["expected"] = majority_expected(
-            left_texts, [r[i] for r, i in zip(right, left, strict=True)])
+        methods = {"random": figures(right.mean(1)),
+                   "shortest": figures(right[np.arange(n), lengths.argmax(1)], pairs=pairwise(lengths, right)),
+                   "gate": figures([r[i].mean() for r, i in zip(right, left, strict=True)],
+                                   pairs=pairwise(holds, right))}
+        for name, kept in (("majority", [np.arange(args.k)] * n), ("gate_majority", left)):
+            voters = [[row[j] for j in i] for row, i in zip(texts, kept, strict=True)]
+            labels = [r[i] for r, i in zip(right, kept, strict=True)]
+            methods[name] = figures([r[majority(row)] for row, r in zip(voters, labels, strict=True)])
+            methods[name]["expected"] = majority_expected(voters, labels)
         methods["oracle"] = figures(right.any(1))
     # controls: the best single answer to everything, in hindsight, and the model's own answers to other questions
     constant = statistics.mode(truths)
@@ -202,10 +198,11 @@ def evaluate_run(run: str, args) -> dict:
 
 
 def balanced_pairwise(scores, right, sources) -> float | None:
-    """`pairwise` with every direction of every pair of sources counted alike. scores, right, sources: rows a question.
+    """`pairwise`, but so that no method gains by knowing which source is right more often.
 
-    For each ordered pair (source of the right one, source of the wrong one) the share in which the right one scores
-    higher; averaged over both directions, then over the pairs of sources that have both.
+    scores, right, sources: an array a question. For each ordered pair (source of the right one, source of the wrong
+    one) the share in which the right one scores higher; averaged over both directions of a pair, then over the pairs
+    of sources that have both.
     """
     wins = {}
     for s, r, names in zip(scores, right, sources, strict=True):
@@ -218,9 +215,10 @@ def balanced_pairwise(scores, right, sources) -> float | None:
 
 
 def contrast_scores(config, x: np.ndarray) -> np.ndarray | None:
-    """Scores [n] of a linear contrast fitted on the run's own training latents, each chain against its counterfactual.
+    """Scores [n] of `chain_features` x [n, F] by a linear contrast of right chains and their counterfactuals.
 
-    The control for the energy margin: the same pairs, no world model. None where those latents are not at hand.
+    Fitted on the run's own training latents: the pairs of the energy margin without a world model, its control. None
+    where those latents are not at hand.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -246,11 +244,11 @@ def chain_features(z: torch.Tensor) -> np.ndarray:
 def evaluate_candidates(run: str, args) -> dict:
     """Ways of picking one of a question's labelled candidates -> {"n", "k", "random", "oracle", "methods"}.
 
-    README has the names. `energy_last`, of a step with nothing after it, is its next-step energy too. Votes of
-    `majority_logprob` weigh as much as a token's mean probability, of `majority_energy` as the chain's coherence, of
-    `majority_combined` as it is likely to be right. `ensemble` adds up the energies of the runs given. `gate_X` is X
-    among all where no candidate's equations hold. `expected` is a plain vote's accuracy with ties broken at random.
-    p_logprob, p_majority: see `paired_p`.
+    README explains the names. energy_last, of a step with nothing after it, is also its next-step energy. A vote weighs
+    a token's mean probability (majority_logprob), the chain's coherence (majority_energy) or the probability of being
+    right that `combined` gives (majority_combined). ensemble: the sum of the given runs' energies. gate_X is plain X
+    where no candidate's equations hold. expected: a plain vote's accuracy with ties broken at random. p_logprob,
+    p_majority: `paired_p` with these two.
     """
     model, config = infer.load_world_model(run, args.device)
     folder = args.latents or (
@@ -260,10 +258,11 @@ def evaluate_candidates(run: str, args) -> dict:
                             args))
     rows = infer.load_chains(run, config, folder, args.limit, logprobs=True)
     if args.k > 1:
+        most = max(collections.Counter(r["problem_id"] for r in rows).values())
+        if most < args.k:
+            raise ValueError(f"--k {args.k}: {folder} holds {most} candidates a question at most")
         number = collections.defaultdict(itertools.count)
         rows = [r for r in rows if next(number[r["problem_id"]]) < args.k]
-        if (most := max(next(n) for n in number.values())) < args.k:
-            raise ValueError(f"--k {args.k}: {folder} holds {most} candidates a question at most")
     rows, question, members = infer.by_question(rows, args.seed)
     right, h = np.array([r["is_valid"] for r in rows]), [r["h"] for r in rows]
     usable = np.array([bool(r["steps"]) for r in rows])  # a chain without steps ranks below all others
@@ -275,8 +274,7 @@ def evaluate_candidates(run: str, args) -> dict:
 
     def fitted(x, C):
         scores = np.zeros(len(rows))
-        if usable.any():
-            scores[usable] = infer.cross_validated(x[usable], right[usable], question[usable], args.folds, args.seed, C)
+        scores[usable] = infer.cross_validated(x[usable], right[usable], question[usable], args.folds, args.seed, C)
         return scores
 
     ours, found = energy_scores(model)
@@ -338,11 +336,11 @@ def evaluate_candidates(run: str, args) -> dict:
 
 
 def evaluate_nudge(run: str, args) -> dict:
-    """Greedy answers with the predicted next step pulling at them, for every --alphas -> accuracies and energies.
+    """Greedy answers with the predicted next step pulling at them, for each of --alphas -> accuracies and energies.
 
-    `shuffled`: the same pull, towards the prediction for the next problem. `energy` is of the chains as R-JEPA reads
-    them; p_own, p_shuffled: `paired_p` against alpha 0, and against the same alpha shuffled. Generations are kept in
-    the run folder, by all that they follow from, and not made again. --method greedy is alpha 0 alone.
+    shuffled: pulled as much, but towards the prediction for the next problem. energy: what R-JEPA gives the written
+    chains. p_own, p_shuffled: `paired_p` with alpha 0, and with the same alpha shuffled. Generations are kept in the
+    run folder under a name that follows from all that made them, and not made again. --method greedy is alpha 0 alone.
     """
     alphas = (0.0,) if args.method == "greedy" else args.alphas
     model, config = infer.load_world_model(run, args.device)
@@ -355,7 +353,7 @@ def evaluate_nudge(run: str, args) -> dict:
     llm, truths = infer.llm_of(config, args.llm, args.device), [data.answer_text(p, "final") for p in problems]
     made_by = runs.digest(json.dumps([[p["id"], p["question"]] for p in problems] + made_by + [llm.dtype]))
     methods, answers = {}, {}
-    for alpha, shuffled in [(a, s) for a in alphas for s in (False, True) if a > 0 or not s]:
+    for alpha, shuffled in [(a, s) for a in alphas for s in (False, True) if a > 0 or not s]:  # no pull, none shuffled
         name = f"alpha {alpha:g}" + (" shuffled" if shuffled else "")
         path = Path(run) / f"generations-{args.nudge}-{name.replace(' ', '-')}-{made_by}.jsonl"
         if not path.is_file():
@@ -434,7 +432,7 @@ def evaluate_choices(llm, bench, problems: list[dict], shots: list[list[dict]], 
 
 
 def write_answers(llm, bench, problems: list[dict], shots: list[list[dict]], args) -> list[list[str]]:
-    """k answers to each problem; kept in out/generations by all that they follow from, and not written again."""
+    """k answers to each problem; kept in out/generations, named after all that made them, and not written again."""
     texts, stop = [benchmarks.prompt(bench, p, e) for p, e in zip(problems, shots, strict=True)], bench.stop
     if args.chat:
         if not getattr(getattr(llm, "tokenizer", None), "chat_template", None) or bench.kind == "number":
@@ -467,10 +465,10 @@ def write_answers(llm, bench, problems: list[dict], shots: list[list[dict]], arg
 
 
 def evaluate_llm(name: str, args) -> dict:
-    """An LLM (or a run that reads questions and writes answers) on a data set -> as `evaluate_run`.
+    """An LLM (or a run that reads questions and writes answers) on a data set -> figures as of `evaluate_run`.
 
-    With k samples a problem: `pass@1`, `pass@10`, ... up to k are the unbiased estimates. `shuffled`: the same answers
-    to other problems.
+    pass@1, pass@10, ... up to k: unbiased estimates from k samples a problem. shuffled: each problem gets the answer to
+    the next one.
     """
     if args.dataset in ("", "synthetic"):
         raise ValueError(f"{name} is no run folder; as an LLM it needs --dataset, one of "
