@@ -353,7 +353,7 @@ def evaluate_nudge(run: str, args) -> dict:
     llm, truths = infer.llm_of(config, args.llm, args.device), [data.answer_text(p, "final") for p in problems]
     made_by = runs.digest(json.dumps([[p["id"], p["question"]] for p in problems] + made_by + [llm.dtype]))
     methods, answers = {}, {}
-    for alpha, shuffled in [(a, s) for a in alphas for s in (False, True) if a > 0 or not s]:  # no pull, none shuffled
+    for alpha, shuffled in [(a, s) for a in alphas for s in (False, True) if not s or a > 0 and len(problems) > 1]:
         name = f"alpha {alpha:g}" + (" shuffled" if shuffled else "")
         path = Path(run) / f"generations-{args.nudge}-{name.replace(' ', '-')}-{made_by}.jsonl"
         if not path.is_file():

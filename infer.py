@@ -226,8 +226,8 @@ def rerank(model, chains: list[dict], alpha: float, beta: float, gate: bool = Fa
 def fitted_weights(run: str) -> dict | None:
     """What `infer.py rerank RUN --fit` found (alpha, beta, ...), or None if the run has other weights by now."""
     path = Path(run) / "rerank.json"
-    fitted = json.loads(path.read_text()) if path.is_file() else None
-    return fitted if fitted and fitted.get("world") == weights_digest(run) else None
+    rows = verify.read_jsonl(path) if path.is_file() else []
+    return next((row for row in rows if row.get("world") == weights_digest(run)), None)
 
 
 # ----------------------------------------------------------------------------- NUDGE

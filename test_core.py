@@ -3208,6 +3208,8 @@ def test_plan_and_rerank_commands(world, tmp_path):
     assert len(found["candidates"]) == 3 and found["alpha"] == fitted["alpha"]
     with patch.object(infer, "weights_digest", lambda run: "trained again"):
         assert infer.fitted_weights(world.rjepa) is None
+    (tmp_path / "rerank.json").write_text("half a li")
+    refused(ValueError, "rerank.json", infer.fitted_weights, tmp_path)
     scores = [c["score"] for c in found["candidates"] if c["score"] is not None]
     assert scores and scores == sorted(scores, reverse=True)
     chains = [{"steps": steps, "logprob": logprob, "h": torch.randn(1 + len(steps), world.config.dim)}
@@ -3795,6 +3797,7 @@ def test_evaluation_of_plan_and_nudge(world, monkeypatch):
     p = [{k: v for k, v in m.items() if k.startswith("p_")} for m in found["methods"].values()]
     assert [set(x) for x in p] == [set(), {"p_own", "p_shuffled"}, {"p_own"}]
     assert all(0 < v <= 1 for x in p for v in x.values())
+    assert list(nudge("--limit", 1)["methods"]) == ["alpha 0", "alpha 3"]  # there is no other problem
     monkeypatch.setattr(evaluate_accuracy, "llm_generate", None)  # they are kept and not written again
     assert nudge() == found
 
