@@ -61,7 +61,7 @@ LIMITS = {  # what the server accepts, whoever asks
 
 
 def text_of(name: str, text, longest: int, empty: bool = False) -> str:
-    """The text without space around it. Raises ValueError for what is no text, too long, or empty."""
+    """The text without space around it. Raises ValueError if it is no text, too long, or empty where it may not be."""
     text = checked(name, "" if text is None else text).strip()
     if len(text) > longest:
         raise ValueError(f"{name}: {len(text):,} characters, at most {longest:,} are read")
@@ -71,7 +71,10 @@ def text_of(name: str, text, longest: int, empty: bool = False) -> str:
 
 
 def parts_of(name: str, text, split, empty: bool = False) -> list[str]:
-    """The parts that split(text) finds, each `name`, as many as LIMITS allows. Raises ValueError as text_of does."""
+    """The parts of a text by split(text), empty ones left out. Raises ValueError as text_of does, or for too many.
+
+    name: of one part, as in LIMITS; its plural there is how many may come.
+    """
     most, longest = LIMITS[f"{name}s"], LIMITS[name]
     text = text_of(f"{name}s", text, most * (longest + 2), empty)
     parts = [text_of(name, part, longest) for part in split(text) if part.strip()]
@@ -90,7 +93,7 @@ def number(name: str, value, whole: bool = True):
     return int(value) if whole else float(value)
 
 
-CHECKED = {  # a handler's arguments of these names have been through here
+CHECKED = {  # argument name: what checks it before any handler sees it (see `answers`)
     "question": lambda text: text_of("question", text, LIMITS["question"]),
     "steps": lambda text: parts_of("step", text, str.splitlines),
     "n": functools.partial(number, "chains"),
@@ -103,7 +106,10 @@ CHECKED = {  # a handler's arguments of these names have been through here
 
 
 class Watch:
-    """llm.generate in a thread of its own, told through its `nudge` hook; works with an infer.Nudge inside it, too."""
+    """Runs llm.generate in a thread of its own, and sees and stops it through generate's `nudge` hook.
+
+    nudge: an infer.Nudge to be asked as well.
+    """
 
     def __init__(self, nudge=None):
         self.nudge, self.rows, self.stop, self.chains = nudge, [], threading.Event(), None
@@ -126,7 +132,10 @@ class Watch:
         return self.nudge.blend(active) if self.nudge else None
 
     def run(self, llm, question: str, k: int, **options):
-        """Yields the steps so far of the k chains a few times a second, then sets `chains`. Closed, it stops."""
+        """Yields the steps so far of the k chains a few times a second, then sets `chains`.
+
+        Closing the generator stops the writing.
+        """
         with ThreadPoolExecutor(1) as pool:
             job = pool.submit(generate, llm, [question], k, nudge=self, **options)
             try:
@@ -142,11 +151,11 @@ class Watch:
 
 
 def answers(handler):
-    """A handler yields (picture, result or None); the page and the API get (picture, line, result).
+    """Wraps a handler, which yields (picture, result or None), so that page and API get (picture, line, result).
 
-    What a user can do wrong is one sentence in the page; texts in it are escaped, for a message is shown as HTML.
+    Arguments are checked first (CHECKED). A user's mistake becomes one sentence in the page; texts in it are escaped,
+    since the page shows a message as HTML.
     """
-
     _, *names = inspect.signature(handler).parameters
 
     @functools.wraps(handler)
@@ -200,7 +209,7 @@ class Demo:
                 self.examples[name] = (problem["question"], "\n".join(steps), chain["answer"], known)
 
     def missing(self, kind: str) -> str:
-        """What makes the model of a tab that is not there; empty where it is."""
+        """What to say where the model of a tab is missing, with the command that makes it; empty where it is there."""
         run, command = next(iter(self.worlds.items())) if kind == "world" else self.others[kind]
         return "" if is_run(run) else f"{run} is missing. This makes it: {command}"
 
@@ -227,7 +236,7 @@ class Demo:
         return self.loaded[kind]
 
     def verified(self, run: str):
-        """(latents, texts) of verified steps for an R-JEPA run: from --memory, else of a few synthetic chains."""
+        """(latents, texts) of verified steps for an R-JEPA run, from --memory or else from a few synthetic chains."""
         _, llm, config = self.world(run)
         if (run, "verified") not in self.loaded:
             try:
@@ -477,7 +486,7 @@ class Demo:
                                    for x, y, shape, step in placed]}  # fmt: skip
 
     def feedback(self, rating, result, agreed, truth):
-        """Appends a result that was rated to the log of --memory, without personal data, if the user has agreed."""
+        """Appends a rated result to the log of --memory, without personal data, if the user has agreed to it."""
         try:
             if agreed is not True:
                 raise ValueError("Nothing was kept: agree to it first, with the box beside the buttons.")
@@ -507,9 +516,9 @@ link.download = `nano-jepa-${result.kind}.json`; link.click(); URL.revokeObjectU
 
 
 def build(demo: Demo) -> gr.Blocks:
-    """The page. Whatever runs a model shares one place, so that one runs at a time.
+    """The page. All handlers that run a model share one concurrency id, so that one of them runs at a time.
 
-    preprocess is off: what was sent reaches the handlers as it is, and they check it, whichever way it came.
+    preprocess is off: handlers get what was sent unchanged and check it, whether it came from the page or the API.
     """
     one = {"concurrency_limit": 1, "concurrency_id": "model", "trigger_mode": "once", "preprocess": False}
     quick = {"concurrency_limit": 4, "concurrency_id": "quick", "preprocess": False}
@@ -527,7 +536,7 @@ def build(demo: Demo) -> gr.Blocks:
                     gr.Number(1, label="seed", precision=0, min_width=140), slider("new tokens", "tokens", 160)]
 
     def button(words, handler, inputs, stop=False):
-        """A button, what it shows, and what can be done with the result."""
+        """A tab's button, the picture and the line that it fills, and below them the result with its rating."""
         name = handler.__name__
         if problem := demo.missing(kinds[name]):
             gr.HTML(tag("p", problem, class_="missing"))

@@ -1,6 +1,6 @@
-"""What the demo shows beside texts: HTML and inline SVG, readable in light and dark, told apart by shape as by colour.
+"""The demo's HTML and inline SVG, readable in light and dark; what differs does so in shape as well as in colour.
 
-All of it goes through `tag`, which escapes every part that has not been made by it.
+All of it is made by `tag`, which escapes every part that is not its own work.
 """
 
 import difflib
@@ -95,7 +95,10 @@ def legend(*entries: tuple[str, str]) -> Safe:
 
 
 def curve(title: str, values: list[float], quantiles: list[float], threshold: float | None = None) -> Safe:
-    """Energies of steps 1 … S over the range that 90 % of verified steps have; above it a triangle."""
+    """Energies of steps 1 … S before a band, the range of 90 % of verified steps; above it they are triangles.
+
+    quantiles: the 101 of verified steps' energies. threshold: drawn as a line, and what triangles are above instead.
+    """
     low, middle, high = (quantiles[i] for i in (5, 50, 95))
     above = high if threshold is None else threshold
     bottom, top = min(low, *values) * 0.9, max(high, above, *values) * 1.06
@@ -139,7 +142,7 @@ def bars(rows: list[tuple[str, float]]) -> Safe:
 
 
 def mask_picture(names: list[str], allowed: torch.Tensor) -> Safe:
-    """Who may attend to whom, bool [T, T]: a filled square where row may see column."""
+    """An attention mask, allowed bool [T, T]: a filled square where the row may see the column."""
     side, left, top, parts = 18, 76, 66, []
     for i, name in enumerate(names):
         parts += [text(left - 4, top + side * i + 13, name, text_anchor="end"),
@@ -176,7 +179,7 @@ def arithmetic(step: str) -> Safe:
 
 
 def changed(own: list[str], nudged: list[str]) -> Safe:
-    """The nudged steps as a list, words that the own chain has not marked."""
+    """The nudged steps as a list, with the words marked that the LLM's own chain does not have."""
     old, new = (" ".join(steps).split() for steps in (own, nudged))
     blocks = difflib.SequenceMatcher(None, old, new, False).get_matching_blocks()
     same, at, lines = {b.b + j for b in blocks for j in range(b.size)}, itertools.count(), []
