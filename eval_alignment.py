@@ -9,7 +9,7 @@
     python eval_alignment.py out/tjepa-distill --teacher out/tjepa-small        # a student beside its teacher
     python eval_alignment.py out/tjepa-speak                                    # token loss given the question
 
-Looks at problems that the run has never seen (`test`) and prints a table with its controls: mismatched pairs, the
+Looks at problems that the run has never seen (`test`) and prints figures with their controls: mismatched pairs, the
 best constant prediction, the same network with fresh weights, words alone (TF-IDF), and whether the prediction is
 nearer to the true answer than to a counterfactual one (one step wrong), which the topic alone cannot tell. For R-JEPA:
 the error beside predict-the-mean and copy-a-neighbour, energy against correctness, and retrieval of a hidden step. For
@@ -147,19 +147,6 @@ def evaluate_nanojepa(run: str, args) -> dict:
     result["lexical"] = {k: v for k, v in alignment(asked, said).items() if k.startswith(("cos", "gap", "retrieval"))}
     result["lexical"]["counterfactual"] = nearer(asked[kept], *latent or (asked[:0], asked[:0]))
     return result
-
-
-def print_table(result: dict):
-    names = "cos_matched cos_mismatched gap retrieval_top1 chance_top1 effective_rank std predict_mean_cos".split()
-    print(f"{'':18}{'trained':>10}{'untrained':>11}{'lexical':>9}")
-    for name in names:
-        lexical = f"{result['lexical'][name]:9.4f}" if name in result["lexical"] else ""
-        print(f"{name:18}{result[name]:10.4f}{result['untrained'][name]:11.4f}{lexical}")
-    lo, hi = result["retrieval_ci95"]
-    print(f"retrieval among {result['n']}: 95 % interval {lo:.4f} to {hi:.4f}")
-    if (pairs := result["counterfactual"])["n"]:
-        print(f"nearer to the true than to a counterfactual answer: {pairs['top1']:.3f} of {pairs['n']} (chance 0.5, "
-              f"by words alone {result['lexical']['counterfactual']['top1']:.3f})")
 
 
 # ----------------------------------------------------------------------------- R-JEPA
@@ -721,7 +708,7 @@ def main(argv=None):
     if evaluate is evaluate_rjepa:
         evaluate = evaluate_plan if args.plan else evaluate_step_errors if args.step_errors else evaluate_rjepa
     result = evaluate(args.run, args)
-    (print_table if evaluate is evaluate_nanojepa else print_figures)(result)
+    print_figures(result)
     print(json.dumps(result, allow_nan=False))
 
 

@@ -66,14 +66,12 @@ class Args(eval_alignment.Problems):
     alphas: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0)  # strengths of the pull
     nudge: Literal["bias", "hidden"] = "bias"  # by the guidance head, or on the hidden state
     ensemble: bool = False  # R-JEPA: also the standardised energies of all these runs together
-    folds: int = 5  # cross-validation over questions, for the probe and the weights of `combined`
 
     def __post_init__(self):
         super().__post_init__()
         bench = benchmarks.BENCHMARKS.get(self.dataset)
         self.max_new_tokens = self.max_new_tokens or (bench.max_new_tokens if bench else 256)
         not_negative(self, "shots")
-        check(self, "folds", self.folds >= 2, "must be at least 2")
         check(self, "alphas", bool(self.alphas), "needs one value at least")
         names = [Path(other).name for other in self.also]
         check(self, "also", len(set(names)) == len(names), "needs folders of different names: figures go by these")
@@ -274,7 +272,7 @@ def evaluate_candidates(run: str, args) -> dict:
 
     def fitted(x, C):
         scores = np.zeros(len(rows))
-        scores[usable] = infer.cross_validated(x[usable], right[usable], question[usable], args.folds, args.seed, C)
+        scores[usable] = infer.cross_validated(x[usable], right[usable], question[usable], 5, args.seed, C)
         return scores
 
     ours, found = energy_scores(model)
