@@ -510,6 +510,7 @@ class Demo:
 
 # ----------------------------------------------------------------------------- the page
 
+
 def build(demo: Demo) -> gr.Blocks:
     """The page. All handlers that run a model share one concurrency id, so that one of them runs at a time.
 
