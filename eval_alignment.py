@@ -163,14 +163,17 @@ def pairwise(scores, right) -> float | None:
 
 
 def ranking_figures(score: np.ndarray, is_valid: np.ndarray, group: list[str]) -> dict:
-    """AUROC of score [n] for is_valid, overall and within groups (`pairwise`); None where all are of one kind."""
+    """AUROC of score [n] for is_valid, overall and within groups (`pairwise`), and Spearman's rho; None where all
+    are of one kind."""
+    from scipy.stats import spearmanr
     from sklearn.metrics import roc_auc_score
 
     if is_valid.all() or not is_valid.any():
-        return {"auroc": None, "auroc_within": None}
+        return {"auroc": None, "auroc_within": None, "spearman": None}
     group = np.array(group)
     members = [np.flatnonzero(group == g) for g in np.unique(group)]
-    return {"auroc": float(roc_auc_score(is_valid, score)),
+    rho = float(spearmanr(score, is_valid).statistic) if np.ptp(score) else None  # of a constant there is none
+    return {"auroc": float(roc_auc_score(is_valid, score)), "spearman": rho,
             "auroc_within": pairwise([score[m] for m in members], [is_valid[m] for m in members])}
 
 

@@ -420,8 +420,9 @@ def say(speaker, tokenizer, context, allowed, offsets=None, reads=None, max_new_
 
 
 def plan(model, llm: LLM, question: str, steps: list[str], decode: str = "speaker", speaker=None, tokenizer=None,
-         memory=None, at: int = 0, quantile: float = 0.9, max_new_tokens: int = 64, tries: int = TRIES) -> dict:
-    """Finds where a step is missing, fills it in, and says whether the chain now holds together better.
+         memory=None, at: int = 0, slots: int = 1, quantile: float = 0.9, max_new_tokens: int = 64,
+         tries: int = TRIES) -> dict:
+    """Finds where steps are missing, fills up to `slots` of them, says whether the chain now holds together better.
 
     at: the 1-based step before which to insert; 0: where `find_gap` says. decode: `speaker` (from the predicted latent)
     or `llm` (prompted with question, steps so far and the nearest verified steps of `memory`, a `load_memory`). tries:
@@ -430,33 +431,39 @@ def plan(model, llm: LLM, question: str, steps: list[str], decode: str = "speake
     comes to be said), "gap", "threshold", "next_step_energies", "energy_before", "energy_after", "decode"}.
     """
     check_llm(model, llm)
-    if decode not in ("speaker", "llm") or not 0 <= at <= len(steps) + 1 or not 0 <= quantile <= 1:
-        raise ValueError(f"decode {decode!r} (speaker, llm), at {at} (0 to {len(steps) + 1}), quantile {quantile} "
-                         "(0 to 1): one of them cannot be")
+    if decode not in ("speaker", "llm") or not 0 <= at <= len(steps) + 1 or slots < 1 or not 0 <= quantile <= 1:
+        raise ValueError(f"decode {decode!r} (speaker, llm), at {at} (0 to {len(steps) + 1}), slots {slots} (1 and "
+                         f"more), quantile {quantile} (0 to 1): one of them cannot be")
     if decode == "speaker" and (speaker is None or tokenizer is None):
         raise ValueError("plan: decode='speaker' needs speaker and tokenizer (load_beside, runs.load_tokenizer)")
-    steps, filled, h = list(steps), [], llm.step_latents(question, steps)
-    found = energies(model, [h])[0]
-    gap, threshold = find_gap(model, found["next_step"], quantile)
-    if position := at or gap:
+    steps, filled, before, gap = list(steps), [], None, None
+    for _ in range(slots):
+        h = llm.step_latents(question, steps)
+        e = energies(model, [h])[0]
+        found, threshold = find_gap(model, e["next_step"], quantile)
+        if not filled:
+            before, gap, first = chain_energy(e), found, e["next_step"].tolist()
+        position = at + len(filled) if at else found
+        if position is None:
+            break
         slot = torch.tensor([position], device=model.h_mean.device)
         context, allowed, offsets = model.around(*latents.with_slots([h], [position], slot.device), slot)
         nearest = nearest_steps(model, memory, context[0, 0]) if memory else []
-        before, after = steps[: position - 1], steps[position - 1 :]
         if decode == "speaker":
-            read = data.read_around(speaker.config, tokenizer, question, before, after)
+            read = data.read_around(speaker.config, tokenizer, question, steps[: position - 1], steps[position - 1 :])
             text = say(speaker, tokenizer, context, allowed, offsets, [read], max_new_tokens, tries)[0]
         else:
             hints = [n["text"] for n in nearest]
-            text = " ".join(next_lines(llm, [(question, before)], max_new_tokens, hints)[0].split())
-        if text:
-            verdict, steps = verify.check_step(text), [*before, text, *after]
-            filled = [{"step": position, "text": text, "nearest": nearest, "valid": verdict.is_valid,
-                       "reason": verdict.reason}]
-    energy_after = chain_energy(energies(model, [llm.step_latents(question, steps)])[0])
-    return {"steps": steps, "filled": filled, "gap": gap, "threshold": threshold,
-            "next_step_energies": found["next_step"].tolist(), "energy_before": chain_energy(found),
-            "energy_after": energy_after, "decode": decode}
+            text = " ".join(next_lines(llm, [(question, steps[: position - 1])], max_new_tokens, hints)[0].split())
+        if not text:
+            break
+        verdict = verify.check_step(text)
+        steps.insert(position - 1, text)
+        filled.append({"step": position, "text": text, "nearest": nearest, "valid": verdict.is_valid,
+                       "reason": verdict.reason})
+    after = chain_energy(energies(model, [llm.step_latents(question, steps)])[0])
+    return {"steps": steps, "filled": filled, "gap": gap, "threshold": threshold, "next_step_energies": first,
+            "energy_before": before, "energy_after": after, "decode": decode}
 
 
 # ----------------------------------------------------------------------------- T-JEPA
@@ -644,6 +651,7 @@ class Plan(OfWorld):
 
     steps: tuple[str, ...] = ()  # one text a step
     at: int = 0  # the 1-based step before which something is missing; 0: find it, from step 2 on
+    slots: int = 1  # steps to insert, at most
     decode: Literal["speaker", "llm"] = "speaker"  # who puts the predicted step into words
     speaker: str = ""  # the Speaker's run folder; empty: RUN-speak
     memory: str = ""  # where near verified steps come from: a folder of latents, memory.py's file; empty: the run's own
@@ -652,6 +660,7 @@ class Plan(OfWorld):
     tries: int = TRIES  # texts that the Speaker may try, while a step's arithmetic does not hold
 
     def __post_init__(self):
+        check(self, "slots", 1 <= self.slots <= 16, "must lie in [1, 16]")
         check(self, "at", 0 <= self.at <= len(self.steps) + 1, f"must lie in [0, {len(self.steps) + 1}]")
         shares(self, "quantile")
         positive(self, "max_new_tokens tries")
@@ -669,7 +678,7 @@ class Plan(OfWorld):
         llm = llm_of(config, self.llm, self.device)  # after what may be missing: it takes the longest to load
         return {"question": self.question} | plan(
             model, llm, self.question, list(self.steps), self.decode, speaker, tokenizer, memory, self.at,
-            self.quantile, self.max_new_tokens, self.tries)
+            self.slots, self.quantile, self.max_new_tokens, self.tries)
 
 
 @dataclass

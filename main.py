@@ -511,6 +511,11 @@ class Demo:
 # ----------------------------------------------------------------------------- the page
 
 
+DOWNLOAD = """result => { if (!result) return; const link = document.createElement('a');
+link.href = URL.createObjectURL(new Blob([JSON.stringify(result, null, 2)], {type: 'application/json'}));
+link.download = `nano-jepa-${result.kind}.json`; link.click(); URL.revokeObjectURL(link.href); }"""
+
+
 def build(demo: Demo) -> gr.Blocks:
     """The page. All handlers that run a model share one concurrency id, so that one of them runs at a time.
 
@@ -544,6 +549,7 @@ def build(demo: Demo) -> gr.Blocks:
             elem_id=f"line-{name}", placeholder="device · threads · run · seconds")]
         with gr.Accordion("Result as JSON, and what you think of it", open=False):
             result = gr.JSON(label="result", max_height=260)
+            gr.Button("Save as a file", size="sm").click(None, result, None, js=DOWNLOAD, api_visibility="private")
             agreed = gr.Checkbox(False, label="keep my rating and this text, without personal data, in "
                                               f"{demo.args.memory}")
             truth = gr.Textbox(label="right answer, if you know it: the gate judges the chain by it", max_length=200)

@@ -1297,7 +1297,7 @@ def test_accuracy_by_hand():
     assert expected == [0, 0.25, 0.25]
     assert evaluate_accuracy.majority_expected(rows, np.array([[True, False, False, False]] * 3)) == sum(expected) / 3
     constant = eval_alignment.ranking_figures(np.zeros(4), np.array([True, False] * 2), [*"aabb"])
-    assert constant == {"auroc": 0.5, "auroc_within": 0.5}
+    assert constant == {"auroc": 0.5, "auroc_within": 0.5, "spearman": None}
     scores, right = np.array([[3.0, 1.0, 2.0], [1.0, 1.0, 1.0]]), np.array([[True, False, False], [True] * 3])
     assert evaluate_accuracy.pairwise(scores, right) == 1.0
     assert evaluate_accuracy.pairwise(-scores, right) == 0.0
@@ -3170,18 +3170,18 @@ def test_plan_never_sees_the_step_it_predicts(world):
 def test_plan_and_rerank_commands(world, tmp_path):
     steps, use = ["Tom has 2 * 3 = 6 apples.", "#### 9"], functools.partial(result_of, infer.main)
     plan = functools.partial(use, "plan", world.rjepa, "--question", QUESTION, "--steps", *steps, "--at", 2)
-    found = plan()
-    assert [f["step"] for f in found["filled"]] == [2] and found["decode"] == "speaker"
-    assert len(found["steps"]) == 3 and found["energy_after"] > 0
+    found = plan("--slots", 2)
+    assert [f["step"] for f in found["filled"]] == [2, 3][: len(found["filled"])] and found["decode"] == "speaker"
+    assert len(found["steps"]) == 2 + len(found["filled"]) > 2 and found["energy_after"] > 0
     says = SimpleNamespace(config=cfg.SpeakConfig(reads="nothing"), generate=lambda *a, **options: [[7]])
     tokenizer = SimpleNamespace(decode=lambda ids: "Mia has 2 + 2 = 5.")
-    said = infer.plan(world.model, world.llm, QUESTION, steps, "speaker", says, tokenizer, at=2)
-    assert said["steps"] == [steps[0], "Mia has 2 + 2 = 5.", steps[1]]
-    assert [(f["step"], f["valid"]) for f in said["filled"]] == [(2, False)]
-    said = infer.plan(world.model, world.llm, QUESTION, [], "speaker", says, tokenizer, at=1)
-    assert said["energy_before"] is None and said["next_step_energies"] == [] and len(said["filled"]) == 1
+    said = infer.plan(world.model, world.llm, QUESTION, steps, "speaker", says, tokenizer, at=2, slots=2)
+    assert said["steps"] == [steps[0], "Mia has 2 + 2 = 5.", "Mia has 2 + 2 = 5.", steps[1]]
+    assert [(f["step"], f["valid"]) for f in said["filled"]] == [(2, False), (3, False)]
+    said = infer.plan(world.model, world.llm, QUESTION, [], "speaker", says, tokenizer, at=1, slots=2)
+    assert said["energy_before"] is None and said["next_step_energies"] == [] and len(said["filled"]) == 2
     refused(ValueError, "needs speaker", infer.plan, world.model, world.llm, QUESTION, steps)
-    for wrong in (dict(at=4), dict(quantile=2.0), dict(decode="x")):
+    for wrong in (dict(at=4), dict(slots=0), dict(quantile=2.0), dict(decode="x")):
         refused(ValueError, "one of them cannot be", infer.plan, world.model, world.llm, QUESTION, steps,
                 **dict(decode="llm") | wrong)
     found = plan("--decode", "llm")
@@ -4286,7 +4286,7 @@ def test_bad_input_to_tjepa(thinkers, tmp_path, what, message):
     ("rerank rjepa --alpha -1", "alpha"), ("rerank rjepa --top_p 0", "top_p"),
     ("nudge rjepa --question Who? --alpha -1", "alpha"), ("nudge rjepa --question Who? --alpha 1e9", "alpha"),
     ("nudge rjepa --question Who? --guide nowhere", "train.py rjepa-guide --init_from"),
-    ("plan rjepa --question Who?", "steps"), ("plan rjepa --question Who? --steps a --tries 0", "tries"),
+    ("plan rjepa --question Who?", "steps"), ("plan rjepa --question Who? --steps a --slots 0", "slots"),
     ("plan rjepa --question Who? --steps a --speaker none", "train.py rjepa-speak --init_from"),
     ("think tjepa --text ' '", "text"), ("think tjepa --text a --k 0", "k 0"),
     ("speak tjepa --question Who?", "train.py tjepa-speak"), ("speak speak --question ''", "question"),

@@ -369,6 +369,9 @@ def test_every_tab_in_a_browser(url):
                 assert page.locator(f"#picture-{name}").inner_text().strip()
         open_tab(page, "Score")
         page.get_by_text("Result as JSON").locator("visible=true").first.click()
+        with page.expect_download() as saved:
+            page.get_by_role("button", name="Save as a file").locator("visible=true").click()
+        assert json.loads(Path(saved.value.path()).read_text())["kind"] == "score"
         page.get_by_role("button", name="👍 up").locator("visible=true").click()
         page.get_by_text("agree to it first").wait_for()
         assert not wrong
