@@ -161,7 +161,8 @@ def shard_name(number: int) -> str:
 
 
 def digest(tensors: dict[str, torch.Tensor], header: dict) -> str:
-    total = hashlib.sha256(json.dumps(header).encode() if "file" in header else b"")  # older ones: tensors alone
+    """sha256 of a header, unless it is empty, and of the tensors in the order of their names."""
+    total = hashlib.sha256(json.dumps(header).encode() if header else b"")
     for name in sorted(tensors):
         total.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()
@@ -195,7 +196,7 @@ def read_shard(path: Path) -> tuple[dict, dict]:
     try:
         with safe_open(path, "pt") as f:
             header, tensors = json.loads(f.metadata()["header"]), {key: f.get_tensor(key) for key in f.keys()}
-        h, offsets, checksum = tensors["h"], tensors["offsets"], header.pop("sha256")
+        h, offsets, checksum, name = tensors["h"], tensors["offsets"], header.pop("sha256"), header["file"]
         intact = digest(tensors, header) == checksum and h.dim() == 2 and int(offsets[-1]) == len(h)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({str(error)[:120]}): {again}") from None
@@ -203,8 +204,8 @@ def read_shard(path: Path) -> tuple[dict, dict]:
         raise ValueError(f"{path} is of schema {header.get('schema')}, this version reads {SCHEMA}: extract again")
     if not intact:
         raise ValueError(f"{path} is damaged (it does not have the checksum of its header): {again}")
-    if header.get("file", path.name) != path.name:
-        raise ValueError(f"{path} was written as {header['file']}: give it this name back, or {again}")
+    if name != path.name:
+        raise ValueError(f"{path} was written as {name}: give it this name back, or {again}")
     if not all(torch.isfinite(t).all() for t in tensors.values()):
         raise ValueError(f"{path} holds values that are not finite: extract again with --dtype fp32")
     return tensors, header
@@ -251,9 +252,9 @@ def read_manifest(folder) -> dict:
         raise FileNotFoundError(f"{folder} " + ("is an unfinished extraction: run the same extract.py command again"
                                                 if unfinished else "holds no latents (no manifest.json)"))
     try:
-        manifest = {"prompt": ""} | json.loads(path.read_text())
-        missing = {"schema", "shards", "split", "index", *SAME_LLM} - set(manifest)
-    except (ValueError, TypeError) as error:  # no JSON, no UTF-8, no dict
+        manifest = json.loads(path.read_text())
+        missing = {"schema", "shards", "split", "index", *SAME_LLM} - manifest.keys()
+    except (ValueError, AttributeError) as error:  # no JSON, no UTF-8, no object
         raise ValueError(f"{path} is damaged ({error}): delete it, and run the same extract.py command again") from None
     if missing or manifest["schema"] != SCHEMA:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing)) or 'this schema'}: extract again")
@@ -303,7 +304,7 @@ def load_latents(folder, where: str = "") -> tuple[list[dict], dict]:
             path = folder / shard_name(row["shard"])
             tensors, header = read_shard(path)
             names = sorted({*header, *SAME_LLM} - {"file", "records"})
-            if wrong := [k for k in names if header.get(k, "") != manifest.get(k)]:
+            if wrong := [k for k in names if header.get(k) != manifest.get(k)]:
                 raise ValueError(f"{path} is of another extraction than manifest.json ({', '.join(wrong)} differ)")
             if tensors["h"].shape[1] != manifest["dim"]:
                 raise ValueError(f"{path} has width {tensors['h'].shape[1]}, manifest.json says {manifest['dim']}")

@@ -36,7 +36,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -1748,7 +1747,7 @@ def test_packed_sequences_see_what_each_sees_alone(B, T, row, monkeypatch):
 def write_latents(folder, chains, **about):
     """A folder of latents as extract.py writes it, from (record, latents) pairs."""
     header = {"schema": latents.SCHEMA, "llm": "made-up", "layer": 2, "pooling": "last", "dtype": "float32",
-              "logprobs": False, "dataset": "gsm8k", "weights": "0ab1"} | about  # fmt: skip
+              "prompt": "", "logprobs": False, "dataset": "gsm8k", "weights": "0ab1"} | about  # fmt: skip
     records = [record | {"n_tokens": [1] * len(h), "shard": 0} for record, h in chains]
     folder.mkdir(exist_ok=True)
     latents.write_shard(folder / latents.shard_name(0), [h for _, h in chains], [], header, runs.write_atomic)
@@ -2808,10 +2807,6 @@ def test_damaged_latents_are_named(tmp_path):
         for look in (latents.load_latents, extract_to):
             refused(ValueError, "manifest.json is damaged .*: delete it, and run the same", look, tmp_path)
     manifest.write_text(json.dumps(about))
-    del header["file"]  # as they were written at first
-    sums = header | {"sha256": latents.digest(tensors, header)}
-    safetensors.torch.save_file(tensors, path, {"header": json.dumps(sums)})
-    assert len(latents.load_latents(tmp_path)[0]) == about["chains"]
     path.unlink()
     with pytest.raises(ValueError, match="shard-00001.* is missing: all processes must write to one folder"):
         latents.write_index(tmp_path, latents.select(tmp_path), about, runs.write_atomic)
