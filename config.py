@@ -14,7 +14,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args, get_origin
+from typing import ClassVar, Literal, get_args
 
 PICK = Literal["auto", "on", "off"]
 POOLING = Literal["mean", "last", "both"]  # of a step's tokens
@@ -22,7 +22,7 @@ POOLING = Literal["mean", "last", "both"]  # of a step's tokens
 
 @dataclass
 class RunConfig:
-    """What every training job has: where it writes, what it reads, how it optimises, on which machine."""
+    """The fields of every training job: where it writes, what it reads, how it optimises, on which machine."""
 
     # run
     out_dir: str = ""  # run folder; empty: out/PRESET, of a guide or Speaker beside its R-JEPA
@@ -66,27 +66,29 @@ class RunConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, kinds = getattr(self, field.name), get_args(field.type)
-            if get_origin(field.type) is Literal:
-                check(self, field.name, value in kinds, f"must be one of {', '.join(kinds)}")
+            value, choices = getattr(self, field.name), get_args(field.type)  # choices: of a Literal
+            if choices:
+                check(self, field.name, value in choices, f"must be one of {', '.join(choices)}")
             else:
-                right = isinstance(value, (int, float) if field.type is float else field.type)
-                check(self, field.name, right and (field.type is bool or not isinstance(value, bool)),
-                      f"must be of type {field.type.__name__}")
+                kinds = (int, float) if field.type is float else (field.type,)
+                check(self, field.name, type(value) in kinds, f"must be of type {field.type.__name__}")
+        names = [field.name for field in dataclasses.fields(self)]
         positive(self, "epochs batch_size grad_accum lr grad_clip log_every eval_every save_every max_problem_steps")
         not_negative(self, "seed limit n_synthetic max_steps threads weight_decay")
-        not_negative(self, " ".join(f.name for f in dataclasses.fields(self) if f.name.startswith("lambda_")))
+        not_negative(self, " ".join(name for name in names if name.startswith("lambda_")))
         check(self, "seed", self.seed < 10**9, "must be below 1,000,000,000")
         shares(self, "min_lr_ratio warmup_ratio beta2 ema_start ema_end")
         check(self, "val_problems", self.val_problems >= 2, "must be at least 2 (a pair is needed to mismatch)")
         check(self, "max_problem_steps", self.max_problem_steps <= 8, "must be at most 8")
-        names = [field.name for field in dataclasses.fields(self)]
         positive(self, " ".join(name for name in names if name.endswith(("n_layer", "n_head", "n_embd"))))
         for name in (name for name in names if name.endswith("n_embd")):
             heads = next(h for h in (name.replace("embd", "head"), "n_head") if h in names)
             check(self, heads, getattr(self, name) % (2 * getattr(self, heads)) == 0,
                   f"must divide {name}={getattr(self, name)} into even parts")
         check(self, "dropout", "dropout" not in names or 0 <= self.dropout < 1, "must lie in [0, 1)")
+        if "vocab_size" in names:  # a Transformer over tokens
+            check(self, "vocab_size", self.vocab_size >= 258, "must be at least 258 (256 bytes and two special tokens)")
+            check(self, "block_size", self.block_size >= 16, "must be at least 16")
 
 
 @dataclass
@@ -116,15 +118,8 @@ class NanoJEPAConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_language_model(self)
         if self.lambda_jepa > 0 and self.standardize_target:
             check(self, "batch_size", self.batch_size >= 8, "must be at least 8: the batch standardises the latents")
-
-
-def check_language_model(config):
-    """What holds of every Transformer over tokens."""
-    check(config, "vocab_size", config.vocab_size >= 258, "must be at least 258 (256 bytes and two special tokens)")
-    check(config, "block_size", config.block_size >= 16, "must be at least 16")
 
 
 @dataclass
@@ -228,7 +223,6 @@ class SpeakConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_language_model(self)
         positive(self, "read_size")
         shares(self, "predicted_share alone_share read_weight")
         check(self, "use_z", self.use_z or self.reads != "nothing", "off: it must read, --reads all or before")
@@ -249,10 +243,6 @@ class TextConfig(RunConfig):
     n_head: int = 12  # attention heads
     n_embd: int = 768  # width
     dropout: float = 0.0  # on embeddings and residual branches; a predictor has none
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_language_model(self)
 
 
 @dataclass
@@ -304,6 +294,8 @@ class DistillConfig(DocumentConfig):
     def __post_init__(self):
         super().__post_init__()
         check(self, "teacher", bool(self.teacher), "give the teacher's run folder")
+        check(self, "init_from", self.init_from in ("", "random"),
+              "a student starts from fresh weights, leave it out")
 
 
 @dataclass
@@ -409,11 +401,16 @@ PRESETS = {
     ),
     # the same for SmolLM2-135M on a CPU, with the energy margin: what finds right solutions best (LOG.md)
     "rjepa-small": RJEPA_SMALL,
-    # that world model for the latents of another LLM: new adapters, all else as it was
+    # a world model over this project's own LLM, that of `python train.py student-small`
+    "rjepa-student": RJEPAConfig(
+        dataset="synthetic", n_synthetic=9000, max_problem_steps=4, llm="out/student-small", batch_size=128,
+        epochs=15.0, weight_decay=0.05, eval_every=200, save_every=200,
+    ),
+    # rjepa-small for the latents of another LLM: new adapters, all else as it was
     "rjepa-calibrate": dataclasses.replace(
         RJEPA_SMALL, layer=-2, init_from="out/rjepa-small", adapters_only=True, epochs=12.0,
     ),
-    # NUDGE's head and PLAN's Speaker for an R-JEPA run; --init_from names it
+    # NUDGE's head and PLAN's Speaker, for the R-JEPA run that --init_from names
     "rjepa-guide": GuideConfig(
         init_from="out/rjepa-small", batch_size=8, epochs=1.0, weight_decay=0.01, eval_every=100, val_problems=64,
     ),
@@ -435,11 +432,6 @@ PRESETS = {
     "tjepa-speak": AnswerConfig(
         init_from="out/tjepa-small", tokenizer="bpe", vocab_size=2048, block_size=512, n_layer=3, n_head=4, n_embd=256,
         dropout=0.1, batch_size=32, epochs=4.0, eval_every=250, save_every=500,
-    ),
-    # the same for this project's own LLM, `python train.py student-small`
-    "rjepa-student": RJEPAConfig(
-        dataset="synthetic", n_synthetic=9000, max_problem_steps=4, llm="out/student-small", batch_size=128,
-        epochs=15.0, weight_decay=0.05, eval_every=200, save_every=200,
     ),
 }
 
@@ -507,7 +499,7 @@ def from_json(text: str, where: str):
         raise ValueError(f"{where}: unknown fields {', '.join(unknown)} (written by another version?)")
     try:
         config = jobs[job](**fields)
-        if new := sorted(names - set(fields)):  # a field that has come since: the run was made before it meant anything
+        if new := sorted(names - set(fields)):  # fields that are newer than the run
             print(f"{where} lacks " + ", ".join(f"{name}, taken as {getattr(config, name)!r}" for name in new),
                   file=sys.stderr)
         return preset, config

@@ -437,8 +437,6 @@ class DistillJob(DocumentJob):
         if config.block_size > runs.encoder_block_size(theirs):
             raise ValueError(f"--block_size {config.block_size}: the teacher has seen rows of "
                              f"{runs.encoder_block_size(theirs)}")
-        if config.init_from not in ("", "random"):
-            raise ValueError(f"--init_from {config.init_from}: a student starts from fresh weights, leave it out")
         self.identity["teacher"] = config.world
 
     def batch(self, index: int, device) -> dict:
