@@ -23,18 +23,6 @@ from model import RJEPA, TJEPA, DistilledEncoder, Guidance, NanoJEPA, Speaker, S
 
 # ----------------------------------------------------------------------------- devices
 
-PLOTS = {  # file: what of log.jsonl it shows, how that is called, and the controls beside it
-    "token_loss_curve.png": ("lm_loss", "token loss (nats)", {}),
-    "jepa_loss_curve.png": ("jepa_loss", "1 - cos(pred, answer)", {"predict_mean_loss": "best constant"}),
-    "l1_curve.png": ("l1", "L1 of hidden steps", {"l1_predict_mean": "constant", "l1_copy": "copy a neighbour"}),
-    "mse_curve.png": ("mse", "squared error of hidden tokens",
-                      {"mse_predict_mean": "constant", "mse_copy": "copy a neighbour",
-                       "mse_document_mean": "mean of the visible tokens"}),
-    "ce_curve.png": ("ce", "cross-entropy under NUDGE (nats)", {"ce_llm": "the LLM alone", "ce_shuffled": "of others"}),
-    "rank_curve.png": ("effective_rank", "effective rank", {"target_effective_rank": "targets"}),
-}  # fmt: skip
-RUN_FILES = ["model.safetensors", "config.json", "state.pt", "log.jsonl", "tokenizer.tiktoken", *PLOTS]
-
 
 def pick_device(name: str = "auto") -> str:
     """cuda, mps or cpu, in this order, unless a name is given. Raises ValueError for one this machine lacks."""
@@ -79,10 +67,10 @@ def say(*text):
 
 @contextlib.contextmanager
 def processes(device: str):
-    """(rank, processes) of this one under torchrun, (0, 1) without; joins their group, and leaves it if all went well.
+    """(rank, number of processes) under torchrun, (0, 1) without; joins their group, and leaves it if all went well.
 
-    With several GPUs `cuda` is from then on the one of this process. Who waits for others waits two hours: that one of
-    them has died torchrun notices, that it hangs nobody else.
+    With several GPUs `cuda` is from then on the one of this process. A process waits two hours at most for the others:
+    torchrun notices one that has died, but not one that hangs.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     joins = world > 1 and not dist.is_initialized()
@@ -104,7 +92,7 @@ def processes(device: str):
 def leave():
     """Ends a process of torchrun whose work is done, at once; every `main` that uses `processes` ends with it.
 
-    While Python shuts down, a thread of gloo that still frees a tensor of a collective would abort the process.
+    Without it, a gloo thread that still frees a tensor while Python shuts down would abort the process.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush(), sys.stderr.flush()
@@ -117,7 +105,7 @@ def is_restart() -> bool:
 
 
 def add_up(value: float = 0) -> float:
-    """The sum over all processes, once each has come here. Raises SystemExit where one of them has ended before."""
+    """The sum over all processes, once each has come here. Raises SystemExit if one of them has ended before that."""
     if not dist.is_initialized():
         return value
     total = torch.tensor(value, dtype=torch.float64)
@@ -130,13 +118,26 @@ def add_up(value: float = 0) -> float:
 
 # ----------------------------------------------------------------------------- run folders
 
+PLOTS = {  # file: the field of log.jsonl that it shows, the label of the axis, the controls beside it
+    "token_loss_curve.png": ("lm_loss", "token loss (nats)", {}),
+    "jepa_loss_curve.png": ("jepa_loss", "1 - cos(pred, answer)", {"predict_mean_loss": "best constant"}),
+    "l1_curve.png": ("l1", "L1 of hidden steps", {"l1_predict_mean": "constant", "l1_copy": "copy a neighbour"}),
+    "mse_curve.png": ("mse", "squared error of hidden tokens",
+                      {"mse_predict_mean": "constant", "mse_copy": "copy a neighbour",
+                       "mse_document_mean": "mean of the visible tokens"}),
+    "ce_curve.png": ("ce", "cross-entropy under NUDGE (nats)", {"ce_llm": "the LLM alone", "ce_shuffled": "of others"}),
+    "rank_curve.png": ("effective_rank", "effective rank", {"target_effective_rank": "targets"}),
+}  # fmt: skip
+RUN_FILES = ["model.safetensors", "config.json", "state.pt", "log.jsonl", "tokenizer.tiktoken", *PLOTS]
+
 
 @contextlib.contextmanager
 def lock(folder: Path, option: str):
-    """Makes the folder and holds its .lock, so that no two processes write there (of torchrun's, rank 0 holds it).
+    """Makes the folder and holds its .lock, so that no two runs write there (under torchrun rank 0 holds it).
 
-    The operating system's lock: one that is killed holds nothing. Raises SystemExit, naming the option to change.
-    The file stays, except where it was not there before and what is done under it fails: a refused folder is as it was.
+    It is a lock of the operating system: a process that is killed holds nothing. If what is done under it fails, a
+    folder or file .lock that is new goes again: a refused folder stays as it was. Raises SystemExit naming the option
+    to change.
     """
     from filelock import FileLock, Timeout
 
@@ -158,7 +159,7 @@ def lock(folder: Path, option: str):
     try:
         add_up()
         yield
-    except BaseException:  # a folder that is refused stays as it was
+    except BaseException:
         with contextlib.suppress(OSError):
             if not was_locked:
                 (folder / ".lock").unlink()
@@ -180,19 +181,19 @@ def write_atomic(path: Path, write):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
-        mode = (path if path.exists() else temporary).stat().st_mode  # some writers' files are for the user alone
+        mode = (path if path.exists() else temporary).stat().st_mode  # safetensors' files are for the user alone
         write(temporary)
         os.chmod(temporary, mode)
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
-        with contextlib.suppress(OSError):  # the folder too, where that can be: a power cut must not undo the order
+        with contextlib.suppress(OSError):  # the folder too, where possible: a power cut must not undo the renaming
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder), os.close(folder)
     except Exception as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, (OSError, RuntimeError, SafetensorError)):  # torch.save and safetensors have their own
+        if isinstance(error, (OSError, RuntimeError, SafetensorError)):  # the last two: of torch.save and safetensors
             raise not_written(path, error) from error
         raise
 
@@ -212,7 +213,8 @@ def not_written(path: Path, error: Exception) -> OSError:
 
 
 def append_line(path: Path, row: dict):
-    """One more line of a jsonl file: whole or, on a full disk, not at all. Half a line, of a kill, the reader drops."""
+    """Adds a line to a jsonl file: whole or, on a full disk, not at all. A kill may leave half a line, which readers of
+    such files drop."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with open(path, "a") as f:
@@ -243,9 +245,9 @@ def prompt_text(prompt: str) -> str:
 
 
 def llm_label(config, folder: str = "") -> str:
-    """What a cache made with an R-JEPA's LLM is called after: its name, prompt and, where it is here, present weights.
+    """The part of a cache's name that says which LLM made it: its name and a hash of prompt and weights.
 
-    folder: where it lies, if not under its name.
+    folder: where the LLM lies, if not under its name; the weights count only if they are on this machine.
     """
     name, folder = "".join(c if c.isalnum() or c in "-." else "-" for c in config.llm), folder or config.llm
     files = [Path(folder)] if Path(folder).is_file() else sorted(Path(folder).glob("*.safetensors"))
@@ -272,8 +274,8 @@ def load_config(folder, kind=cfg.RunConfig, fault: str = "") -> tuple:
 def load_run(folder, device: str = "auto", kind=cfg.RunConfig, fault: str = ""):
     """(model in eval mode, config) of any run folder, strictly: every weight present, none left over.
 
-    The config's `preset` is model.preset. Raises FileNotFoundError or ValueError that names the file at fault, or says
-    `fault` of a run whose config is of another kind.
+    The run's preset becomes model.preset. Raises FileNotFoundError or ValueError that names the file at fault, or ends
+    with `fault` where the config is not of the given kind.
     """
     from safetensors import SafetensorError
 
@@ -310,7 +312,7 @@ NO_TEXT = "not of T-JEPA (train.py tjepa-small)"
 
 
 def inherit(config):
-    """Takes over what the run that config.init_from (or config.teacher) names decides: network, tokenizer.
+    """Sets the fields (network, tokenizer) that follow from the run which config.init_from or config.teacher names.
 
     Raises ValueError for a run of another job.
     """
@@ -333,7 +335,7 @@ def inherit(config):
 
 
 def start_from(model, config):
-    """Loads the weights of the run that config.init_from names; all but the adapters' with config.adapters_only."""
+    """Loads the weights of the run that config.init_from names; without its adapters if config.adapters_only."""
     source, theirs = load_run(config.init_from, "cpu")
     weights, adapters_only = source.state_dict(), getattr(config, "adapters_only", False)
     if adapters_only:
@@ -370,7 +372,7 @@ def digest_file(path) -> str:
 
 
 def weights_digest(folder) -> str:
-    """Hash of a run's weights, by which what was made for them knows them again."""
+    """Hash of a run's weights: what was made for them keeps it, to recognise them."""
     return digest_file(Path(folder) / "model.safetensors")[:16]
 
 
@@ -383,20 +385,20 @@ def load_tokenizer(folder, config) -> data.Tokenizer:
     return tokenizer
 
 
-# from `latents` on: what follows from a job's identity
+# fields that may differ when a run is continued; those from `latents` on follow from what the job's identity covers
 FREE_ON_RESUME = set("""out_dir overwrite device threads log_every save_every data_dir vocab_size shard grad_accum
                         latents llm layer pooling prompt dim llm_weights
                         z_dim h_dim context_dim teacher_dim world""".split())
 
 
 def is_foreign(name: str) -> bool:
-    """Whether a file is none of those that every kind of folder may hold: its lock, and what a kill left half-written
-    (by us NAME.tmp, by safetensors .tmpNAME)."""
+    """False for files that any folder may hold: its lock, and what a kill left half-written (NAME.tmp by
+    write_atomic, .tmpNAME by safetensors)."""
     return name != ".lock" and not name.endswith(".tmp") and not name.startswith(".tmp")
 
 
 def refuse_foreign(folder: Path, overwrite: bool):
-    """SystemExit for a folder that holds other files than a run's, or is none."""
+    """SystemExit for a folder that is not a run's but holds files, or for a file."""
     if folder.exists() and not folder.is_dir():
         raise SystemExit(f"--out_dir {folder} is a file: choose a folder")
     here = {p.name.removesuffix(".tmp") for p in folder.iterdir()} if folder.is_dir() else set()
@@ -420,7 +422,7 @@ def open_run(folder: Path, config) -> dict | None:
             raise SystemExit(f"{error}. Choose another --out_dir, or --overwrite") from None
         if type(old) is not type(config):
             raise SystemExit(f"{folder} is a run of preset '{old_preset}'. Choose another --out_dir, or --overwrite")
-        free = FREE_ON_RESUME | {"dataset" if isinstance(config, cfg.RJEPAConfig) else ""}  # it is that of the latents
+        free = FREE_ON_RESUME | {"dataset" if isinstance(config, cfg.RJEPAConfig) else ""}  # follows from the latents
         refuse_changes(folder, {k: v for k, v in cfg.diff(old, config).items() if k not in free})
     if not (folder / "state.pt").exists():
         return None  # killed before the first checkpoint
@@ -452,7 +454,7 @@ def digest(text: str) -> str:
 
 
 def digest_of_list(rows) -> str:
-    """`digest` of json.dumps of a list; a row at a time, since all token ids of a data set are a text of gigabytes."""
+    """`digest` of a list's JSON, made row by row: that of all token ids of a data set would take gigabytes."""
     total = hashlib.sha256(b"[")
     for i, row in enumerate(rows):
         total.update((", " * (i > 0) + json.dumps(row)).encode())
@@ -487,9 +489,9 @@ def save_plots(folder: Path):
 
 
 def publish(run: str, folder: str, llm: str = "", overwrite: bool = False) -> dict:
-    """Copies what a finished run needs to be used, its matrices in bf16 -> {"folder", "bytes"}; `python runs.py`.
+    """Copies what is needed to use a finished run, its matrices in bf16 -> {"folder", "bytes"}; `python runs.py`.
 
-    llm: what an R-JEPA's LLM is called from now on. A guide or Speaker is tied to the R-JEPA beside `folder`.
+    llm: the name of an R-JEPA's LLM from now on. A guide or Speaker is tied to the R-JEPA beside `folder`.
     """
     run, folder = Path(run), Path(folder)
     preset, config = load_config(run)
@@ -497,13 +499,11 @@ def publish(run: str, folder: str, llm: str = "", overwrite: bool = False) -> di
     if here - {*RUN_FILES, "rerank.json"} or (here and not overwrite):
         raise ValueError(f"{folder} is not empty: choose another folder, or --overwrite (the files of a run alone)")
     config.out_dir, config.data_dir = str(folder), ""
-    if hasattr(config, "latents"):
-        config.llm, config.latents = llm or config.llm, ""
     if isinstance(config, cfg.RJEPAConfig):
-        config.held_out = ""
+        config.latents = config.held_out = ""
         if llm:
-            config.llm_weights = weights_digest(llm) if is_run(llm) else ""
-    if type(config) in (cfg.GuideConfig, cfg.SpeakConfig):
+            config.llm, config.llm_weights = llm, weights_digest(llm) if is_run(llm) else ""
+    if isinstance(config, (cfg.GuideConfig, cfg.SpeakConfig)):
         config.init_from = str(folder).rpartition("-")[0]
         config.world = weights_digest(config.init_from)
     matrices = {name for name, p in build_model(config).named_parameters() if p.dim() > 1}
