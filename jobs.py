@@ -1,9 +1,15 @@
 """What train.py's one loop needs to know of each kind of model: a job brings the data, the batches, the evaluation.
 
-A job has `train` and `batches` (with `per_epoch` and `unit`, what they hold), `ahead` (whether batches may be made
-while the last one is trained on: those that a frozen model makes are too large), `identity` (what a resumed run
-shares), `batch(index, device)`, `fit(model)` before the first step, `evaluate(model, device, autocast)`, whose figures
-are of held-out data, and `write(folder)`.
+A job has
+    train, val                            examples; those of val are held out
+    batches                               with `per_epoch` and `unit` (what they hold)
+    ahead                                 whether a batch may be made while the one before it is trained on: not those
+                                          that a frozen model makes, which are too large
+    identity                              what a resumed run must share
+    batch(index, device)                  one batch
+    fit(model)                            called before the first step
+    evaluate(model, device, autocast)     figures of held-out data
+    write(folder)                         what a run folder needs besides the weights
 """
 
 import dataclasses
@@ -27,12 +33,12 @@ from model import alignment, effective_rank, latent_figures, pad_rows, real_toke
 
 
 def n_rows(batch: dict) -> int:
-    """How many rows carry the tokens that a batch counts: what attention works on."""
-    return batch.get("n_rows") or sum(len(batch[k]) for k in ("idx", "h") if k in batch)
+    """How many rows hold the n_tokens of a batch."""
+    return batch.get("n_rows") or len(batch["idx"] if "idx" in batch else batch["h"])
 
 
 def parts(items: list, size: int) -> list[list]:
-    """Items in parts of at most about `size`, none of one alone: a control pairs each with another."""
+    """Items in parts of about `size`, none of a single item: a control pairs each with another of its part."""
     n = max(1, min(-(-len(items) // size), len(items) // 2))
     return [items[i * len(items) // n : (i + 1) * len(items) // n] for i in range(n)]
 
@@ -41,16 +47,16 @@ def pick_tokenizer(config, out: Path, texts: list[str], init_from: str = "") -> 
     """GPT-2's, the run folder's own, that of the run it starts from, or a BPE trained on the texts."""
     if config.tokenizer == "gpt2":
         return data.gpt2_tokenizer()
-    if (out / "state.pt").is_file() and not config.overwrite:  # before it nothing says what its tokenizer was made for
+    if (out / "state.pt").is_file() and not config.overwrite:  # without a state it may be of other settings
         return data.load_bpe(out / "tokenizer.tiktoken")
     return runs.load_tokenizer(init_from, config) if init_from else data.train_bpe(texts, config.vocab_size)
 
 
 def at_least_two(val: list, where: str) -> list:
-    """val itself: a control pairs what is validated on with another."""
+    """val itself. Raises ValueError if it is shorter: a control pairs each of its items with another."""
     if len(val) < 2:
-        raise ValueError(f"{where}: {len(val)} to validate on, two are needed (where no split "
-                         f"is given every {data.VAL_EVERY}th is kept)")
+        raise ValueError(f"{where}: {len(val)} to validate on, two are needed (where no split is given every "
+                         f"{data.VAL_EVERY}th is kept)")
     return val
 
 
@@ -61,10 +67,10 @@ def train_and_val(config) -> tuple[list[dict], list[dict]]:
 
 
 def chains_to_train_on(config, rows: list[dict], manifest: dict, folder, world) -> tuple[list[dict], list[dict]]:
-    """(train, val) of latents.training_chains, as many as a config names; world: the config of the R-JEPA, whose
-    held_out, where it names one, brings val, and all chains of the folder are trained on.
+    """(train, val) of latents.training_chains, as many as a config names.
 
-    Raises ValueError as train_and_val does, and where a problem is in both.
+    world: the config of the R-JEPA. If its held_out names a folder, val comes from there, and all chains of `folder`
+    are trained on. Raises ValueError as train_and_val does, and where a problem is in both.
     """
     train, val = latents.training_chains(rows, manifest, folder)
     if not train and not val:
@@ -77,10 +83,12 @@ def chains_to_train_on(config, rows: list[dict], manifest: dict, folder, world) 
     train = latents.first_problems(train, config.limit)
     val = at_least_two(latents.first_problems(val, config.val_problems),
                        f"verified chains of {world.held_out or folder}")
-    for same in (lambda r: r["problem_id"], lambda r: data.plain_question(r["question"])) if world.held_out else ():
-        if seen := {same(r) for r in train} & {same(r) for r in val}:
-            raise ValueError(f"{folder} holds a problem of --held_out {world.held_out}: {min(seen)[:80]}")
+    if world.held_out:
+        for name in (lambda r: r["problem_id"], lambda r: data.plain_question(r["question"])):
+            if seen := {name(r) for r in train} & {name(r) for r in val}:
+                raise ValueError(f"{folder} holds a problem of --held_out {world.held_out}: {min(seen)[:80]}")
     return train, val
+
 
 
 class Job:
@@ -144,7 +152,7 @@ class TextJob(Job):
 class LatentJob(Job):
     """To train RJEPA: verified chains' latents, extracted first where they are missing.
 
-    Sets config's llm, layer, pooling, prompt, dim and dataset to what the latents say.
+    Sets the config's llm, layer, pooling, prompt, dim and dataset to what the latents say.
     """
 
     def __init__(self, config, out: Path):
@@ -167,7 +175,7 @@ class LatentJob(Job):
         self.train, self.val = chains_to_train_on(config, rows, manifest, folder, config)
         if config.gap_share:
             extract.leave_out_a_step(config, self.train, config.seed, config.device)
-        latents.join(self.val)  # as copies: whole shards can go once the training chains are in a table, too
+        latents.join(self.val)  # copies them; once the training chains are in a table, too, the shards are freed
         self.batches = latents.Batches(self.train, config)
         parts = [[r["id"], r["steps"], r.get("wrong_step")] for r in self.train]
         self.identity = {"latents": runs.digest(json.dumps([parts, manifest], sort_keys=True))}
@@ -177,7 +185,7 @@ class LatentJob(Job):
         model.fit_standardize(torch.cat([r["h"] for r in self.train]))
 
     def figures(self, model, device, autocast) -> dict:
-        """Figures of model.latent_figures on held-out chains under fixed masks; stores the energies' quantiles."""
+        """Losses and latent_figures of held-out chains under fixed masks; stores the energies' quantiles."""
         clean = dataclasses.replace(self.config, shuffle_steps=False)
         z_pred, z_target, z_copy, sums = [], [], [], {}
         energies = [[], [], []]  # the rows of model.quantiles
@@ -245,9 +253,9 @@ class GuideJob(WorldJob):
 
     @torch.no_grad()
     def collate(self, chains: list[dict], rng, device) -> dict:
-        """A batch of Guidance.forward over all tokens of the steps, the line end (or end of text) after each with it.
+        """A batch of Guidance.forward over all tokens of the steps, with the line end (or end of text) after each.
 
-        Besides: z_other, the prediction for another problem's step of the same number (or its last): the control.
+        And, as the control, z_other: the prediction for the step of the same number (or the last) of another problem.
         """
         coded = [self.llm.encode(c["question"], c["steps"]) for c in chains]
         seen, final = self.llm.states(pad_rows([ids for ids, _ in coded], 0, self.llm.device), {self.llm.layer}, True)
@@ -287,7 +295,7 @@ class GuideJob(WorldJob):
 class SpeakJob(WorldJob):
     """To train a Speaker on an R-JEPA's latents: one hidden step of each chain, put into words.
 
-    The LLM reads every chain of two steps and more once without that step.
+    The LLM reads every chain of two or more steps once without that step.
     """
 
     def __init__(self, config, out: Path):

@@ -66,7 +66,7 @@ def train(preset: str, config) -> dict:
 
 
 def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> dict:
-    """What `train` does in a folder that is its own, as one of `world` processes."""
+    """What `train` does once it holds the folder's lock, as one of `world` processes."""
     dtype = runs.pick_dtype(config.dtype, device)
     in_dtype = functools.partial(runs.autocast, device, dtype)
 
@@ -79,13 +79,13 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)  # a new field alone is no change
                 if f.name not in runs.FREE_ON_RESUME and getattr(config, f.name) != f.default}
     micro_steps = config.grad_accum * world
-    said = ("id", "question", "steps", "wrong_step", "answer", "target", "tokens")
-    held_out = ([example.get(name) for name in said] for example in job.val)
+    fields = ("id", "question", "steps", "wrong_step", "answer", "target", "tokens")
+    held_out = ([example.get(name) for name in fields] for example in job.val)
     identity = {"settings": runs.digest(json.dumps(settings)), "grad_accum x processes": micro_steps,
                 "validation": runs.digest_of_list(held_out), **job.identity}
     if state:
-        theirs = identity | state["identity"]  # an older state may lack some
-        there = theirs.get("grad_accum x processes", 0)
+        theirs = state["identity"]
+        there = theirs["grad_accum x processes"]
         if there != micro_steps and there % world == 0:
             raise SystemExit(f"{out} was begun with grad_accum x processes = {there}, here it is {micro_steps}: "
                              f"--grad_accum {there // world} goes on with it")
@@ -96,13 +96,12 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
     job.fit(model)
     if config.init_from and type(config) in cfg.NETWORK:
         runs.start_from(model, config)
-    before = None  # what a run that goes on from another must not lose
+    old_val = None  # figures of the run that this one must not be worse than
     if getattr(config, "held_out", ""):
         model.to(device)
-        kept = {k: v.clone() for k, v in model.state_dict().items()}
+        old_weights = {k: v.clone() for k, v in model.state_dict().items()}
         old_val = job.evaluate(model, device, in_dtype)
-        before = relative_l1(old_val)
-        model.load_state_dict(kept)  # evaluation stores quantiles
+        model.load_state_dict(old_weights)  # evaluation stores quantiles
     use_compile = runs.pick_compile(config.compile, device)
     if use_compile:
         compile_model(model, by_block=world > 1)
@@ -120,7 +119,7 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
              f"{len(job.train):,} {job.batches.unit}, {n_steps} steps of {config.batch_size * micro_steps} -> {out}")
 
     if use_compile:
-        with in_dtype():  # always on the same batch: the kernels must not depend on where a run is resumed
+        with in_dtype():  # always on the first batch: kernels must not depend on the step at which a run is resumed
             run_model(job.batch(0, device))["loss"].backward()
         optimizer.zero_grad(set_to_none=True)
 
@@ -128,8 +127,8 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
         dist.barrier()  # every process has looked at the folder before the first one writes
     if rank == 0:  # all is ready: only now does anything in the folder change
         if config.overwrite:
-            known = [out / name for name in (*runs.RUN_FILES, "energies.png")]
-            for path in [*known, *out.glob("generations-*.jsonl")]:
+            ours = [out / name for name in (*runs.RUN_FILES, "energies.png")]
+            for path in [*ours, *out.glob("generations-*.jsonl")]:
                 path.unlink(missing_ok=True)
             for folder in out.glob(STATE_FOLDERS):
                 shutil.rmtree(folder)
@@ -153,7 +152,7 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
 
     # loop
     gc.collect()
-    gc.freeze()  # what lives until the end need not be looked through at every step
+    gc.freeze()  # so that what lives until the end is not looked through again and again
     progress = tqdm(total=n_steps, initial=first, unit="step", disable=rank > 0 or not sys.stderr.isatty())
     model.train()
     figures, val, verdict = {}, {}, {}
@@ -173,7 +172,7 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
             torch.manual_seed(config.seed * 1_000_003 * 1009 + index)  # dropout follows from the batch, whoever has it
             with sync_gradients(run_model, last=micro == config.grad_accum - 1):
                 with in_dtype():
-                    losses = run_model(MappingProxyType(batch))  # of a dict FSDP2 takes the masks to the GPU, too
+                    losses = run_model(MappingProxyType(batch))  # FSDP2 would take the masks of a dict to the GPU, too
                 (losses["loss"] / config.grad_accum).backward()
             for k, v in losses.items():
                 sums[k] = sums.get(k, 0.0) + v.detach() / config.grad_accum
@@ -187,10 +186,10 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
         is_last = done == n_steps
         logs, evaluates, saves = (
             is_last or done % n == 0 for n in (config.log_every, config.eval_every, config.save_every))
-        if logs or evaluates or saves:  # not at every step: a GPU would stand still until it is told what comes next
+        if logs or evaluates or saves:  # not at every step: a GPU would stand still while the CPU waits for it
             bad, loss, norm = health.tolist()
             is_bad = not math.isfinite(loss + norm)
-            if runs.add_up(is_bad):  # of any process: no other must save what came after
+            if runs.add_up(is_bad):  # in any process: none must save what came after
                 at = f"at step {int(bad)}" if is_bad else "here, not finite in another process"
                 raise SystemExit(
                     f"loss {loss}, gradient norm {norm} {at}: stopped. Last good checkpoint: {out / 'state.pt'} "
@@ -221,14 +220,14 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
                     val = job.evaluate(model, device, in_dtype)
                 log({"step": done, "split": "val", **val})
                 runs.say(f"step {done}/{n_steps}: train {short(figures)} | val {short(val)}")
-                if before is not None and is_last:
-                    after = relative_l1(val)
+                if old_val and is_last:
+                    before, after = relative_l1(old_val), relative_l1(val)
                     verdict = {"accepted": after <= before, "before": before, "after": after}
                     runs.say(f"error on {config.held_out}, in units of predict-the-mean's: {before:.4f} of "
                              f"{config.init_from}, {after:.4f} now: "
                              + ("accepted" if verdict["accepted"] else "rejected, the old weights stay"))
                     if not verdict["accepted"]:
-                        copy_tensors(model.state_dict(), kept)
+                        copy_tensors(model.state_dict(), old_weights)
                         val = old_val
             window, window_tokens = time.monotonic(), 0
         if saves:
@@ -241,11 +240,12 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
 
 
 def relative_l1(val: dict) -> float:
-    """R-JEPA's error in units of the best constant's: targets may grow or shrink with the weights, this may not."""
+    """R-JEPA's error in units of the best constant's: other weights have targets of another size."""
     return val["l1"] / val["l1_predict_mean"]
 
 
 def short(figures: dict) -> str:
+    """The figures that a line on the screen has room for."""
     names = """lm_loss lm_loss_shuffled lm_loss_predicted mse mse_predict_mean mse_copy mse_document_mean cos ce ce_llm
                ce_shuffled jepa_loss l1 l1_predict_mean l1_copy infonce own margin cos_matched cos_mismatched
                retrieval_top1 effective_rank""".split()
