@@ -1,8 +1,8 @@
 """A folder of latents: one vector per reasoning step of many chains. Written by extract.py, read by all that follow.
 
     shard-00000.safetensors   h [N, D] bf16, offsets int64 [chains + 1], logprobs fp32 [N] where asked for; the header
-                              says which LLM, layer, pooling, dtype, quantisation, tokenizer, schema, file, and the
-                              sha256 of all that
+                              says which LLM, layer, pooling, dtype, quantisation, tokenizer, schema and file, and
+                              has the sha256 of that and of the tensors
     index.parquet             a row a chain: text, labels, logprobs, and shard, start, end of its latents
     manifest.json             written last: without it the folder is not complete
 
@@ -44,7 +44,7 @@ def gold_chains(problems: list[dict], split: str, counterfactual: bool, seed: in
             except ValueError:
                 continue  # no unambiguous one
             if not verify.check_steps(wrong["steps"]).is_valid:
-                continue  # what <<...>> says is not all that the text says: a second slip, which the gate finds
+                continue  # the text has more equations than <<...>> says: the gate finds a second slip
             chains.append(record(wrong | {"id": f"{problem['id']}+wrong"}, problem["id"], split, step))
     return chains
 
@@ -60,7 +60,7 @@ DECLARED = re.compile(r"(?:A|Answer|The answer is):?[\s$]*-?[\d.,/]*\d[.\s%]*")
 
 
 def common_ending(steps: list[str]) -> list[str]:
-    """Steps with the last one, where it declares the answer and no more ('A: 21'), written as GSM8K does: '#### 21'."""
+    """The steps; a last one that declares the answer and nothing else ('A: 21') is written as in GSM8K: '#### 21'."""
     if len(steps) > 1 and DECLARED.fullmatch(steps[-1]) and (value := verify.extract_answer(steps[-1])):
         return [*steps[:-1], f"#### {value}"]
     return steps
@@ -69,11 +69,8 @@ def common_ending(steps: list[str]) -> list[str]:
 def chains_of_file(path: str, kind: str, limit: int = 0) -> list[dict]:
     """Records of a jsonl file's first `limit` problems (0: all) of `chains`, `candidates` or `step_errors`.
 
-    Raises ValueError naming file and field.
-
-    Lines of `chains` that name no problem are of the problem that another line names for their question, else of the
-    first one's id. A line's split is what its field says or, without one, follows from its problem's id: one that names
-    a test problem marks it so, and a twentieth of the others are `val`.
+    The problem of a line of `chains` is its problem_id. A line without one takes that of another line with its question
+    or, where no such line has any, the id of the first. Raises ValueError naming file and field.
     """
     fields = {"chains": ["id", "question", "steps", "is_valid"], "candidates": ["id", "question", "candidates"],
               "step_errors": ["id", "question", "steps", "is_correct", "first_error_step"]}[kind]
@@ -81,56 +78,64 @@ def chains_of_file(path: str, kind: str, limit: int = 0) -> list[dict]:
     problem_of = {data.plain_question(str(row["question"])): str(row["problem_id"]) for row in reversed(rows)
                   if row.get("problem_id") is not None}
     for row in rows:
-        where = f"{path}, {row['id']}"
+        parts = {str(row["id"]): row}  # id: what has steps and a label
         if kind == "candidates":
+            where = f"{path}, {row['id']}"
             if str(row["id"]) in seen:
                 raise ValueError(f"{where}: this id is there twice; its candidates would be taken for one problem's")
             seen.add(str(row["id"]))
-            candidates = verify.field(row, where, "candidates", list)
-            parts = [(f"{row['id']}/{k}", c, "is_correct") for k, c in enumerate(candidates)]
-        else:
-            parts = [(str(row["id"]), row, "is_correct" if kind == "step_errors" else "is_valid")]
-        for name, part, label in parts:
-            which = f"{path}, {name}" if kind == "candidates" else where
-            steps, is_valid = verify.field(part, which, "steps", list), verify.field(part, which, label, bool)
-            if not all(isinstance(s, str) for s in steps):
-                raise ValueError(f"{where}: field 'steps' must be a list of texts")
-            if not isinstance(row["question"], str) or not row["question"].strip():
-                raise ValueError(f"{where}: field 'question' must be a text that is not empty")
-            wrong_step = row.get("first_error_step")
-            if is_valid and wrong_step is not None:
-                raise ValueError(f"{where}: field 'first_error_step' is {wrong_step}, but '{label}' is true")
-            if wrong_step is not None:
-                if type(wrong_step) is not int or not 1 <= wrong_step <= len(steps):
-                    raise ValueError(f"{where}: field 'first_error_step' must be a step's number, 1 to {len(steps)}")
-                if not all(s.strip() for s in steps):
-                    raise ValueError(f"{where}: field 'steps' has an empty one; first_error_step would lose its step")
-            steps = common_ending([s for s in steps if s.strip()])
+            parts = {f"{row['id']}/{k}": c for k, c in enumerate(verify.field(row, where, "candidates", list))}
+            n_empty += not parts
+        for name, part in parts.items():
+            label = "is_valid" if kind == "chains" else "is_correct"
+            steps, is_valid = checked_steps(row, part, f"{path}, {name}", label)
             if kind == "chains" and not steps and not is_valid:
                 n_empty += 1
                 continue  # an LLM wrote nothing
-            chain = {"id": name, "question": row["question"].strip(), "steps": steps, "answer": row.get("answer"),
-                     "is_valid": is_valid, "source": part.get("source")}
             problem_id = row["id"] if row.get("problem_id") is None else row["problem_id"]
             if kind == "chains" and row.get("problem_id") is None:
-                problem_id = problem_of.setdefault(data.plain_question(chain["question"]), problem_id)
-            problem_id = str(problem_id)
-            split = row.get("split")  # of a line that extract.py --endpoint wrote, too
-            if split not in (None, "train", "val", "test"):
-                raise ValueError(f"{where}: field 'split' is {split!r}, not train, val or test")
-            is_20th = int(hashlib.sha256(problem_id.encode()).hexdigest(), 16) % data.VAL_EVERY == 0
-            is_val = split == "val" or split is None and is_20th
-            is_test = kind != "chains" or split == "test" or "-test-" in problem_id or "-test-" in str(row["id"])
-            split = "test" if is_test else "val" if is_val else "train"
-            records.append(record(chain, problem_id, split, wrong_step))
-        n_empty += not parts
+                problem_id = problem_of.setdefault(data.plain_question(row["question"]), problem_id)
+            split = split_of(row, kind, str(problem_id), f"{path}, {name}")
+            chain = {"id": name, "question": row["question"].strip(), "steps": steps, "answer": row.get("answer"),
+                     "is_valid": is_valid, "source": part.get("source")}
+            records.append(record(chain, str(problem_id), split, row.get("first_error_step")))
     if n_empty:
         print(f"{path}: {n_empty} of {len(rows)} lines left out, without steps or candidates", file=sys.stderr)
     return first_problems(records, limit)
 
 
+def checked_steps(row: dict, part: dict, where: str, label: str) -> tuple[list[str], bool]:
+    """(steps without empty ones, whether they are right) of a line of a file, or of the candidate `part` in it."""
+    steps, is_valid = verify.field(part, where, "steps", list), verify.field(part, where, label, bool)
+    wrong_step = row.get("first_error_step")
+    if not all(isinstance(s, str) for s in steps):
+        raise ValueError(f"{where}: field 'steps' must be a list of texts")
+    if not isinstance(row["question"], str) or not row["question"].strip():
+        raise ValueError(f"{where}: field 'question' must be a text that is not empty")
+    if is_valid and wrong_step is not None:
+        raise ValueError(f"{where}: field 'first_error_step' is {wrong_step}, but '{label}' is true")
+    if wrong_step is not None:
+        if type(wrong_step) is not int or not 1 <= wrong_step <= len(steps):
+            raise ValueError(f"{where}: field 'first_error_step' must be a step's number, 1 to {len(steps)}")
+        if not all(s.strip() for s in steps):
+            raise ValueError(f"{where}: field 'steps' has an empty one; first_error_step would lose its step")
+    return common_ending([s for s in steps if s.strip()]), is_valid
+
+
+def split_of(row: dict, kind: str, problem_id: str, where: str) -> str:
+    """The split of a line of a file: `test` unless it is of chains, or if an id names a test problem; else what its
+    field `split` says or, without one, what follows from its problem's id: `val` for a twentieth, else `train`."""
+    split = row.get("split")
+    if split not in (None, "train", "val", "test"):
+        raise ValueError(f"{where}: field 'split' is {split!r}, not train, val or test")
+    if kind != "chains" or "-test-" in problem_id or "-test-" in str(row["id"]):
+        return "test"
+    is_20th = int(hashlib.sha256(problem_id.encode()).hexdigest(), 16) % data.VAL_EVERY == 0
+    return split or ("val" if is_20th else "train")
+
+
 def chains_to_extract(args) -> tuple[list[dict], dict]:
-    """(records, description) of what extract.Args asks for; the description is kept with the latents."""
+    """(records, description kept with the latents) of what extract.Args asks for."""
     for kind in ("chains", "candidates", "step_errors"):
         if path := getattr(args, kind):
             records = chains_of_file(path, kind, args.limit)
@@ -142,7 +147,7 @@ def chains_to_extract(args) -> tuple[list[dict], dict]:
 
 
 def problems_to_extract(args) -> list[tuple[str, list[dict]]]:
-    """(split, its problems) of the data set that extract.Args names; `train` brings what is held out of it too."""
+    """(split, its problems) of the data set that extract.Args names; `train` comes with `val`, held out of it."""
     if args.dataset == "synthetic":
         check(args, "limit", args.limit > 0, "must say how many synthetic problems to make")
     found = []
@@ -262,8 +267,8 @@ def read_manifest(folder) -> dict:
 
 
 def check_same_llm(config, ours: dict, what: str):
-    """Raises ValueError where a run's config and a manifest differ in LLM, layer, pooling, prompt or width, or in the
-    LLM's weights where both say which."""
+    """Raises ValueError where a run's config and a manifest (`ours`) differ in LLM, layer, pooling, prompt, width or,
+    if both name them, in the LLM's weights."""
     wrong = {k: (getattr(config, k), ours[k]) for k in SAME_LLM if getattr(config, k) != ours[k]}
     weights = getattr(config, "llm_weights", ""), ours.get("weights", "")
     if all(weights) and weights[0] != weights[1]:
@@ -274,9 +279,10 @@ def check_same_llm(config, ours: dict, what: str):
 
 
 def select(folder, where: str = "") -> list[dict]:
-    """Rows of index.parquet, all or those for which the SQL condition `where` holds, in their order.
+    """Rows of index.parquet, in their order.
 
-    where: DuckDB SQL over the columns, such as "n_steps >= 4 and is_valid". Raises ValueError with DuckDB's words.
+    where: only those for which this SQL condition holds, such as "n_steps >= 4 and is_valid" (DuckDB, whose words a
+    ValueError repeats); empty: all.
     """
     path = Path(folder) / "index.parquet"
     if not where:
@@ -319,10 +325,10 @@ def load_latents(folder, where: str = "") -> tuple[list[dict], dict]:
 
 
 def draw_masks(n, config, rng) -> tuple[np.ndarray, np.ndarray]:
-    """Of chains of n [B] steps, which are hidden and which of these are asked for: bool [B, 1 + max(n)] each.
+    """Which steps of chains of n [B] steps are hidden, and which of these are asked for: bool [B, 1 + max(n)] each.
 
-    Hidden are one suffix, one step, or a block of them (or any of them), never the question. Half of the suffixes ask
-    for their first step alone, without telling how many follow: what decoding needs.
+    A chain hides a suffix, a single step, or a block of steps (mask = random: any steps), never the question. Half of
+    the suffixes ask for their first step alone, without telling how many follow, as decoding does.
     """
     if n.min() < 1:
         raise ValueError("a chain without steps has none to hide: leave it out")
@@ -340,7 +346,7 @@ def draw_masks(n, config, rng) -> tuple[np.ndarray, np.ndarray]:
 
 
 def shuffled(n, rng) -> np.ndarray:
-    """int [B, 1 + max(n)]: 0, then the steps 1 … n of each chain in random order, then what it has not."""
+    """int [B, 1 + max(n)]: 0, then the steps 1 … n of each chain in random order, then the numbers above n."""
     at = np.arange(1 + n.max())
     key = np.where(at > n[:, None], 2.0, rng.random((len(n), len(at))))
     key[:, 0] = -1.0
@@ -367,10 +373,11 @@ def with_slots(parts: list[torch.Tensor], slots: list[int], device=None) -> tupl
 
 
 def join(chains: list[dict]) -> tuple[torch.Tensor, np.ndarray]:
-    """Latents "h" and "wrong_h" of chains -> (table [U, D] of all, int [n, 2]: where a chain's of either begin in it).
+    """Latents "h" and "wrong_h" of chains -> (table [U, D] of all, int [n, 2]: where a chain's own and its wrong ones
+    begin in it).
 
-    From then on they are views of the table. A chain without wrong ones has its own in their place; a wrong chain that
-    several share is there once.
+    Replaces them by views of the table. A chain without wrong ones has its own start twice; wrong ones that several
+    chains share are in the table once.
     """
     parts = {id(c[key]): c[key] for key in ("h", "wrong_h") for c in chains if key in c}
     begins = dict(zip(parts, np.cumsum([0, *map(len, parts.values())]), strict=False))
@@ -386,12 +393,12 @@ def join(chains: list[dict]) -> tuple[torch.Tensor, np.ndarray]:
 def collate(chains: list[dict], config, rng, device=None, with_wrong: bool | None = None, joined=None) -> dict:
     """Chains with latents "h" (and "wrong_h", "wrong_step") -> the batch that RJEPA.forward documents.
 
-    with_wrong: whether it has wrong chains, None: if one of these has. Of several processes all must say the same. A
-    counterfactual (which has a wrong_step) is masked as its chain, any other wrong chain by a mask of its own. Where
-    they have "gapped" latents and a "hole" (extract.leave_out_a_step) config.gap_share of them hide that step alone,
-    and count for no margin.
+    with_wrong: whether the batch has wrong chains, the same for all processes; None: if one of these chains has. A
+    counterfactual (which has a wrong_step) gets the mask of its chain, any other wrong chain one of its own. If the
+    chains have "gapped" latents and a "hole" (extract.leave_out_a_step), config.gap_share of them hide that step alone
+    and do not count for the margin.
     joined: (table, starts [B, 2]) as `join` makes it, where the table is there already, maybe on the device. The masks
-    stay on the CPU: who asks where they are True need not wait for a GPU.
+    stay on the CPU: asking where they are True then waits for no GPU.
     """
     table, starts = joined or join([dict(c) for c in chains])
     lengths, B = np.array([c["h"].shape[0] for c in chains]), len(chains)
@@ -463,7 +470,7 @@ class Batches(data.Batches):
 
 
 def training_chains(rows: list[dict], manifest: dict, folder) -> tuple[list[dict], list[dict]]:
-    """(train, val): verified chains, each with the latents of a wrong one of its problem where there is one.
+    """(train, val): verified chains, each with the latents of a wrong chain of its problem where there is one.
 
     That is its counterfactual ("wrong_h", "wrong_step") or, of chains that an LLM wrote, one that the gate rejected
     ("wrong_h" alone). Raises ValueError for latents of a test split.

@@ -19,9 +19,9 @@ from runs import add_up, digest_file, not_written, write_atomic
 
 
 def wrap(model, world: int, shard: bool, device: str):
-    """What is called in model's place to train it: model itself, in DDP, or its blocks and itself in FSDP2.
+    """What is called in the model's place to train it: the model itself, in DDP, or with its blocks in FSDP2.
 
-    Sharded, a model comes from the CPU: it may be more than a device holds.
+    A model to be sharded stays on the CPU until then: it may be more than a device holds.
     """
     if world == 1 or not shard:
         model.to(device)
@@ -36,7 +36,7 @@ def wrap(model, world: int, shard: bool, device: str):
 
 @contextlib.contextmanager
 def gathered(model):
-    """Methods beside `forward` of a sharded model work in here (its blocks still come and go one by one)."""
+    """In here methods of a sharded model other than `forward` work, too (its blocks still come and go one by one)."""
     is_sharded = hasattr(model, "unshard")
     if is_sharded:
         model.unshard()
@@ -46,7 +46,7 @@ def gathered(model):
 
 
 def sync_gradients(run_model, last: bool):
-    """Context of a micro-batch's backward: gradients are reduced over the processes after the last one alone."""
+    """Context of a micro-batch's backward: the processes add up their gradients after the last one only."""
     if hasattr(run_model, "set_requires_gradient_sync"):
         run_model.set_requires_gradient_sync(last)
     elif not last and hasattr(run_model, "no_sync"):
@@ -78,7 +78,7 @@ def copy_tensors(into: dict, source: dict):
 
 
 def state_tensors(model, optimizer, step: int) -> dict[str, torch.Tensor]:
-    """Weights, buffers, AdamW's moments by name (DTensors where sharded); a new optimizer is made to be at `step`."""
+    """Weights, buffers and AdamW's moments by name (DTensors where sharded); gives a new optimizer its moments."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for name, p in model.named_parameters():
         if p.requires_grad:
