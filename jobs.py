@@ -1,15 +1,8 @@
 """What train.py's one loop needs to know of each kind of model: a job brings the data, the batches, the evaluation.
 
-A job has
-    train, val                            examples; those of val are held out
-    batches                               with `per_epoch` and `unit` (what they hold)
-    ahead                                 whether a batch may be made while the one before it is trained on: not those
-                                          that a frozen model makes, which are too large
-    identity                              what a resumed run must share
-    batch(index, device)                  one batch
-    fit(model)                            called before the first step
-    evaluate(model, device, autocast)     figures of held-out data
-    write(folder)                         what a run folder needs besides the weights
+A job has `train` and, held out, `val` (examples), `batches` (with `per_epoch` and `unit`, what they hold), `ahead`
+(whether a batch may be made while the one before it is trained on: those that a frozen model makes are too large),
+`identity` (what a resumed run must share), and the methods of `Job`.
 """
 
 import dataclasses
@@ -92,7 +85,7 @@ def chains_to_train_on(config, rows: list[dict], manifest: dict, folder, world) 
 
 
 class Job:
-    """What the jobs share; each brings its `figures`."""
+    """What the jobs share; each brings its `figures` of the held-out examples."""
 
     ahead, tokenizer = True, None
 
@@ -100,7 +93,7 @@ class Job:
         return self.batches(index, device)
 
     def fit(self, model):
-        """Nothing is taken from the data before the first step."""
+        """Takes from the data what the model needs before the first step: nothing."""
 
     def write(self, out: Path):
         if self.tokenizer:
@@ -365,15 +358,15 @@ class DocumentJob(Job):
         texts = {split: data.load_texts(config, split) for split in ("train", "val")}
         self.tokenizer = tokenizer or pick_tokenizer(config, out, texts["train"], config.init_from)
         config.vocab_size = self.tokenizer.vocab_size
-        coded = {split: [data.encode_document(t, self.tokenizer, config.block_size) for t in part]
-                 for split, part in texts.items()}
-        if short := sum(not d for part in coded.values() for d in part):
-            runs.say(f"{short} texts of one sentence left out: there is nothing to predict it from")
-        documents = {split: [d for parts in part for d in parts] for split, part in coded.items()}
-        for split, part in documents.items():
-            if not part:
+        documents, n_short = {}, 0
+        for split, part in texts.items():
+            coded = [data.encode_document(t, self.tokenizer, config.block_size) for t in part]
+            documents[split], n_short = [d for ds in coded for d in ds], n_short + sum(not ds for ds in coded)
+            if not documents[split]:
                 raise ValueError(f"{config.text or config.dataset}: no document of two sentences and more among "
                                  f"{len(texts[split])} to {'train' if split == 'train' else 'validate'} on")
+        if n_short:
+            runs.say(f"{n_short} texts of one sentence left out: there is nothing to predict it from")
         self.batches, self.val = data.Documents(documents["train"], config, tokenizer is None), documents["val"]
         self.train = self.batches.examples
         self.identity = {"vocab_size": asked_vocab_size, "tokenizer": runs.tokenizer_digest(self.tokenizer),
@@ -388,11 +381,11 @@ class DocumentJob(Job):
 def span_figures(model, documents: list[dict], device) -> dict:
     """model.latent_figures of a TJEPA on documents under fixed masks, in the space that it is trained in.
 
-    `copy` is the target of the visible token that is nearest to a hidden one; document_mean the mean of what the target
-    encoder makes of a document's visible tokens, seeing these alone, times the best factor for all; mse_gain is
-    by how much the prediction's error is lower than that mean's, with a 95 % interval (bootstrap of documents).
-    target_std and target_raw_effective_rank are taken before standardising, which would hide a collapse;
-    encoder_effective_rank before the head.
+    copy: predicts the target of the nearest visible token. document_mean: predicts, times the best factor for all, the
+    mean of what the target encoder makes of a document's visible tokens, seeing these alone. mse_gain: by how much the
+    model's error is lower than document_mean's, with a 95 % interval (bootstrap of documents). target_std and
+    target_raw_effective_rank are taken before standardising, which would hide a collapse; encoder_effective_rank before
+    the head.
     """
     found = {name: [] for name in ("pred", "target", "copy", "document_mean", "encoder", "document")}
     for batch in data.packed(documents, model.config, device):
@@ -425,8 +418,8 @@ def span_figures(model, documents: list[dict], device) -> dict:
 
 
 def nearest_visible(is_target, segment):
-    """Of every target of is_target, segment [B, T]: position [N] of the nearest visible token of its segment; of two,
-    the earlier one."""
+    """Position [N] of the visible token nearest to every target (is_target [B, T]) in its segment [B, T]; of two, the
+    earlier one."""
     row, at = is_target.nonzero(as_tuple=True)
     there, T = torch.arange(is_target.shape[1], device=segment.device), is_target.shape[1]
     is_near = (segment[row] == segment[row, at, None]) & ~is_target[row]
