@@ -70,8 +70,9 @@ class RunConfig:
             if choices:
                 check(self, field.name, value in choices, f"must be one of {', '.join(choices)}")
             else:
-                kinds = (int, float) if field.type is float else (field.type,)
-                check(self, field.name, type(value) in kinds, f"must be of type {field.type.__name__}")
+                right = isinstance(value, (int, float) if field.type is float else field.type)
+                check(self, field.name, right and (field.type is bool or not isinstance(value, bool)),
+                      f"must be of type {field.type.__name__}")
         names = [field.name for field in dataclasses.fields(self)]
         positive(self, "epochs batch_size grad_accum lr grad_clip log_every eval_every save_every max_problem_steps")
         not_negative(self, "seed limit n_synthetic max_steps threads weight_decay")

@@ -75,6 +75,7 @@ class Args(eval_alignment.Problems):
         check(self, "alphas", bool(self.alphas), "needs one value at least")
         names = [Path(other).name for other in self.also]
         check(self, "also", len(set(names)) == len(names), "needs folders of different names: figures go by these")
+        check(self, "ensemble", bool(self.also) or not self.ensemble, "needs --also RUN: of one run there is none")
         positive(self, "k max_new_tokens batch_size temperature")
         check(self, "top_p", 0 < self.top_p <= 1, "must lie in (0, 1]")
 

@@ -597,6 +597,7 @@ class Rerank(Writing):
         for name in ("alpha", "beta"):
             value = getattr(self, name)
             check(self, name, value is None or 0 <= value < float("inf"), "must be 0 or more, and finite")
+        check(self, "fit", not (self.fit and self.question), "does not go with --question: first one, then the other")
 
     def result(self) -> dict:
         load_config(self.run)  # is it a run at all? before anything says that its weights are missing

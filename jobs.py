@@ -83,7 +83,6 @@ def chains_to_train_on(config, rows: list[dict], manifest: dict, folder, world) 
     return train, val
 
 
-
 class Job:
     """What the jobs share; each brings its `figures` of the held-out examples."""
 

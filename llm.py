@@ -406,7 +406,8 @@ class HuggingFaceLLM(LLM):
     def set_prompt(self, prompt: str):
         """Sets what stands around every question: `few_shot`, a text with {question} in it, or a file with such a text.
 
-        The part before the question is read once and its cache shared.
+        The part before the question is read once and its cache shared. Raises ValueError for a prompt that leaves no
+        room in the context.
         """
         if prompt == "few_shot":
             prompt = few_shot(self.tokenizer)
@@ -416,12 +417,14 @@ class HuggingFaceLLM(LLM):
             raise ValueError(f"--prompt {prompt[:60]!r}: needs {{question}} where the question goes, and a line end or "
                              "more after it (or few_shot, or a file with such a text)")
         if prompt != self.prompt:
-            self.after, self.prompt_ids, self.prompt_cache = after, [], self.new_cache()
+            self.prompt, self.prompt_ids, self.prompt_cache, self.after = "", [], self.new_cache(), "\n"
             if before:
-                self.prompt_ids = self.tokens(before)[0]
+                ids = self.tokens(before)[0]
+                self.check_room([ids], 1)
+                self.prompt_ids = ids
                 self.base(torch.tensor([self.prompt_ids], device=self.device), use_cache=True,
                           **{self.cache_name: self.prompt_cache})
-            self.prompt = prompt
+            self.prompt, self.after = prompt, after
         return self
 
     def new_cache(self):

@@ -1400,9 +1400,9 @@ class SpeakingTJEPA(Model):
 
 # ----------------------------------------------------------------------------- optimiser, MFU
 
-PEAK_FLOPS = {  # dense bf16, from the makers' data sheets
-    "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12, "A10G": 70e12,
-    "GH200": 989e12,
+PEAK_FLOPS = {  # dense bf16, from the makers' data sheets; the first whose words are all in the device's name
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "4090 Laptop": None, "H200": 989e12, "GH200": 989e12, "H100": 989e12,
+    "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12, "A10G": 70e12,
 }
 
 
@@ -1418,7 +1418,8 @@ def configure_optimizers(model: nn.Module, config) -> torch.optim.AdamW:
 
 def estimate_mfu(flops_per_s: float, device_name: str) -> float | None:
     """Share of the device's peak in [0, 1]; None for a device whose peak is not in PEAK_FLOPS."""
-    peak = next((v for k, v in PEAK_FLOPS.items() if k in device_name.replace("-", " ").split()), None)
+    words = set(device_name.replace("-", " ").split())
+    peak = next((v for k, v in PEAK_FLOPS.items() if words.issuperset(k.split())), None)
     return None if peak is None else flops_per_s / peak
 
 

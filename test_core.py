@@ -686,7 +686,9 @@ def test_figures_of_collapse_equal_hand_values():
 def test_mfu_is_given_for_known_devices_alone():
     assert m.estimate_mfu(98.9e12, "NVIDIA H200") == pytest.approx(0.1)
     assert m.estimate_mfu(31.2e12, "NVIDIA A100-SXM4-80GB") == pytest.approx(0.1)
+    assert m.estimate_mfu(75.6e12, "NVIDIA H100 PCIe") == m.estimate_mfu(98.9e12, "NVIDIA H100 80GB HBM3") == 0.1
     assert m.estimate_mfu(1e12, "cpu") is m.estimate_mfu(1e12, "NVIDIA RTX A1000") is None
+    assert m.estimate_mfu(1e12, "NVIDIA GeForce RTX 4090 Laptop GPU") is None
 
 
 # ----------------------------------------------------------------------------- data
@@ -2575,6 +2577,13 @@ def test_latents_taken_while_writing_are_those_of_reading(family):
         check_written_latents(llm.choose(layer, pooling).set_prompt(prompt))
 
 
+def test_a_prompt_must_leave_room_in_the_context():
+    llm = tiny_llm().set_prompt("")
+    before = llm.step_latents("Q?", ["3"])
+    refused(ValueError, "more than the context", llm.set_prompt, "a b " * llm.context + "{question}\n")
+    assert torch.equal(llm.set_prompt("").step_latents("Q?", ["3"]), before)
+
+
 def test_a_run_writes_with_the_latents_of_reading(run_llm):
     for layer, pooling in [(1, "last"), (0, "both"), (-1, "mean")]:  # the last are the fixture's own
         check_written_latents(run_llm.choose(layer, pooling))
@@ -3265,6 +3274,7 @@ def test_ways_of_picking_a_candidate_equal_hand_values(tmp_path, monkeypatch):
     monkeypatch.setattr(infer, "energies", energies)
     monkeypatch.setattr(latents, "read_manifest", lambda folder: None)
     monkeypatch.setattr(latents, "check_same_llm", lambda *_: None)
+    refused(ValueError, "--also", evaluate_accuracy.Args, run="net", latents="x", ensemble=True)
     args = evaluate_accuracy.Args(run="net", latents="x", also=("other",), ensemble=True)
     found = evaluate_accuracy.evaluate_candidates("net", args)
     assert (found["random"], found["oracle"]) == pytest.approx(((1 / 3 + 1 / 4 + 2 / 3 + 1 / 2 + 0) / 5, 0.8))
@@ -4279,6 +4289,7 @@ def test_bad_input_to_tjepa(thinkers, tmp_path, what, message):
 @pytest.mark.parametrize("argv, message", [
     ("rerank rjepa --question ' ' --alpha 1 --beta 1", "question"), ("rerank rjepa --k 0", "k 0"),
     ("rerank rjepa --alpha -1", "alpha"), ("rerank rjepa --top_p 0", "top_p"),
+    ("rerank rjepa --question Who? --fit labelled", "fit"),
     ("nudge rjepa --question Who? --alpha -1", "alpha"), ("nudge rjepa --question Who? --alpha 1e9", "alpha"),
     ("nudge rjepa --question Who? --guide nowhere", "train.py rjepa-guide --init_from"),
     ("plan rjepa --question Who?", "steps"), ("plan rjepa --question Who? --steps a --slots 0", "slots"),
