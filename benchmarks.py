@@ -133,8 +133,9 @@ def load(name: str, split: str, data_dir: str = "") -> list[dict]:
     """Problems of a split (`train`, `val`, `test`, or an official name), in order.
 
     data_dir: a local folder; without it the hub is asked. The folder holds FILE or NAME/FILE, of a data set of several
-    configurations CONFIG/FILE or NAME/CONFIG/FILE. FILE is SPLIT or its official name, as .jsonl, .jsonl.gz or
-    .parquet, in the official fields or as problems; BBH's own CONFIG.json and HumanEval.jsonl.gz are found as well.
+    configurations CONFIG/FILE or NAME/CONFIG/FILE. FILE is SPLIT or its official name (train alone where val is held
+    out of it), as .jsonl, .jsonl.gz or .parquet, in the official fields or as problems; BBH's own CONFIG.json and
+    HumanEval.jsonl.gz are found as well.
     Raises FileNotFoundError or ValueError that names the file, the row or the field.
     """
     bench = BENCHMARKS[name]
@@ -193,7 +194,6 @@ def as_problem(bench: Benchmark, row: dict, where: str) -> dict:
 
 def read_local(name: str, config: str | None, official: str, split: str, data_dir: str) -> tuple[list[dict], str]:
     """The rows of the first file that fits, and where it lies (see `load`)."""
-    # a `val` that is held out of `train` is never a file of its own: every 20th row of one would be all that is left
     folder, stems = Path(data_dir), [official] if official == "train" else list(dict.fromkeys((split, official)))
     if folder.is_file():
         raise ValueError(f"--data_dir {data_dir} is a file: name the folder in which it lies")
@@ -203,6 +203,8 @@ def read_local(name: str, config: str | None, official: str, split: str, data_di
     tried += [base.with_name(f"{config}.json") for base in bases] if several else []
     tried += [base / "HumanEval.jsonl.gz" for base in bases] if name == "humaneval" else []
     path = next((p for p in tried if p.is_file()), None)
+    if path and split == "val" and official == "train" and list(path.parent.glob("val.*")):
+        print(f"{path.parent}: val.* is not read, val is every {VAL_EVERY}th problem of train", file=sys.stderr)
     if path is None:
         raise FileNotFoundError(f"--data_dir {data_dir}: none of {', '.join(map(str, tried))} exists")
     if path.suffix == ".parquet":

@@ -93,8 +93,7 @@ def held_out(args, config) -> list[dict]:
 
 
 def counterfactuals(problems, config, seed) -> tuple[list[int], list[str], list[str]]:
-    """(numbers of the problems whose solution allows an unambiguous counterfactual, their true answers, the wrong ones)
-    """
+    """(numbers of the problems that have an unambiguous counterfactual, their true answers, the wrong ones)"""
     kept, right, wrong = [], [], []
     for i, p in enumerate(problems):
         try:
@@ -287,7 +286,8 @@ def evaluate_plan(run: str, args) -> dict:
         raise ValueError(f"{len(chains)} of {len(problems)} solutions have three steps and more: raise --limit, or "
                          "take another data set")
     if args.decode_limit:
-        beside = infer.load_beside(run, args.speaker, "speak", args.device)
+        speaker, its_config, its_folder = infer.load_beside(run, args.speaker, "speak", args.device)
+        beside = speaker, its_config, runs.load_tokenizer(its_folder, its_config)
     rng, device = np.random.default_rng(args.seed), model.h_mean.device
     for c in chains:
         c["hole"] = k = int(rng.integers(2, len(c["steps"])))
@@ -318,9 +318,9 @@ def evaluate_plan(run: str, args) -> dict:
     n = min(args.decode_limit, len(chains))
     z_true = model.target_of(*latents.pad_latents(read_whole[:n], device), slots[:n])
     said, rows = plan_texts(llm, chains[:n], [t[:n] for t in around], ahead[:n], z_true, *beside)
-    made_by = [runs.weights_digest(beside[2]), runs.llm_label(config, args.llm), [row["truth"] for row in rows]]
+    made_by = [runs.weights_digest(its_folder), runs.llm_label(config, args.llm), [row["truth"] for row in rows]]
     name = f"{args.dataset or config.dataset}-{args.split}-n{n}-{runs.digest(json.dumps(made_by))[:8]}"
-    path = Path(beside[2]) / f"generations-plan-{name}.jsonl"
+    path = Path(its_folder) / f"generations-plan-{name}.jsonl"
     runs.write_jsonl(path, rows)
     print(f"generations: {path}")
     return result | said
@@ -386,11 +386,11 @@ def plan_retrieval(model, llm, chains: list[dict], z_pred, z_next, seen: list[to
 
 
 def plan_texts(llm, chains: list[dict], around: list[torch.Tensor], z_next, z_true, speaker, config,
-               folder: str) -> tuple[dict, list[dict]]:
+               tokenizer) -> tuple[dict, list[dict]]:
     """The missing step in words -> ({"decoded", "given_away"}, rows of texts to keep).
 
     around: as model.RJEPA.around makes it of `evaluate_plan`'s chains; z_next, z_true [n, C]: the predictions from the
-    steps before the gap alone, and the true targets; then a Speaker with its config and folder.
+    steps before the gap alone, and the true targets; then a Speaker with its config and tokenizer.
 
     decoded: shares of texts whose equations hold, whose last number is the true step's, and of both (right). The
     Speaker says the predicted latent (speaker), another chain's (shuffled), the true one (true), or says the predicted
@@ -400,7 +400,7 @@ def plan_texts(llm, chains: list[dict], around: list[torch.Tensor], z_next, z_tr
     given_away: what such a Speaker recovers of a step from its target latent alone, which was encoded with the whole
     chain in view; and from another's (shuffled).
     """
-    tokenizer, n, (context, allowed, offsets) = runs.load_tokenizer(folder, config), len(chains), around
+    n, (context, allowed, offsets) = len(chains), around
     truths = [" ".join(c["missing"].split()) for c in chains]
     reads = [data.read_around(config, tokenizer, c["question"], c["before"], c["after"]) for c in chains]
     asked = [(c["question"], c["before"]) for c in chains]
@@ -631,7 +631,8 @@ def evaluate_tjepa(run: str, args) -> dict:
                  else [data.document_text(p) for p in problems])
         documents = [d for t in texts for d in data.encode_document(t, tokenizer, config.block_size)]
         if not documents:
-            raise ValueError(f"no document of two sentences and more among {len(texts)}: raise --limit")
+            raise ValueError(f"no document of two sentences and more among {len(texts)}"
+                             + ": raise --limit" * bool(args.limit))
         torch.manual_seed(args.seed)
         figures = [jobs.span_figures(net, documents, device) for net in
                    (runs.load_run(run, args.device)[0], runs.build_model(config).to(device).eval())]

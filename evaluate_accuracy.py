@@ -273,7 +273,8 @@ def evaluate_candidates(run: str, args) -> dict:
 
     def fitted(x, C):
         scores = np.zeros(len(rows))
-        scores[usable] = infer.cross_validated(x[usable], right[usable], question[usable], 5, args.seed, C)
+        if usable.any():
+            scores[usable] = infer.cross_validated(x[usable], right[usable], question[usable], 5, args.seed, C)
         return scores
 
     ours, found = energy_scores(model)
@@ -298,7 +299,7 @@ def evaluate_candidates(run: str, args) -> dict:
         together.append(theirs["leave_one_out"])
         for name, mode in (("energy", "leave_one_out"), ("energy_next_step", "next_step"), ("energy_last", "last")):
             scores[f"{name} {Path(other).name}"] = theirs[mode]
-    if args.ensemble and args.also:
+    if args.ensemble:
         scores["ensemble"] = sum(s / s[usable].std() for s in together)
         scores["combined_ensemble"] = fitted(np.stack((logprob, scores["ensemble"]), 1), C=1.0)
     scores = {name: np.where(usable, values, -np.inf) for name, values in scores.items()}
@@ -350,6 +351,7 @@ def evaluate_nudge(run: str, args) -> dict:
         made_by.append(runs.weights_digest(folder))
     problems = eval_alignment.held_out(args, config)
     llm, truths = infer.llm_of(config, args.llm, args.device), [data.answer_text(p, "final") for p in problems]
+    infer.Nudge(model, llm, max(alphas), guide, False)  # may refuse: not after the answers of alpha 0
     made_by = runs.digest(json.dumps([[p["id"], p["question"]] for p in problems] + made_by + [llm.dtype]))
     methods, answers = {}, {}
     for alpha, shuffled in [(a, s) for a in alphas for s in (False, True) if not s or a > 0 and len(problems) > 1]:

@@ -103,7 +103,7 @@ def write_shards(out: Path, folders: list[tuple[Path, dict]], overwrite: bool, s
 
     folders: (folder, header) pairs, all under `out`, which is locked meanwhile. sizes: how many of `unit` each shard
     holds, for the progress lines. make(number) reads or generates a shard's chains -> (their tokens, a function that
-    writes them to every folder); it runs in a thread while the next shard is made. records() -> what the index lists,
+    writes them to every folder: a thread runs it while the next shard is made). records() -> what the index lists,
     asked for once all shards are there. -> (the records, none on other processes than rank 0; tokens/s of all).
     Raises SystemExit for what `inspect_folder` refuses, and where all folders are finished.
     """
@@ -439,7 +439,7 @@ def leave_out_a_step(config, chains: list[dict], seed: int, device: str = "auto"
     if not runs.add_up(is_kept(folder)):  # the sum: all processes decide alike
         runs.say(f"{len(chains):,} chains with a step left out -> {folder}")
         llm = llm_of(config, device=device)
-        try:  # a fixed token budget: the folder can be continued on any device
+        try:  # a fixed token budget: the batches do not depend on the device
             extract(llm, left, folder, {"dataset": config.dataset, "split": "train", "seed": seed},
                     [(llm.layer, llm.pooling)], False, 512, 8192)
         except SystemExit as error:

@@ -303,9 +303,9 @@ def nudge(model, llm: LLM, question: str, alpha: float, guide=None, temperature:
     """
     check_llm(model, llm)
     result = {"question": question, "alpha": alpha, "nudge": "hidden" if guide is None else "bias"}
-    for name, strength in (("own", 0.0), ("nudged", alpha)):
-        chain = generate(llm, [question], 1, temperature, top_p, seed, max_new_tokens,
-                         nudge=Nudge(model, llm, strength, guide))[0][0]
+    pulls = {"own": Nudge(model, llm, 0.0, guide), "nudged": Nudge(model, llm, alpha, guide)}
+    for name, pull in pulls.items():
+        chain = generate(llm, [question], 1, temperature, top_p, seed, max_new_tokens, nudge=pull)[0][0]
         energy = chain_energy(energies(model, [chain["h"]])[0])
         result[name] = {"steps": chain["steps"], "logprob": chain["logprob"], "energy": energy}
     return result
@@ -364,12 +364,11 @@ def next_lines(llm: LLM, chains: list[tuple[str, list[str]]], max_new_tokens: in
 
     hints, steps of other solutions, stand before the question where the LLM takes a prompt.
     """
-    prompt = llm.prompt
-    if hints and isinstance(llm, HuggingFaceLLM):
-        before, _, after = (prompt or "{question}\n").partition("{question}")
-        llm.set_prompt(before + "Steps of similar solutions:\n" + "\n".join(hints) + "\n\n{question}" + after)
-    found = []
+    prompt, found = llm.prompt, []
     try:
+        if hints and isinstance(llm, HuggingFaceLLM):
+            before, _, after = (prompt or "{question}\n").partition("{question}")
+            llm.set_prompt(before + "Steps of similar solutions:\n" + "\n".join(hints) + "\n\n{question}" + after)
         for start in range(0, len(chains), 64):
             questions, started = zip(*chains[start : start + 64], strict=True)
             found += generate(llm, questions, 1, temperature, 1.0, seed, max_new_tokens, started=started, one_step=True)

@@ -269,7 +269,9 @@ def read_manifest(folder) -> dict:
 def check_same_llm(config, ours: dict, what: str):
     """Raises ValueError where a run's config and a manifest (`ours`) differ in LLM, layer, pooling, prompt, width or,
     if both name them, in the LLM's weights."""
-    wrong = {k: (getattr(config, k), ours[k]) for k in SAME_LLM if getattr(config, k) != ours[k]}
+    pairs = {k: (getattr(config, k), ours[k]) for k in SAME_LLM}
+    pairs["llm"] = tuple(str(Path(name)) for name in pairs["llm"])  # out/student/ is out/student
+    wrong = {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
     weights = getattr(config, "llm_weights", ""), ours.get("weights", "")
     if all(weights) and weights[0] != weights[1]:
         wrong["weights of the LLM"] = weights

@@ -348,8 +348,8 @@ class Demo:
             return tag("div", *(tag("div", tag("b", title), body, *([p] if p else []), class_="card")
                                 for title, body, p in zip(titles, bodies, pictures, strict=False)), class_="cards")
 
-        for strength in (0.0, alpha):
-            watch = Watch(infer.Nudge(model, llm, strength, guide))
+        for pull in [infer.Nudge(model, llm, strength, guide) for strength in (0.0, alpha)]:
+            watch = Watch(pull)
             for texts in watch.run(llm, question, 1, **options):
                 yield cards([c["steps"] for c in chains] + texts), None
             chains += watch.chains

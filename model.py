@@ -318,9 +318,9 @@ class Transformer(nn.Module):
 
         positions: int [B or 1, T], 0 … T-1 by default. attn_allowed: bool [B or 1, T, T_keys]. context [B, T_ctx, C]
         or its `context_keys`, with context_allowed [B, T_ctx], for cross-attention. caches: see `new_caches`.
-        is_real bool [B, T]: the other positions are left out of all but attention, which attn_allowed or is_causal must
-        keep from them; their output is meaningless. wanted bool [B, T]: so may be that of all but these. embed: turns
-        the x given into x of width C; it runs on real positions alone.
+        is_real bool [B, T]: the other positions are not computed and their output is meaningless; where short rows are
+        not packed, attn_allowed or is_causal must hide them from attention. wanted bool [B, T]: all outputs but these
+        may be meaningless. embed: turns the x given into x of width C; it runs on real positions alone.
         """
         (B, T), embed = kept.shape if kept else x.shape[:2], embed or (lambda x: x)
         if positions is None:
@@ -1401,8 +1401,8 @@ class SpeakingTJEPA(Model):
 # ----------------------------------------------------------------------------- optimiser, MFU
 
 PEAK_FLOPS = {  # dense bf16, from the makers' data sheets; the first whose words are all in the device's name
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "4090 Laptop": None, "H200": 989e12, "GH200": 989e12, "H100": 989e12,
-    "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12, "A10G": 70e12,
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "4090 Laptop": None, "H200": 989e12, "GH200": 989e12,
+    "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12, "A10G": 70e12,
 }
 
 

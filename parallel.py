@@ -78,7 +78,8 @@ def copy_tensors(into: dict, source: dict):
 
 
 def state_tensors(model, optimizer, step: int) -> dict[str, torch.Tensor]:
-    """Weights, buffers and AdamW's moments by name (DTensors where sharded); gives a new optimizer its moments."""
+    """Weights, buffers and AdamW's moments by name (DTensors where sharded); gives a new optimizer zero moments
+    at `step`."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for name, p in model.named_parameters():
         if p.requires_grad:

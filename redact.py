@@ -6,7 +6,8 @@
 Cut are e-mail addresses, phone and card numbers, IBANs, IP addresses, API keys, and passwords that are called so, in
 their usual spelling. Not found: numbers in words; "ann at example dot com"; ten digits in a row; local numbers of other
 countries, if no word such as "call" stands before them or they have eight digits that are not in pairs; passwords
-without a digit or sign; cards next to a comma and a digit; account numbers of other kinds.
+without a digit or sign; cards next to a comma and a digit; account numbers of other kinds; of a JSON web token a first
+part of more than 4,096 characters.
 """
 
 import functools

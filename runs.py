@@ -502,7 +502,7 @@ def publish(run: str, folder: str, llm: str = "", overwrite: bool = False) -> di
     if isinstance(config, cfg.RJEPAConfig):
         config.latents = config.held_out = ""
         if llm:
-            config.llm, config.llm_weights = llm, weights_digest(llm) if is_run(llm) else ""
+            config.llm, config.llm_weights = str(Path(llm)), weights_digest(llm) if is_run(llm) else ""
     if isinstance(config, (cfg.GuideConfig, cfg.SpeakConfig)):
         config.init_from = str(folder).rpartition("-")[0]
         config.world = weights_digest(config.init_from)

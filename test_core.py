@@ -688,6 +688,7 @@ def test_mfu_is_given_for_known_devices_alone():
     assert m.estimate_mfu(31.2e12, "NVIDIA A100-SXM4-80GB") == pytest.approx(0.1)
     assert m.estimate_mfu(75.6e12, "NVIDIA H100 PCIe") == m.estimate_mfu(98.9e12, "NVIDIA H100 80GB HBM3") == 0.1
     assert m.estimate_mfu(1e12, "cpu") is m.estimate_mfu(1e12, "NVIDIA RTX A1000") is None
+    assert m.estimate_mfu(83.5e12, "NVIDIA H200 NVL") == m.estimate_mfu(98.9e12, "NVIDIA GH200 480GB") == 0.1
     assert m.estimate_mfu(1e12, "NVIDIA GeForce RTX 4090 Laptop GPU") is None
 
 
@@ -725,7 +726,7 @@ def test_tokenizers_round_trip(tmp_path):
     text = "Zoë has 1,234 apples;\n\n#### 12 – “x”  "
     bpe = data.train_bpe(["some words and 12 numbers", "more words"] * 3, 300)
     assert bpe.decode(bpe.encode(text)) == text
-    assert len(bpe.ranks) == bpe.vocab_size - 2
+    assert max(bpe.ranks.values()) == bpe.vocab_size - 3  # the two special ids come after
     assert len(bpe.encode("4711")) == 4  # digit by digit
     bpe.save(tmp_path / "tokenizer.tiktoken")
     again = data.load_bpe(tmp_path / "tokenizer.tiktoken")
@@ -741,7 +742,7 @@ def test_gpt2_tokenizer():
     assert gpt2.encode("Hello world") == [15496, 995] and gpt2.vocab_size == 50258
 
 
-def test_local_problems_from_jsonl_and_parquet(tmp_path):
+def test_local_problems_from_jsonl_and_parquet(tmp_path, capsys):
     rows = [{"question": f"How many? {i}", "answer": f"1+1=2\n#### {i}"} for i in range(45)]
     write_jsonl(tmp_path / "train.jsonl", rows)
     (tmp_path / "gsm8k").mkdir()
@@ -754,6 +755,7 @@ def test_local_problems_from_jsonl_and_parquet(tmp_path):
     assert len(data.load_problems("gsm8k", "train", str(tmp_path), limit=4)) == 4
     write_jsonl(tmp_path / "val.jsonl", [{"question": f"Other? {i}", "answer": f"#### {i}"} for i in range(45)])
     assert data.load_problems("gsm8k", "val", str(tmp_path)) == val_part  # held out of train, whatever lies there
+    assert "val.* is not read" in capsys.readouterr().err
 
 
 ARC_ROW = {"id": "1", "question": "Which animal barks?", "answerKey": "2",
@@ -2532,6 +2534,9 @@ def test_a_slash_after_a_folder_makes_no_other_llm_of_it(run_llm):
     asked = SimpleNamespace(llm=f"{run_llm.name}/", prompt="", **{k: run_llm.origin()[k] for k in (
         "layer", "pooling", "dim")})
     assert llms.llm_of(asked, device="cpu").name == asked.llm  # what a run calls it stays
+    latents.check_same_llm(asked, run_llm.origin(), "either")
+    refused(ValueError, "llm: other there", latents.check_same_llm, SimpleNamespace(**vars(asked) | {"llm": "other"}),
+            run_llm.origin(), "it")
 
 
 def check_written_chains(llm, texts):
@@ -2580,8 +2585,13 @@ def test_latents_taken_while_writing_are_those_of_reading(family):
 def test_a_prompt_must_leave_room_in_the_context():
     llm = tiny_llm().set_prompt("")
     before = llm.step_latents("Q?", ["3"])
-    refused(ValueError, "more than the context", llm.set_prompt, "a b " * llm.context + "{question}\nA:")
+    long = "a b " * llm.context
+    refused(ValueError, "more than the context", llm.set_prompt, long + "{question}\nA:")
     assert torch.equal(llm.set_prompt("").step_latents("Q?", ["3"]), before)
+    llm.set_prompt(prompt := "Solve:\n{question}\nA:")
+    before = llm.step_latents("Q?", ["3"])
+    refused(ValueError, "more than the context", infer.next_lines, llm, [("Q?", [])], 4, [long])
+    assert llm.prompt == prompt and torch.equal(llm.step_latents("Q?", ["3"]), before)
 
 
 def test_a_run_writes_with_the_latents_of_reading(run_llm):
@@ -3617,7 +3627,7 @@ def test_baselines_of_retrieval_are_of_other_verified_chains(monkeypatch):
     assert [k for *_, k in asked[len(holes) :]] != holes  # they follow from the seed
 
 
-def test_a_nudge_is_towards_what_follows_the_steps_so_far():
+def test_a_nudge_is_towards_what_follows_the_steps_so_far(monkeypatch):
     class Row:
         def __init__(self, n):
             self.question_latent, self.chain = torch.tensor([n]), lambda: {"h": torch.tensor([[n], [n + 10.0]])}
@@ -3636,7 +3646,9 @@ def test_a_nudge_is_towards_what_follows_the_steps_so_far():
     assert pull.blend(rows[1:])[0] == 0.5 and pull.blend(rows[1:])[1].tolist() == [[1], [2]]
     last = SimpleNamespace(layer=2, n_layer=2)  # greedy answers of a run over the last layer, and no guide: no pull
     assert infer.Nudge(model, last, 0.0).blend(rows) is None
-    refused(ValueError, "needs a layer below the last", infer.Nudge, model, last, 0.5)
+    monkeypatch.setattr(infer, "check_llm", lambda *_: None)
+    monkeypatch.setattr(infer, "generate", None)  # refused before anything is written
+    refused(ValueError, "needs a layer below the last", infer.nudge, model, last, "Q?", 0.5)
 
 
 def test_scores_and_weights_of_chains_equal_hand_values(monkeypatch):

@@ -85,7 +85,7 @@ def run(preset: str, config, out: Path, device: str, rank: int, world: int) -> d
                 "validation": runs.digest_of_list(held_out), **job.identity}
     if state:
         theirs = state["identity"]
-        there = theirs["grad_accum x processes"]
+        there = theirs.get("grad_accum x processes", micro_steps)  # a state of an older version is refused below
         if there != micro_steps and there % world == 0:
             raise SystemExit(f"{out} was begun with grad_accum x processes = {there}, here it is {micro_steps}: "
                              f"--grad_accum {there // world} goes on with it")

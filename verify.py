@@ -447,8 +447,9 @@ def validate(problem, chain, allow_unsafe=False):
     chain {"steps": [str], "answer": optional}. Where both chain["answer"] and the steps declare an answer, both must be
     right. Reasons common to all: "ok", "no_steps", "no_answer", "wrong_answer".
     - "number" (also where there is no kind): {"answer": bare or with ####}; the answer is declared in the last step by
-      #### n, A: n or \boxed, else it is the result of that step's last equation. The arithmetic of every step must
-      hold, else the reason is that of the first bad step (check_step); the detail has its number, from 1.
+      #### n, A: n or \boxed; where neither declares one, it is what follows that step's last "=", or the whole step.
+      The arithmetic of every step must hold, else the reason is that of the first bad step (check_step); the detail has
+      its number, from 1.
     - "math": {"answer": LaTeX}; declared by the last \boxed, or the last step as it is. Steps are not judged.
     - "exact": {"answer": text}; the last step is that text, but for blanks around it and a full stop.
     - "choice": {"choices": [str], "answer": its letter, or "label": its index}; a letter or the choice's text, declared
