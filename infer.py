@@ -676,9 +676,14 @@ class Plan(OfWorld):
         folder = self.memory or (config.latents if (Path(config.latents) / "manifest.json").is_file() else "")
         memory = load_memory(config, folder) if folder else None
         llm = llm_of(config, self.llm, self.device)  # after what may be missing: it takes the longest to load
-        return {"question": self.question} | plan(
-            model, llm, self.question, list(self.steps), self.decode, speaker, tokenizer, memory, self.at,
-            self.slots, self.quantile, self.max_new_tokens, self.tries)
+        found = plan(model, llm, self.question, list(self.steps), self.decode, speaker, tokenizer, memory, self.at,
+                     self.slots, self.quantile, self.max_new_tokens, self.tries)
+        if not self.at and found["gap"] is None:
+            print("no gap seen: --at N inserts before step N (before the first no gap is looked for)")
+        for step in found["filled"]:
+            if not step["valid"]:
+                print(f"step {step['step']}, which was inserted, does not hold: {step['reason']}")
+        return {"question": self.question} | found
 
 
 @dataclass
@@ -705,7 +710,8 @@ class Think(Command):
                 texts = [p["question"] for p in data.run_problems(config, "train")]
         except (OSError, UnicodeDecodeError) as error:
             why = str(error).splitlines()[0]
-            raise OSError(f"{source} cannot be read ({why}): --stored FILE, a text a line, in UTF-8") from None
+            raise OSError(f"{source} cannot be read ({why}): name other texts to compare with by --stored FILE, one a "
+                          "line, in UTF-8") from None
         print(f"{len(texts):,} texts to compare with", flush=True)
         if not texts:
             raise ValueError(f"{source}: no text there")

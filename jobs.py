@@ -363,7 +363,8 @@ class DocumentJob(Job):
             documents[split], n_short = [d for ds in coded for d in ds], n_short + sum(not ds for ds in coded)
             if not documents[split]:
                 raise ValueError(f"{config.text or config.dataset}: no document of two sentences and more among "
-                                 f"{len(texts[split])} to {'train' if split == 'train' else 'validate'} on")
+                                 f"{len(texts[split])} to {'train' if split == 'train' else 'validate'} on (a "
+                                 "twentieth is held out): more text is needed")
         if n_short:
             runs.say(f"{n_short} texts of one sentence left out: there is nothing to predict it from")
         self.batches, self.val = data.Documents(documents["train"], config, tokenizer is None), documents["val"]

@@ -437,7 +437,8 @@ def field(record, where, name, types):
     value = record.get(name) if isinstance(record, dict) else None
     if not isinstance(value, types) or value == "":
         expected = {str: "a non-empty string", list: "a list", bool: "true or false"}[types]
-        raise ValueError(f"{where}: field {name!r} is {value!r:.60}, expected {expected}")
+        found = "missing" if value is None else f"{value!r:.60}"
+        raise ValueError(f"{where}: field {name!r} is {found}, expected {expected}")
     return value
 
 
@@ -563,7 +564,8 @@ def read_jsonl(path, fields=(), limit=0):
                 if not isinstance(row, dict):
                     raise ValueError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
                 if missing := [name for name in fields if name not in row]:
-                    raise ValueError(f"{path}, line {number}: field {missing[0]!r} is missing")
+                    raise ValueError(f"{path}, line {number}: field {missing[0]!r} is missing, there are "
+                                     f"{', '.join(map(str, row))[:120] or 'none'}")
                 rows.append(row)
         except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as e:
             raise ValueError(f"{path}: damaged, or no UTF-8 text: {e}") from None
@@ -583,7 +585,7 @@ def check_chains(path, limit=0):
             verdict = validate(row, {"id": row.get("id", ""), "steps": steps})
             reasons[verdict.reason] += 1
             if not verdict.is_valid and reasons.total() - reasons["ok"] <= 20:
-                print(f"row {number}, {row.get('id', '')}: {verdict.reason} {verdict.detail[:200]}")
+                print(f"row {number}{', ' * ('id' in row)}{row.get('id', '')}: {verdict.reason} {verdict.detail[:200]}")
         except ValueError as e:
             raise ValueError(f"{path}, row {number}: {e}") from None
     return {"n": reasons.total(), "accepted": reasons["ok"], "reasons": dict(reasons.most_common())}
