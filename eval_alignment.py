@@ -54,7 +54,8 @@ class Problems:
     data_dir: str = ""  # as in train.py; empty: the run's own
     limit: int = 0  # number of problems (T-JEPA's probes learn from five times as many); 0: all, 256 synthetic ones
     seed: int = 1  # which synthetic problems, which counterfactuals, which distractors
-    latents: str = ""  # R-JEPA: a folder of extract.py; empty: its own held-out chains, where no problems are named
+    latents: str = ""  # R-JEPA: a folder of extract.py (of several splits and no --split: not those to train on);
+    # empty: its own held-out chains, where no problems are named
     llm: str = ""  # where the run's LLM lies, if not under the name it was trained with
     device: str = "auto"
 
@@ -452,8 +453,9 @@ def plan_texts(llm, chains: list[dict], around: list[torch.Tensor], z_next, z_tr
 def evaluate_rjepa(run: str, args) -> dict:
     """Error, collapse and, where there are right and wrong chains, energy against correctness.
 
-    The chains are those of --latents; with --dataset, --split or --data_dir the solutions of these problems and their
-    counterfactuals; with none of these what the run's training held out or, where it names no latents, solutions too.
+    The chains are those of --latents (of several splits and no --split: not those to train on); with --dataset, --split
+    or --data_dir the solutions of these problems and their counterfactuals; with none of these what the run's training
+    held out or, where it names no latents, solutions too.
     """
     model, config = infer.load_world_model(run, args.device)
     if args.latents and (args.dataset or args.data_dir):
@@ -463,6 +465,8 @@ def evaluate_rjepa(run: str, args) -> dict:
                                                      args.split, args)
     rows = infer.load_chains(run, config, folder)
     wanted = "val" if own else args.asked_split * bool(args.latents)
+    if not wanted and len({r["split"] for r in rows}) > 1:
+        rows = [r for r in rows if r["split"] != "train"]
     rows = [r for r in rows if r["steps"] and wanted in ("", r["split"])]
     rows = latents.first_problems(rows, args.limit)
     if len(rows) < 2:

@@ -3032,7 +3032,9 @@ def test_an_evaluation_looks_at_the_chains_that_it_was_told_to(tmp_path, capsys)
     assert {r["id"] for r in rows} > {r["id"] for r in long}
     by_split = {split: [r for r in long if r["split"] == split] for split in ("train", "val")}
     other = str(latents_folder(tmp_path / "other", n=20))
-    for argv, of in (((), by_split["val"]), (("--latents", f"{folder}/"), long), (("--latents", other), rows[:40]),
+    assert {r["split"] for r in rows} == {"train", "val"}
+    for argv, of in (((), by_split["val"]), (("--latents", f"{folder}/"), by_split["val"]),
+                     (("--latents", other), [r for r in rows[:40] if r["split"] == "val"] or rows[:40]),
                      (("--latents", folder, "--split", "train"), by_split["train"])):
         made_up = [torch.ones(r["n_steps"]) for r in of]
         for e, r in zip(made_up, of, strict=True):
