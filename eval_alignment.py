@@ -463,10 +463,8 @@ def evaluate_rjepa(run: str, args) -> dict:
     own = args.names_none and (config.held_out or config.latents)
     folder = args.latents or own or extract.gold_for(config, held_out(args, config), args.dataset or config.dataset,
                                                      args.split, args)
-    rows = infer.load_chains(run, config, folder)
     wanted = "val" if own else args.asked_split * bool(args.latents)
-    if not wanted and len({r["split"] for r in rows}) > 1:
-        rows = [r for r in rows if r["split"] != "train"]
+    rows = infer.load_chains(run, config, folder, held_out=not wanted)
     rows = [r for r in rows if r["steps"] and wanted in ("", r["split"])]
     rows = latents.first_problems(rows, args.limit)
     if len(rows) < 2:
@@ -534,7 +532,7 @@ def evaluate_step_errors(run: str, args) -> dict:
     model, config = infer.load_world_model(run, args.device)
     folder = args.latents or extract.latents_of_file(config, "step_errors", args.step_errors, device=args.device,
                                                      limit=args.limit, llm=args.llm)
-    rows = infer.load_chains(run, config, folder, args.limit, logprobs=True)
+    rows = infer.load_chains(run, config, folder, args.limit, logprobs=True, held_out=True)
     rows = [r for r in rows if r["wrong_step"] is not None]
     if not rows:
         raise ValueError(f"{args.step_errors}: no chain with a first wrong step")

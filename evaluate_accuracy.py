@@ -255,7 +255,7 @@ def evaluate_candidates(run: str, args) -> dict:
                                 llm=args.llm) if args.candidates else
         extract.written_for(config, eval_alignment.held_out(args, config), args.dataset or config.dataset, args.split,
                             args))
-    rows = infer.load_chains(run, config, folder, args.limit, logprobs=True)
+    rows = infer.load_chains(run, config, folder, args.limit, logprobs=True, held_out=True)
     if args.k > 1:
         most = max(collections.Counter(r["problem_id"] for r in rows).values())
         if most < args.k:

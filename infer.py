@@ -44,17 +44,21 @@ def load_world_model(run: str, device: str = "auto"):
     return load_run(run, device, cfg.RJEPAConfig, "not of R-JEPA (train.py rjepa-small)")
 
 
-def load_chains(run: str, config, folder, limit: int = 0, logprobs: bool = False) -> list[dict]:
+def load_chains(run: str, config, folder, limit: int = 0, logprobs: bool = False, held_out: bool = False) -> list[dict]:
     """Rows of latents.load_latents for a run and its config: the chains of the first `limit` problems (0: of all).
 
-    From the folder that the run was trained on come only the chains that its `where` let in. Raises ValueError where
-    they are of another LLM, layer or pooling, or where logprobs are asked for and there are none.
+    From the folder that the run was trained on come only the chains that its `where` let in. held_out: of a folder of
+    several splits those to train on are left out. Raises ValueError where they are of another LLM, layer or pooling, or
+    where logprobs are asked for and there are none.
     """
     is_own = bool(config.latents) and Path(folder).resolve() == Path(config.latents).resolve()
     rows, manifest = latents.load_latents(folder, config.where * is_own)
     latents.check_same_llm(config, manifest, f"{run} and {folder}")
     if logprobs and any(r["logprobs"] is None for r in rows):
         raise ValueError(f"{folder} holds no logprobs: extract with --logprobs")
+    if held_out and len({r["split"] for r in rows}) > 1:
+        rows = [r for r in rows if r["split"] != "train"]
+        print(f"{folder}: {len(rows):,} chains of other splits than train")
     return latents.first_problems(rows, limit)
 
 

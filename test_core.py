@@ -3049,6 +3049,9 @@ def test_an_evaluation_looks_at_the_chains_that_it_was_told_to(tmp_path, capsys)
     refused(SystemExit, "0 chain to look at, of the split test", eval_alignment.main,
             [run, "--latents", folder, "--split", "test"])
     x, config = np.stack([evaluate_accuracy.chain_features(r["h"]) for r in rows]), runs.load_config(run)[1]
+    assert {r["split"] for r in infer.load_chains(run, config, folder, held_out=True)} == {"val"}
+    of_test = latents_folder(tmp_path / "test", n=4, split="test")
+    assert len(infer.load_chains(run, config, of_test, held_out=True)) == len(latents.load_latents(of_test)[0])
     contrast = [evaluate_accuracy.contrast_scores(dataclasses.replace(config, where=w), x) for w in (config.where, "")]
     assert not np.allclose(*contrast)
 
@@ -3282,7 +3285,7 @@ def test_ways_of_picking_a_candidate_equal_hand_values(tmp_path, monkeypatch):
         return [dict(zip(m.RJEPA.ENERGIES, pair, strict=True)) for pair in found]
 
     monkeypatch.setattr(infer, "load_world_model", lambda run, device: ({"net": net, "other": other}[run], config))
-    monkeypatch.setattr(infer, "load_chains", lambda *_, **options: rows)
+    monkeypatch.setattr(infer, "load_chains", lambda *_, held_out, **options: rows if held_out else None)
     monkeypatch.setattr(infer, "energies", energies)
     monkeypatch.setattr(latents, "read_manifest", lambda folder: None)
     monkeypatch.setattr(latents, "check_same_llm", lambda *_: None)
