@@ -2138,7 +2138,7 @@ def test_an_rjepa_run_resumes_to_the_same_weights_and_scores(small_rjepa, tmp_pa
     monkeypatch.setattr(latents, "load_latents", lambda *_: ([silent, *rows], manifest))  # an LLM wrote nothing
     assert latents.first_problems(rows, 3) == rows[:6] and latents.first_problems(rows, 0) == rows
     figures = result_of(eval_alignment.main, whole, "--latents", folder, "--device", "cpu")
-    assert figures["n"] == 120 and 0 <= figures["auroc_correct"] <= 1 and figures["auroc_logprob"] is None
+    assert figures["n"] == 24 and 0 <= figures["auroc_correct"] <= 1 and figures["auroc_logprob"] is None
 
 
 def test_a_retrained_run_must_not_lose_on_the_held_out_set(small_rjepa, tmp_path, capsys, monkeypatch):
