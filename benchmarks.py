@@ -135,8 +135,8 @@ def load(name: str, split: str, data_dir: str = "") -> list[dict]:
     data_dir: a local folder; without it the hub is asked. The folder holds FILE or NAME/FILE, of a data set of several
     configurations CONFIG/FILE or NAME/CONFIG/FILE. FILE is SPLIT or its official name (train alone where val is held
     out of it), as .jsonl, .jsonl.gz or .parquet, in the official fields or as problems; BBH's own CONFIG.json and
-    HumanEval.jsonl.gz are found as well.
-    Raises FileNotFoundError or ValueError that names the file, the row or the field.
+    HumanEval.jsonl.gz are found as well. Raises FileNotFoundError or ValueError that names the file, the row or the
+    field.
     """
     bench = BENCHMARKS[name]
     official, several = bench.splits.get(split, split), len(bench.configs) > 1

@@ -254,7 +254,7 @@ def adds(scores: list[dict[str, np.ndarray]], known: tuple[str, ...], new: str, 
     hits = []
     for names in (known, (*known, new)):
         x = np.stack([np.concatenate([s[name] for s in scores]) for name in names], 1)
-        fitted = infer.cross_validated(x, right, chain, 5, seed, 1.0)
+        fitted = infer.cross_validated(x, right, chain, seed, 1.0)
         hits.append(np.array([(fitted[chain == c][1:] < fitted[chain == c][0]).all() for c in range(len(scores))]))
     top1 = [{"top1": float(hit.mean()), "ci95": list(wilson(float(hit.mean()), len(hit)))} for hit in hits]
     return {"without": top1[0], "with": top1[1], "p": paired_p(*hits), "n": len(scores)}

@@ -274,7 +274,7 @@ def evaluate_candidates(run: str, args) -> dict:
     def fitted(x, C):
         scores = np.zeros(len(rows))
         if usable.any():
-            scores[usable] = infer.cross_validated(x[usable], right[usable], question[usable], 5, args.seed, C)
+            scores[usable] = infer.cross_validated(x[usable], right[usable], question[usable], args.seed, C)
         return scores
 
     ours, found = energy_scores(model)

@@ -151,11 +151,11 @@ def regression(x: np.ndarray, right: np.ndarray, C: float, least: float) -> tupl
     return (fitted.coef_[0] / scale).clip(least), fitted.intercept_[0]
 
 
-def cross_validated(x: np.ndarray, right: np.ndarray, question: np.ndarray, folds: int, seed, C: float,
-                    least: float = -np.inf):
-    """Scores [n] of a `regression` on x [n, F], centred within questions [n]; each fitted on other questions alone."""
+def cross_validated(x: np.ndarray, right: np.ndarray, question: np.ndarray, seed, C: float, least: float = -np.inf):
+    """Scores [n] of a `regression` on x [n, F], centred within questions [n]; each fitted on other questions alone, in
+    five folds."""
     names, question = np.unique(question, return_inverse=True)
-    x, scores, folds = centred(x, question), np.zeros(len(x)), min(folds, len(names))
+    x, scores, folds = centred(x, question), np.zeros(len(x)), min(5, len(names))
     if folds < 2:
         raise ValueError("candidates of at least two questions are needed")
     fold_of = np.random.default_rng(seed).permutation(len(names)) % folds
@@ -199,7 +199,7 @@ def fit_weights(model, rows: list[dict], seed: int = 1) -> dict:
     def accuracy(score):
         return float(np.mean([right[m[score[m].argmax()]] for m in members]))
 
-    accuracies = {"accuracy": accuracy(cross_validated(x, right, question, 5, rng, C=1.0, least=0.0)),
+    accuracies = {"accuracy": accuracy(cross_validated(x, right, question, rng, C=1.0, least=0.0)),
                   "random": float(np.mean([right[m].mean() for m in members])), "logprob": accuracy(logprob),
                   "energy": accuracy(x[:, 1])}
     (alpha, beta), _ = regression(centred(x, question), right, C=1.0, least=0.0)

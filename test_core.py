@@ -2243,10 +2243,10 @@ def test_cross_validation_never_fits_on_the_question_it_scores():
     rng = np.random.default_rng(0)
     question, right = np.repeat(np.arange(60), 4), rng.random(240) < 0.4
     useful = right[:, None] + rng.normal(0, 0.5, (240, 1))
-    fitted = infer.cross_validated(useful, right, question, 5, 0, 1.0)
+    fitted = infer.cross_validated(useful, right, question, 0, 1.0)
     assert evaluate_accuracy.pairwise(fitted.reshape(60, 4), right.reshape(60, 4)) > 0.8
     noise = rng.normal(size=(240, 100))  # would be fitted perfectly on its own labels
-    held_out = infer.cross_validated(noise, right, question, 5, 0, 1.0)
+    held_out = infer.cross_validated(noise, right, question, 0, 1.0)
     assert abs(evaluate_accuracy.pairwise(held_out.reshape(60, 4), right.reshape(60, 4)) - 0.5) < 0.15
 
 
